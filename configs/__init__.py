@@ -1,0 +1,1 @@
+"""Configuration: one strict loader and the YAML files it reads."""

@@ -1,0 +1,91 @@
+"""The only configuration loader: dataclass defaults < one YAML < `key=value` overrides.
+
+Strict on purpose: an unknown key, a missing file or a value of the wrong type is a `UserError` that says what to
+write instead. What a key means is documented beside the code that reads it, in the dataclass that is passed in.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user can fix: the message names the value, why it is wrong and what to write instead."""
+
+
+def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Build `schema` (a dataclass) from its defaults, then the YAML at `path`, then `key=value` overrides.
+
+    Raises:
+        UserError: missing or unreadable YAML, unknown key, wrong type, or a value `schema.__post_init__` refuses.
+    """
+    resolved = OmegaConf.structured(schema)
+    for layer in [_read_yaml(Path(path))] if path is not None else []:
+        resolved = _merge(resolved, layer, source=str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} has no '='; write it as key=value, for example max_steps=100")
+        resolved = _merge(resolved, OmegaConf.from_dotlist([override]), source=f"override {override!r}")
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(resolved))
+    if missing:
+        raise UserError(f"{path or schema.__name__}: no value for {', '.join(missing)}; set it in the YAML or as key=value")
+    try:
+        return cast(T, OmegaConf.to_object(resolved))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
+    except ValueError as error:  # from __post_init__
+        raise UserError(f"{path or schema.__name__}: {error}") from error
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write a resolved config dataclass as YAML; loading it again gives an equal config."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; shipped configs are under configs/"
+        raise UserError(f"config file {path} does not exist{hint}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
+    return OmegaConf.create(content)
+
+
+def _merge(base: DictConfig, layer: DictConfig, *, source: str) -> DictConfig:
+    _check_keys(base, layer, source=source, prefix="")
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, layer))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise UserError(f"{source}: {key}: {_first_line(error)}") from error
+
+
+def _check_keys(base: DictConfig, layer: DictConfig, *, source: str, prefix: str) -> None:
+    """Unknown keys, nested ones too, with the nearest known key as a suggestion."""
+    known = [str(key) for key in base]
+    for key in layer:
+        if str(key) not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
+        below, here = layer._get_node(key), base._get_node(key)
+        if isinstance(below, DictConfig) and isinstance(here, DictConfig) and OmegaConf.get_type(here) is not dict:
+            _check_keys(here, below, source=source, prefix=f"{prefix}{key}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

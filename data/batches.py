@@ -1,0 +1,131 @@
+"""Documents -> tokens -> packed rows; row i depends on nothing but (documents, seed, i), so resuming is an index.
+
+Rows are cut from an endless stream of shuffled epochs. A document that crosses a row's end goes on in the next row as a
+sequence of its own; attention, labels and every pair of neighbouring positions stop at a document's edge.
+Letters: B batch, S sequence.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from configs.load import UserError
+
+IGNORE_LABEL = -100  # what torch's and transformers' cross entropy leave out
+PADDING = -1  # document id of a padded position
+
+
+@dataclass
+class DataArguments:
+    """What the model reads."""
+
+    dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
+    dataset_split: str = "train"  # split of `dataset_name`
+    train_file: str | None = None  # instead of dataset_name: a .jsonl (field text, messages or conversations) or .txt file
+    domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
+    max_length: int = 512  # tokens in a packed row
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} leaves no pair of neighbouring tokens; write at least 2")
+
+
+class Batch(NamedTuple):
+    """Packed rows of token ids.
+
+    Shapes: all [B, S] int64. `labels_BS[b, t]` is the token after position t, or IGNORE_LABEL where there is none
+    (a document's last position, padding, a masked prompt). `position_ids_BS` restarts at every document.
+    `document_ids_BS` is PADDING where there is no token.
+    """
+
+    input_ids_BS: Tensor
+    labels_BS: Tensor
+    position_ids_BS: Tensor
+    document_ids_BS: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chunk: int = 1000) -> list[np.ndarray]:
+    """Token ids of every text, with the end-of-text token before and after it.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, or there is no text.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {tokenizer.name_or_path} has no eos_token; set one in its tokenizer_config.json")
+    edge = [tokenizer.eos_token_id]
+    everything = [text for text in texts if text]
+    if not everything:
+        raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
+    documents = []
+    for start in range(0, len(everything), chunk):
+        encoded = tokenizer(everything[start : start + chunk], add_special_tokens=False, verbose=False)["input_ids"]
+        documents += [np.asarray(edge + ids + edge, dtype=np.int32) for ids in encoded]
+    return documents
+
+
+class PackedRows:
+    """An endless, random-access sequence of rows of `max_length` tokens.
+
+    Every epoch joins the documents in a new order, cuts the stream into rows and shuffles the rows, so that a batch does
+    not hold neighbouring pieces of one long document. What does not fill a last row waits for the next epoch's order.
+
+    Raises:
+        UserError: the documents together do not fill one row.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], *, max_length: int, seed: int) -> None:
+        self.documents = documents
+        self.max_length = max_length
+        self.seed = seed
+        self.tokens_per_epoch = sum(len(document) for document in documents)
+        self.rows_per_epoch = self.tokens_per_epoch // max_length
+        if self.rows_per_epoch == 0:
+            raise UserError(
+                f"the data has {self.tokens_per_epoch} tokens, fewer than one row of max_length={max_length}; "
+                "give more text or write a smaller max_length"
+            )
+        self._epoch = -1
+        self._order = self._ends = self._rows = np.empty(0, dtype=np.int64)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows with these indices as one batch."""
+        pieces = [self._row(row) for row in rows]
+        return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*pieces, strict=True)))
+
+    def _row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        epoch, place = divmod(row, self.rows_per_epoch)
+        self._shuffle(epoch)
+        size = self.max_length
+        ids, positions, documents = np.empty((3, size), dtype=np.int64)
+        labels = np.full(size, IGNORE_LABEL, dtype=np.int64)
+        start = int(self._rows[place]) * size
+        filled = 0
+        while filled < size:
+            which = int(np.searchsorted(self._ends, start + filled, side="right"))
+            document = self.documents[self._order[which]]
+            offset = start + filled - (int(self._ends[which]) - len(document))
+            part = document[offset : offset + size - filled]
+            here = slice(filled, filled + len(part))
+            ids[here] = part
+            labels[filled : filled + len(part) - 1] = part[1:]
+            positions[here] = np.arange(len(part))
+            documents[here] = which
+            filled += len(part)
+        return ids, labels, positions, documents
+
+    def _shuffle(self, epoch: int) -> None:
+        """Document order, the token offset at which each document ends, and row order of an epoch."""
+        if epoch != self._epoch:
+            draw = np.random.default_rng([self.seed, epoch])
+            self._order = draw.permutation(len(self.documents))
+            self._ends = np.cumsum([len(self.documents[index]) for index in self._order])
+            self._rows = draw.permutation(self.rows_per_epoch)
+            self._epoch = epoch

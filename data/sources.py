@@ -1,0 +1,80 @@
+"""Where text comes from: the shipped corpus, a local JSONL or text file, or a Hugging Face data set."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from configs.load import UserError
+from data.batches import DataArguments
+from data.corpus import read_corpus
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file that is not empty.
+
+    Raises:
+        UserError: the file is missing, empty or not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"text file {path} does not exist")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{path} is empty; write some text into it")
+    return text
+
+
+def training_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The documents that `args` names, as plain text; chats go through the tokenizer's chat template."""
+    if args.train_file is not None:
+        path = Path(args.train_file)
+        if path.suffix == ".jsonl":
+            yield from _jsonl(path, tokenizer)
+        elif path.suffix == ".txt":
+            yield from (text for text in read_text(path).split("\n\n") if text.strip())
+        else:
+            raise UserError(f"train_file {path} must end in .jsonl or .txt")
+    elif args.dataset_name == "embedded":
+        yield from (document.text for document in read_corpus(args.dataset_split, args.domains))
+    else:
+        yield from _hugging_face(args, tokenizer)
+
+
+def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+        yield _text_of(row, tokenizer, where=f"{path}, line {number}")
+
+
+def _hugging_face(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(args.dataset_name, split=args.dataset_split)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise UserError(f"data set {args.dataset_name} ({args.dataset_split}) cannot be loaded: {error}") from error
+    for number, row in enumerate(rows):
+        yield _text_of(row, tokenizer, where=f"{args.dataset_name}, row {number}")
+
+
+def _text_of(row: Any, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str:
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row, dict) and row.get("messages"):
+        messages = row["messages"]
+    elif isinstance(row, dict) and row.get("conversations"):
+        messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    else:
+        raise UserError(f"{where}: needs a field text, messages (role, content) or conversations (from, value)")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -1,0 +1,1 @@
+"""Launchers: the command line and the whole pipeline."""

@@ -1,0 +1,1 @@
+"""Router fine-tuning: routers, losses, one loop, checkpoints, tracking."""

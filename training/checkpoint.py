@@ -1,0 +1,129 @@
+"""Checkpoints: what trains, the optimizer, the random state and where the run is; never a frozen weight.
+
+A checkpoint is written into `checkpoint-<step>.tmp`, flushed to disk and renamed, so a folder without `.tmp` is whole.
+safetensors and JSON only.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs.load import UserError
+
+TRAINED, OPTIMIZER, RANDOM, STATE = "trained.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json"
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoint-<step>` and delete all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full; earlier checkpoints are left as they were.
+    """
+    final, aside = run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file({name: p.detach().contiguous() for name, p in trained.items()}, aside / TRAINED)
+        save_file(_optimizer_tensors(trained, optimizer), aside / OPTIMIZER)
+        save_file({"cpu": torch.get_rng_state()}, aside / RANDOM)
+        (aside / STATE).write_text(json.dumps({"global_step": step, **state}, indent=2) + "\n", encoding="utf-8")
+        for path in [*aside.iterdir(), aside]:
+            _flush(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final} cannot be written ({error}): the disk is full or not writable. Earlier checkpoints are "
+            "whole; free some space and start again with resume_from_checkpoint=auto"
+        ) from error
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(aside, final)
+    _flush(run_dir)
+    for old in _checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def find(run_dir: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to go on from: the newest whole one for `auto`, the named one, or None to start afresh.
+
+    Raises:
+        UserError: the named checkpoint is not one.
+    """
+    if resume_from is None:
+        return None
+    if resume_from == "auto":
+        for half_written in run_dir.glob("checkpoint-*.tmp"):
+            shutil.rmtree(half_written, ignore_errors=True)
+        return next(iter(reversed(_checkpoints(run_dir))), None)
+    if not (Path(resume_from) / STATE).is_file():
+        raise UserError(f"resume_from_checkpoint={resume_from} is not a checkpoint folder (no {STATE}); write auto for the newest")
+    return Path(resume_from)
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+
+
+def load(checkpoint: Path, *, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put trained tensors, optimizer and random state back, in place.
+
+    Raises:
+        UserError: the checkpoint is of another model or damaged.
+    """
+    try:
+        weights = load_file(checkpoint / TRAINED)
+        moments = load_file(checkpoint / OPTIMIZER)
+        random_state = load_file(checkpoint / RANDOM)["cpu"]
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before") from error
+    if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in trained.items()}:
+        raise UserError(f"{checkpoint} holds other tensors than this run trains; it belongs to another model or config")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
+    per_parameter: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(trained))}
+    names = list(trained)
+    for key, tensor in moments.items():
+        name, field = key.rsplit("/", 1)
+        per_parameter[names.index(name)][field] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": per_parameter})
+    torch.set_rng_state(random_state)
+
+
+def _optimizer_tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{field}": value.detach().contiguous()
+        for name, parameter in trained.items()
+        for field, value in optimizer.state[parameter].items()
+    }
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in run_dir.glob("checkpoint-*") if path.suffix != ".tmp" and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,373 @@
+"""The one training loop: router fine-tuning and pretraining, one process or many.
+
+Losses are divided by global counts, so the number of processes and of accumulation steps never changes them. Rows are
+addressed by index, so a resumed run reads what an uninterrupted one would have read.
+"""
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from configs.load import UserError, dump, load
+from data.batches import Batch, DataArguments, PackedRows, tokenize
+from data.sources import training_texts
+from training import checkpoint, proof, router_delta
+from training.model import ModelArguments, build_model, load_tokenizer, trained_parameters
+from training.objective import Objective, ObjectiveArguments, objective, total_counts
+from training.routers import RouterObserver
+from training.tracking import Tracker
+
+# Keys that may differ between a run and its continuation: none of them changes a number.
+FREE_ON_RESUME = {
+    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclass
+class OptimizerArguments:
+    """AdamW and its schedule."""
+
+    max_steps: int = 2000  # optimizer steps
+    per_device_train_batch_size: int = 8  # rows of a micro-batch on each process
+    gradient_accumulation_steps: int = 1  # micro-batches of a step
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "cosine"  # any name transformers' get_scheduler takes
+    warmup_steps: int = 200
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+
+
+@dataclass
+class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, OptimizerArguments):
+    """`remoe train`: everything that decides a run."""
+
+    output_dir: str = field(default="???")  # the run's own folder; all that a run writes is in it
+    run_name: str | None = None  # the folder's name if left out
+    seed: int = 0  # data order and, for a new model, its weights
+    logging_steps: int = 10  # a line of metrics.jsonl every so many steps
+    save_steps: int = 200  # a checkpoint every so many steps
+    save_total_limit: int = 2  # newest checkpoints that are kept
+    resume_from_checkpoint: str | None = None  # auto, or a checkpoint folder
+    report_to: str = "none"  # none or wandb
+
+    def __post_init__(self) -> None:
+        for base in (ModelArguments, DataArguments, ObjectiveArguments):
+            base.__post_init__(self)
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f"report_to={self.report_to!r}: write none or wandb")
+        for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                    "save_steps", "save_total_limit"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        self.run_name = self.run_name or Path(self.output_dir).name
+
+
+@dataclass
+class Run:
+    """What the loop works on; everything that has state."""
+
+    args: TrainArguments
+    accelerator: Accelerator
+    model: PreTrainedModel
+    wrapped: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    rows: PackedRows
+    observer: RouterObserver
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    trained: dict[str, torch.nn.Parameter]
+    frozen_sha256: str
+    step: int = 0
+    num_tokens: int = 0
+    wandb_id: str | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def train(args: TrainArguments) -> Path:
+    """Run (or go on with) the training that `args` describes.
+
+    Returns:
+        The router delta's folder, or the model's folder when everything was trained.
+
+    Raises:
+        UserError: see the messages; nothing that was saved is lost.
+    """
+    run = build(args)
+    out = Path(args.output_dir)
+    tracker = Tracker(
+        out, run_name=str(args.run_name), report_to=args.report_to, config=asdict(args), max_steps=args.max_steps,
+        step=run.step, wandb_id=run.wandb_id, active=run.accelerator.is_main_process,
+    )  # fmt: skip
+    run.wandb_id = tracker.wandb_id
+    metrics: dict[str, float] = {}
+    try:
+        while run.step < args.max_steps:
+            metrics = train_step(run)
+            if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
+                tracker.log(run.step, metrics)
+            tracker.advance(run.step, metrics)
+            if run.step % args.save_steps == 0 or run.step == args.max_steps:
+                tracker.flush()
+                save_checkpoint(run)
+    finally:
+        tracker.close()
+    return finish(run)
+
+
+def build(args: TrainArguments) -> Run:
+    """Load model and data, freeze, and take up a checkpoint if there is one."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    out = Path(args.output_dir)
+    resume_from = checkpoint.find(out, args.resume_from_checkpoint)
+    _check_output_dir(args, out, resume_from)
+    torch.manual_seed(args.seed)
+    model = build_model(args, seed=args.seed)
+    tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
+    documents = tokenize(training_texts(args, tokenizer), tokenizer)
+    model.to(accelerator.device)
+    observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
+    trained = trained_parameters(model)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay
+    )
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+    )
+    run = Run(
+        args=args, accelerator=accelerator, model=model, wrapped=accelerator.prepare_model(model), tokenizer=tokenizer,
+        rows=PackedRows(documents, max_length=args.max_length, seed=args.seed), observer=observer, optimizer=optimizer,
+        scheduler=scheduler, trained=trained, frozen_sha256=proof.frozen_sha256(model, trained),
+    )  # fmt: skip
+    if resume_from is not None:
+        _resume(run, resume_from)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        dump(args, out / "config.yaml")
+        _update_json(out / "proof.json", {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(trained)})
+        n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+        accelerator.print(
+            f"{args.run_name}: {len(trained)} tensors train ({n_trained:,} of {n_all:,} parameters), "
+            f"e.g. {next(iter(trained))}; frozen tensors {run.frozen_sha256[:16]}; objective {args.objective}; "
+            f"{rows_summary(run)}"
+        )
+    return run
+
+
+def rows_summary(run: Run) -> str:
+    tokens = run.rows_per_step * run.args.max_length
+    return f"{tokens:,} tokens a step, {run.rows.tokens_per_epoch:,} tokens in the data"
+
+
+def train_step(run: Run) -> dict[str, float]:
+    """One optimizer step over all micro-batches and processes; returns its metrics."""
+    started = time.perf_counter()
+    batches = [_micro_batch(run, index) for index in range(run.args.gradient_accumulation_steps)]
+    count = _sum_over_processes(run.accelerator, total_counts(run.args, batches))
+    shares = [_backward(run, batch, count, index) for index, batch in enumerate(batches)]
+    if run.step == 0:
+        _record_gradients(run)
+    gradient_norm = _clip(run)
+    learning_rate = run.scheduler.get_last_lr()[0]
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    run.num_tokens += int(count["tokens"])
+    return {
+        **_metrics(run, shares),
+        "train/learning_rate": learning_rate,
+        "train/grad_norm": gradient_norm,
+        "train/num_tokens": run.num_tokens,
+        "time/tokens_per_second": int(count["tokens"]) / (time.perf_counter() - started),
+    }
+
+
+def save_checkpoint(run: Run) -> None:
+    """A checkpoint of the present step, written by the main process while the others wait."""
+    state = {
+        "scheduler": run.scheduler.state_dict(),
+        "num_tokens": run.num_tokens,
+        "rows_per_step": run.rows_per_step,
+        "frozen_sha256": run.frozen_sha256,
+        "wandb_id": run.wandb_id,
+    }
+    if run.accelerator.is_main_process:
+        checkpoint.save(
+            Path(run.args.output_dir), run.step, trained=run.trained, optimizer=run.optimizer, state=state,
+            keep=run.args.save_total_limit,
+        )  # fmt: skip
+    run.accelerator.wait_for_everyone()
+
+
+def finish(run: Run) -> Path:
+    """Check that nothing frozen has changed and write the result."""
+    run.observer.close()
+    out = Path(run.args.output_dir)
+    after = proof.frozen_sha256(run.model, run.trained)
+    if after != run.frozen_sha256:
+        raise UserError(f"frozen tensors changed during training ({run.frozen_sha256[:16]} -> {after[:16]}): no delta is written")
+    result = out / ("router_delta" if run.args.trainable == "routers" else "model")
+    if run.accelerator.is_main_process:
+        _update_json(out / "proof.json", {"frozen_sha256_after": after})
+        if run.args.trainable == "routers":
+            _save_delta(run, result)
+        else:
+            run.model.to(torch.bfloat16).save_pretrained(result)
+            run.tokenizer.save_pretrained(result)
+        print(f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}")
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return result
+
+
+def _save_delta(run: Run, folder: Path) -> None:
+    base = str(run.args.model_name_or_path)
+    lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    router_delta.save(
+        folder, run.trained, base_model=base, base_sha256=router_delta.checkpoint_sha256(base, run.trained.keys()),
+        about={
+            "objective": run.args.objective,
+            "config": asdict(run.args),
+            "code_commit": code_commit(),
+            "metrics": json.loads(lines[-1]),
+        },
+    )  # fmt: skip
+
+
+def _micro_batch(run: Run, index: int) -> Batch:
+    """The rows of micro-batch `index` of this process: those of one step are the same however they are shared out."""
+    size = run.args.per_device_train_batch_size
+    first = run.step * run.rows_per_step + (index * run.accelerator.num_processes + run.accelerator.process_index) * size
+    return run.rows.batch(range(first, first + size)).to(run.accelerator.device)
+
+
+def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -> Objective:
+    """Forward and backward of one micro-batch; gradients are exchanged with the last one of the step."""
+    last = index == run.args.gradient_accumulation_steps - 1
+    with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
+        with run.observer.recording(*batch.input_ids_BS.shape) as routings:
+            output = run.wrapped(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+        share = objective(
+            run.args, logits_BSV=output.logits, routings=routings, batch=batch, count=count, step=run.step
+        )
+        if not torch.isfinite(share.loss):
+            raise UserError(
+                f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
+                f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+            )
+        # DDP averages gradients over processes, but the shares are to be added up.
+        run.accelerator.backward(share.loss * run.accelerator.num_processes)
+    return share
+
+
+def _clip(run: Run) -> float:
+    norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm))
+    if not math.isfinite(norm):
+        bad = next(name for name, p in run.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all())
+        raise UserError(
+            f"gradient of {bad} is not finite at step {run.step + 1}: stopped before the step. Lower learning_rate; "
+            "resume_from_checkpoint=auto goes on from the last save"
+        )
+    return norm
+
+
+def _record_gradients(run: Run) -> None:
+    """At step 1: every trained tensor has a finite, non-zero gradient and nothing else has any."""
+    norms = proof.check_gradients(run.model, run.trained)
+    if run.accelerator.is_main_process:
+        _update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})
+
+
+def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
+    """The step's metrics, added over micro-batches and processes; names as in the README."""
+    total = _sum_over_processes(
+        run.accelerator,
+        {f"train/{key}": sum_of([share.terms[key] for share in shares]) for key in shares[0].terms}
+        | {"reuse_L": sum_of([s.reuse_L for s in shares]), "load_LE": sum_of([s.load_LE for s in shares]),
+           "hits_C": sum_of([s.hits_C for s in shares])},
+    )  # fmt: skip
+    reuse_L, load_LE, hits_C = (total.pop(key) for key in ("reuse_L", "load_LE", "hits_C"))
+    metrics = {key: float(value) for key, value in total.items()}
+    metrics["moe/reuse_rate_mean"] = float(reuse_L.mean())
+    metrics |= {f"moe/layer_{layer}/reuse_rate": float(rate) for layer, rate in enumerate(reuse_L)}
+    metrics["moe/cv_mean"] = float((load_LE.std(-1, correction=0) / load_LE.mean(-1)).mean())
+    metrics["moe/dead_expert_frac_mean"] = float((load_LE == 0).double().mean())
+    if run.args.rewards_cache:
+        metrics |= {f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(run.args.cache_slots, hits_C, strict=True)}
+    return metrics
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(0)
+
+
+def _sum_over_processes(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor added over all processes, in float64 and in one exchange."""
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors.values()])
+    parts = accelerator.reduce(flat, "sum").split([tensor.numel() for tensor in tensors.values()])
+    return {key: part.view(tensor.shape) for (key, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def _resume(run: Run, path: Path) -> None:
+    state = checkpoint.load_state(path)
+    for key, now in (("rows_per_step", run.rows_per_step), ("frozen_sha256", run.frozen_sha256)):
+        if state[key] != now:
+            raise UserError(
+                f"{path} was written with {key}={state[key]}, this run has {now}: the result would not be that of one run. "
+                "Restore what changed, or write another output_dir"
+            )
+    checkpoint.load(path, trained=run.trained, optimizer=run.optimizer)
+    run.scheduler.load_state_dict(state["scheduler"])
+    run.step, run.num_tokens, run.wandb_id = state["global_step"], state["num_tokens"], state["wandb_id"]
+    run.accelerator.print(f"{run.args.run_name}: resumed from {path}")
+
+
+def _check_output_dir(args: TrainArguments, out: Path, resume_from: Path | None) -> None:
+    """A folder that holds a run is only touched to go on with that same run."""
+    if not (out / "config.yaml").exists():
+        return
+    if args.resume_from_checkpoint is None:
+        raise UserError(
+            f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to go on with it, or another output_dir"
+        )
+    before = asdict(load(TrainArguments, out / "config.yaml"))
+    changed = {key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value}
+    if resume_from is not None and changed:
+        key = sorted(changed)[0]
+        raise UserError(
+            f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
+            f"run. Write {key}={before[key]}, or another output_dir"
+        )
+
+
+def code_commit() -> str | None:
+    """The commit of this checkout, with +dirty if files differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return None
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
+    return head.stdout.strip() + ("+dirty" if dirty.strip() else "")
+
+
+def _update_json(path: Path, values: Mapping[str, Any]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")

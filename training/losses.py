@@ -1,0 +1,141 @@
+"""The router objective's terms as pure functions of one layer's routing: ReMoE (arXiv 2605.27081) and an LRU variant.
+
+Every function returns a **sum** over its items; `counts` says how many items a batch has. Dividing once by the count
+over all micro-batches and ranks makes the numbers independent of both. Padding (document id < 0) and document edges
+break every pair (t, t-d). float32 throughout.
+Letters: B batch, S sequence, E experts, K chosen, C cache slots, N sequences, M windows, W window.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batches import IGNORE_LABEL
+
+EPSILON = 1e-8
+
+
+def same_document(document_ids_BS: Tensor, lag: int) -> Tensor:
+    """[B, S] bool: position t and t - lag are tokens of the same document."""
+    mask = torch.zeros_like(document_ids_BS, dtype=torch.bool)
+    if 0 < lag < document_ids_BS.shape[1]:
+        mask[:, lag:] = (document_ids_BS[:, lag:] == document_ids_BS[:, :-lag]) & (document_ids_BS[:, lag:] >= 0)
+    return mask
+
+
+def sequence_index(document_ids_BS: Tensor) -> Tensor:
+    """[B, S] int64: number of the sequence (a document's run inside one row) that a position belongs to."""
+    starts = document_ids_BS != torch.roll(document_ids_BS, 1, dims=1)
+    starts[:, 0] = True
+    return starts.flatten().cumsum(0).view_as(document_ids_BS) - 1
+
+
+def full_windows(document_ids_BS: Tensor, window: int) -> Tensor:
+    """[M, W] flat positions of the non-overlapping windows; they restart with every sequence, partial ones are dropped."""
+    flat = sequence_index(document_ids_BS).flatten()
+    lengths = torch.bincount(flat)
+    first = lengths.cumsum(0) - lengths
+    offset = torch.arange(flat.numel(), device=flat.device) - first[flat]
+    fits = (offset % window == 0) & (offset + window <= lengths[flat]) & (document_ids_BS.flatten() >= 0)
+    return fits.nonzero() + torch.arange(window, device=flat.device)
+
+
+def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], window: int) -> dict[str, Tensor]:
+    """How many items each sum below runs over: one float64 scalar a key, to be added over micro-batches and ranks.
+
+    Keys: tokens (with a label), positions (not padding), sequences (of two tokens or more), windows, pairs_<lag>.
+    """
+    pairs = same_document(document_ids_BS, 1)
+    sequences = torch.zeros(document_ids_BS.numel(), device=document_ids_BS.device).index_add_(
+        0, sequence_index(document_ids_BS).flatten(), pairs.flatten().float()
+    )
+    items = {
+        "tokens": (labels_BS != IGNORE_LABEL).sum(),
+        "positions": (document_ids_BS >= 0).sum(),
+        "sequences": (sequences > 0).sum(),
+        "windows": torch.tensor(len(full_windows(document_ids_BS, window)), device=document_ids_BS.device),
+        **{f"pairs_{lag}": same_document(document_ids_BS, lag).sum() for lag in {1, *lags}},
+    }
+    return {key: value.double() for key, value in items.items()}
+
+
+def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """L_CE: next-token cross entropy in nats over the positions that have a label."""
+    return F.cross_entropy(
+        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE_LABEL, reduction="sum"
+    )
+
+
+def trust_kl_sum(log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
+    """L_trust: KL(P_t || P_t^ref), no gradient to the reference; over valid positions."""
+    reference = reference_log_probs_BSE.detach()
+    kl_BS = (log_probs_BSE.exp() * (log_probs_BSE - reference)).sum(-1)
+    return kl_BS[document_ids_BS >= 0].sum()
+
+
+def previous_choice(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int) -> Tensor:
+    """[B, S, E] bool: expert is in E_{t-1}, the hard choice at the position before; none at a sequence's start."""
+    chosen = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.bool, device=ids_BSK.device).scatter_(-1, ids_BSK, True)
+    return torch.roll(chosen, 1, dims=1) & same_document(document_ids_BS, 1).unsqueeze(-1)
+
+
+def lru_content(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int, slots: int) -> Tensor:
+    """[B, S, E] bool: expert is held by an LRU cache of `slots` experts just before position t; cold at sequence starts.
+
+    What an event-atomic LRU holds is the `slots` experts with the latest last use; inside one event the heavier expert
+    counts as the later one (`ids_BSK` comes heaviest first). So no simulation step by step is needed: a running maximum
+    of use times, and its `slots` largest.
+    """
+    _, length, k = ids_BSK.shape
+    times_SK = torch.arange(length * k, device=ids_BSK.device).view(length, k).flip(-1) + 1
+    used = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.long, device=ids_BSK.device)
+    used.scatter_(-1, ids_BSK, times_SK.expand_as(ids_BSK))
+    last_use = torch.roll(used.cummax(dim=1).values, 1, dims=1)
+    last_use[:, 0] = 0
+    position = torch.arange(length, device=ids_BSK.device).expand_as(document_ids_BS)
+    starts = torch.where(same_document(document_ids_BS, 1), 0, position).cummax(dim=1).values
+    last_use = last_use.masked_fill(last_use <= (starts * k).unsqueeze(-1), 0)  # used before this sequence began
+    least = last_use.topk(min(slots, n_experts), dim=-1).values[..., -1:]
+    return (last_use >= least.clamp(min=1)) & (document_ids_BS >= 0).unsqueeze(-1)
+
+
+def reuse_loss_sum(probs_BSE: Tensor, reusable_BSE: Tensor, document_ids_BS: Tensor, top_k: int) -> Tensor:
+    """L_reuse: -log(rho + 1e-8), summed over sequences of two tokens or more.
+
+    rho is the mean over t >= 2 of (1/K) * sum of P_t over the reusable set, no gradient through the set; the log is
+    taken per sequence, after the mean over t. With `previous_choice` this is ReMoE's term, with `lru_content` ours.
+    """
+    pairs = same_document(document_ids_BS, 1)
+    mass_BS = (probs_BSE * reusable_BSE).sum(-1) / top_k * pairs
+    index = sequence_index(document_ids_BS).flatten()
+    n_sequences = int(index.max()) + 1
+    length_N = torch.zeros(n_sequences, device=index.device).index_add(0, index, pairs.flatten().float())
+    mass_N = torch.zeros(n_sequences, device=index.device).index_add(0, index, mass_BS.flatten())
+    long_enough = length_N > 0
+    return -torch.log(mass_N[long_enough] / length_N[long_enough] + EPSILON).sum()
+
+
+def symmetric_kl_sum(log_probs_BSE: Tensor, document_ids_BS: Tensor, lag: int) -> Tensor:
+    """Half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth at lag 1, one part of L_lag else."""
+    if lag >= log_probs_BSE.shape[1]:
+        return log_probs_BSE.new_zeros(())
+    later, earlier = log_probs_BSE[:, lag:], log_probs_BSE[:, :-lag]
+    kl_BS = 0.5 * ((later.exp() - earlier.exp()) * (later - earlier)).sum(-1)
+    return kl_BS[same_document(document_ids_BS, lag)[:, lag:]].sum()
+
+
+def working_set_sum(probs_BSE: Tensor, document_ids_BS: Tensor, window: int) -> Tensor:
+    """L_ws: entropy (nats) of P averaged over a window, over the full windows."""
+    mean_ME = probs_BSE.flatten(0, 1)[full_windows(document_ids_BS, window)].mean(1)
+    return -(mean_ME * torch.log(mean_ME + EPSILON)).sum()
+
+
+def load_balance_sum(probs_BSE: Tensor, ids_BSK: Tensor, document_ids_BS: Tensor) -> Tensor:
+    """Switch Transformer's auxiliary loss (arXiv 2101.03961, eq. 4) of one layer, times its number of positions."""
+    valid = document_ids_BS >= 0
+    n_experts = probs_BSE.shape[-1]
+    load_E = torch.bincount(ids_BSK[valid].flatten(), minlength=n_experts).float()
+    probs_E = probs_BSE[valid].mean(0)
+    return n_experts * (load_E / load_E.sum() * probs_E).sum() * valid.sum()

@@ -1,0 +1,93 @@
+"""Loading the model, and deciding which of its tensors train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.load import UserError
+from training.routers import find_routers, router_parameters
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what of it is trained."""
+
+    model_name_or_path: str | None = None  # folder or hub name of the base model; null: a new one from config_name
+    config_name: str | None = None  # folder of a model configuration, to pretrain from nothing
+    tokenizer_name: str | None = None  # where the tokenizer is, if not with the model
+    trainable: str = "routers"  # routers (fine-tuning) or all (pretraining)
+    bf16: bool = False  # bfloat16 autocast; routers and optimizer state stay float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self) -> None:
+        if self.trainable not in ("routers", "all"):
+            raise ValueError(f"trainable={self.trainable!r}: write routers or all")
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
+        if self.model_name_or_path is None and self.trainable != "all":
+            raise ValueError("a new model (config_name) has nothing worth freezing; write trainable=all")
+
+
+def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """A causal language model with experts, on the CPU, in eval mode.
+
+    Raises:
+        UserError: the folder is missing or damaged, or the model has no routers.
+    """
+    _check_exists(name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
+    find_routers(model)
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or in a folder of its own.
+
+    Raises:
+        UserError: there is none.
+    """
+    _check_exists(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
+
+
+def build_model(args: ModelArguments, *, seed: int) -> PreTrainedModel:
+    """The model to train: a loaded one, or a new one whose weights depend only on `seed`; frozen as `args` says."""
+    if args.model_name_or_path is not None:
+        # float32 masters unless autocast does the arithmetic in bfloat16, where frozen weights stay as stored
+        model = load_pretrained(args.model_name_or_path, dtype="auto" if args.bf16 else torch.float32)
+    else:
+        assert args.config_name is not None, "ModelArguments checks this"
+        _check_exists(args.config_name)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name), dtype=torch.float32)
+        find_routers(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.trainable == "routers":
+        model.requires_grad_(False)
+        for parameter in router_parameters(model).values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return model.train()
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains, in a fixed order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_exists(name_or_path: str) -> None:
+    """A path that is written as one must exist; anything else may be a hub name."""
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
+    if not Path(name_or_path).exists() and (looks_like_path or Path(name_or_path).parent.is_dir()):
+        raise UserError(f"{name_or_path} does not exist; give the folder of a saved model or its name on the hub")

@@ -1,0 +1,188 @@
+"""The objective: which terms with which coefficients and ramps (METHOD: ReMoE, arXiv 2605.27081, and our `cache`).
+
+L = L_CE + kl * L_trust + ramp_r(s) * reuse * L_reuse + ramp_c(s) * (smooth * L_smooth + lag * L_lag + ws * L_ws)
+
+Pure arithmetic over `training/losses.py`; knows nothing of models, optimizers or processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from training import losses
+from training.routers import Routing
+
+# Published coefficients (arXiv 2605.27081); `cache` replaces the previous token's experts by what an LRU cache holds.
+_REMOE = {"router_kl_coef": 0.45, "reuse_coef": 0.2, "smooth_coef": 0.05, "lag_coef": 0.05, "working_set_coef": 0.01}
+_NOTHING = dict.fromkeys(_REMOE, 0.0)
+PRESETS: dict[str, dict[str, float]] = {
+    "ce_only": _NOTHING,
+    "remoe": _REMOE,
+    "remoe_no_trust": {**_REMOE, "router_kl_coef": 0.0},
+    "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
+    "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
+    "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
+}
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is optimised. A coefficient that is left out has its preset's value."""
+
+    objective: str = "remoe"  # ce_only, remoe, remoe_no_trust, remoe_no_reuse, remoe_no_consistency or cache
+    reuse_coef: float | None = None  # weight of the reuse reward
+    router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
+    smooth_coef: float | None = None  # weight of the symmetric KL between neighbours
+    lag_coef: float | None = None  # weight of the same at `lags`
+    working_set_coef: float | None = None  # weight of the windowed entropy
+    router_aux_loss_coef: float = 0.0  # weight of the load-balance loss; only for pretraining
+    lags: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    working_set_window: int = 16  # tokens; not published, ours
+    cache_slots: list[int] = field(default_factory=lambda: [8])  # LRU sizes per layer that `cache` rewards, averaged
+    reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse term
+    consistency_warmup_steps: int = 800  # the same for the smooth, lag and working-set terms
+
+    def __post_init__(self) -> None:
+        if self.objective not in PRESETS:
+            raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(PRESETS)}")
+        for key, value in PRESETS[self.objective].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} is negative; write 0 to switch the term off")
+        if min([self.working_set_window, *self.lags, *self.cache_slots], default=1) < 1:
+            raise ValueError("lags, cache_slots and working_set_window must be at least 1")
+
+    @property
+    def rewards_cache(self) -> bool:
+        return self.objective == "cache"
+
+
+def ramp(step: int, warmup_steps: int) -> float:
+    """Linear from 0 at step 0 to 1 at `warmup_steps`."""
+    return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
+
+
+def total_counts(args: ObjectiveArguments, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The items of all micro-batches of one process; the caller adds them over processes."""
+    parts = [
+        losses.counts(b.document_ids_BS, b.labels_BS, lags=args.lags, window=args.working_set_window) for b in batches
+    ]
+    return {key: torch.stack([part[key] for part in parts]).sum() for key in parts[0]}
+
+
+@dataclass
+class Objective:
+    """One micro-batch's share of the global objective; shares add up over micro-batches and processes.
+
+    `loss` is to be differentiated. `terms` (unweighted means, no gradient), `reuse_L` (EOR per layer), `load_LE` (how
+    often each expert was chosen) and `hits_C` (LRU hit rate per entry of `cache_slots`) are for the record.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    reuse_L: Tensor
+    load_LE: Tensor
+    hits_C: Tensor
+
+
+def objective(
+    args: ObjectiveArguments,
+    *,
+    logits_BSV: Tensor,
+    routings: Sequence[Routing],
+    batch: Batch,
+    count: Mapping[str, Tensor],
+    step: int,
+) -> Objective:
+    """The objective of one micro-batch, every term divided by the **global** `count` of its items; `step` is 0-based."""
+    layers = [_layer_terms(args, routing, batch, count) for routing in routings]
+    terms = {key: torch.stack([layer[key] for layer in layers]).mean() for key in layers[0]}
+    terms["loss"] = losses.cross_entropy_sum(logits_BSV, batch.labels_BS) / at_least_one(count["tokens"])
+    reuse_ramp, consistency_ramp = ramp(step, args.reuse_warmup_steps), ramp(step, args.consistency_warmup_steps)
+    weights = {
+        "loss": 1.0,
+        "trust_kl": args.router_kl_coef,
+        "reuse_loss": reuse_ramp * _value(args.reuse_coef),
+        "smooth_loss": consistency_ramp * _value(args.smooth_coef),
+        "lag_loss": consistency_ramp * _value(args.lag_coef),
+        "working_set_loss": consistency_ramp * _value(args.working_set_coef),
+        "load_balance_loss": args.router_aux_loss_coef,
+    }
+    total = torch.stack([_value(weights[key]) * terms[key] for key in terms if weights[key]]).sum()
+    hits = [_hit_rates(args, routing, batch, count) for routing in routings]
+    return Objective(
+        loss=total,
+        terms={key: value.detach() for key, value in terms.items()},
+        reuse_L=torch.stack([_reuse_rate(routing, batch, count) for routing in routings]),
+        load_LE=torch.stack([_load(routing, batch) for routing in routings]),
+        hits_C=torch.stack(hits).mean(0),
+    )
+
+
+def _layer_terms(
+    args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    documents, n_experts, top_k = batch.document_ids_BS, routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
+    log_probs = routing.logits_BSE.log_softmax(-1)
+    probs = log_probs.exp()
+    if args.rewards_cache:
+        reusable = [losses.lru_content(routing.ids_BSK, documents, n_experts, slots) for slots in args.cache_slots]
+    else:
+        reusable = [losses.previous_choice(routing.ids_BSK, documents, n_experts)]
+    reuse = [losses.reuse_loss_sum(probs, held, documents, top_k) for held in reusable]
+    fitting = [lag for lag in args.lags if count[f"pairs_{lag}"] > 0]
+    lagged = [losses.symmetric_kl_sum(log_probs, documents, lag) / count[f"pairs_{lag}"] for lag in fitting]
+    terms = {
+        "reuse_loss": torch.stack(reuse).mean() / at_least_one(count["sequences"]),
+        "smooth_loss": losses.symmetric_kl_sum(log_probs, documents, 1) / at_least_one(count["pairs_1"]),
+        "lag_loss": torch.stack(lagged).mean() if lagged else probs.new_zeros(()),
+        "working_set_loss": losses.working_set_sum(probs, documents, args.working_set_window)
+        / at_least_one(count["windows"]),
+    }
+    if routing.reference_logits_BSE is not None:
+        reference = routing.reference_logits_BSE.log_softmax(-1)
+        terms["trust_kl"] = losses.trust_kl_sum(log_probs, reference, documents) / at_least_one(count["positions"])
+    if args.router_aux_loss_coef:
+        terms["load_balance_loss"] = losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(
+            count["positions"]
+        )
+    return {key: value.float() for key, value in terms.items()}
+
+
+@torch.no_grad()
+def _reuse_rate(routing: Routing, batch: Batch, count: Mapping[str, Tensor]) -> Tensor:
+    """EOR: share of a token's experts that the token before it used too (hard choices)."""
+    n_experts, top_k = routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
+    held = losses.previous_choice(routing.ids_BSK, batch.document_ids_BS, n_experts)
+    return held.gather(-1, routing.ids_BSK).sum() / (top_k * at_least_one(count["pairs_1"]))
+
+
+@torch.no_grad()
+def _hit_rates(args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor]) -> Tensor:
+    """Hit rate of a per-layer LRU that starts cold with every sequence, for each of `cache_slots`; empty if unused."""
+    n_experts, top_k = routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
+    slots = args.cache_slots if args.rewards_cache else []
+    held = [losses.lru_content(routing.ids_BSK, batch.document_ids_BS, n_experts, n) for n in slots]
+    hits = [content.gather(-1, routing.ids_BSK).sum().double() for content in held]
+    return torch.stack([*hits, torch.zeros((), dtype=torch.double, device=routing.ids_BSK.device)])[:-1] / (
+        top_k * at_least_one(count["positions"])
+    )
+
+
+@torch.no_grad()
+def _load(routing: Routing, batch: Batch) -> Tensor:
+    ids = routing.ids_BSK[batch.document_ids_BS >= 0]
+    return torch.bincount(ids.flatten(), minlength=routing.logits_BSE.shape[-1]).double()
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    return count.clamp(min=1)
+
+
+def _value(coefficient: float | None) -> float:
+    assert coefficient is not None, "presets fill every coefficient in"
+    return coefficient

@@ -1,0 +1,107 @@
+"""The routers seam: find every router of a mixture-of-experts model and observe what it does in a forward pass.
+
+Found through transformers' own interface (`_can_record_outputs["router_logits"]` names the router class), never by a
+list of families. Losses, traces and metrics all eat `Routing`. Letters: B batch, S sequence, E experts, K chosen,
+D hidden.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+
+
+class Routing(NamedTuple):
+    """What one layer's router did.
+
+    Attributes:
+        logits_BSE: router scores before the softmax, float32, with gradient.
+        weights_BSK: mixing weights of the chosen experts, heaviest first.
+        ids_BSK: the chosen experts, in the order of `weights_BSK`.
+        reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
+    """
+
+    logits_BSE: Tensor
+    weights_BSK: Tensor
+    ids_BSK: Tensor
+    reference_logits_BSE: Tensor | None = None
+
+
+def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Module name -> router of every MoE layer, in layer order.
+
+    Raises:
+        UserError: the model has no routers, or scores experts in a way that is not supported yet.
+    """
+    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    router_class = getattr(recorded, "target_class", recorded)
+    found = {name: m for name, m in model.named_modules() if router_class is not None and isinstance(m, router_class)}
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "
+            "transformers records as router_logits; give a mixture-of-experts model such as OLMoE or Qwen2-MoE"
+        )
+    if getattr(model.config, "scoring_func", "softmax") != "softmax" or any(
+        "e_score_correction_bias" in dict(m.named_buffers()) | dict(m.named_parameters()) for m in found.values()
+    ):
+        raise UserError(f"{type(model).__name__} scores experts with a sigmoid or a correction bias: not supported yet")
+    return found
+
+
+def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameter name -> gate weight (and bias, where a family has one) of every router."""
+    return {
+        f"{name}.{parameter_name}": parameter
+        for name, router in find_routers(model).items()
+        for parameter_name, parameter in router.named_parameters()
+    }
+
+
+class RouterObserver:
+    """Records every router's output while `recording()`; outside of it the hooks do nothing.
+
+    Recomputation under gradient checkpointing happens in the backward pass, outside `recording()`, and is not seen.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
+        self.names = list(find_routers(model))
+        self._recorded: dict[str, Routing] | None = None
+        self._batch_shape = (0, 0)
+        self._handles = []
+        for name, router in find_routers(model).items():
+            reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
+            self._handles.append(router.register_forward_hook(self._hook(name, reference)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self, batch_size: int, sequence_length: int) -> Iterator[list[Routing]]:
+        """The list that is yielded is filled, in layer order, when the block ends."""
+        routings: list[Routing] = []
+        self._recorded, self._batch_shape = {}, (batch_size, sequence_length)
+        try:
+            yield routings
+            routings += [self._recorded[name] for name in self.names]
+        finally:
+            self._recorded = None
+
+    def _hook(self, name: str, reference: nn.Module | None) -> Any:
+        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+            if self._recorded is None:
+                return
+            logits, weights, ids = (tensor.reshape(*self._batch_shape, -1) for tensor in output)
+            reference_logits = None
+            if reference is not None:
+                with torch.no_grad():
+                    reference_logits = reference(*inputs)[0].reshape(*self._batch_shape, -1).float()
+            self._recorded[name] = Routing(logits.float(), weights, ids, reference_logits)
+
+        return hook

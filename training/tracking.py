@@ -1,0 +1,94 @@
+"""Where a run's numbers go: `metrics.jsonl` always, Weights & Biases as a copy of it, a progress bar for the person.
+
+Rank 0 only. `metrics.jsonl` is the truth; on resume it is cut back to the checkpoint, so that it never holds a step twice.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+Metrics = Mapping[str, float | int]
+
+
+class Tracker:
+    """Writes one JSON line a logged step; `global_step` is how many optimizer steps were done."""
+
+    def __init__(
+        self, run_dir: Path, *, run_name: str, report_to: str, config: Mapping[str, Any], max_steps: int, step: int,
+        wandb_id: str | None, active: bool,
+    ) -> None:  # fmt: skip
+        self.path = run_dir / "metrics.jsonl"
+        self.wandb_run: Any = None
+        self._file: Any = None
+        self._bar = tqdm(total=max_steps, initial=step, disable=not active, desc=run_name, unit="step", leave=True)
+        if not active:
+            return
+        _cut_back(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if report_to == "wandb":
+            self.wandb_run = _start_wandb(run_dir, run_name=run_name, config=config, run_id=wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return None if self.wandb_run is None else str(self.wandb_run.id)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"train/global_step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self.wandb_run is not None:
+            self.wandb_run.log(dict(metrics), step=step)
+
+    def advance(self, step: int, metrics: Metrics) -> None:
+        """Move the bar; it shows loss, reuse rate and the time left."""
+        self._bar.set_postfix(
+            {"loss": f"{metrics['train/loss']:.4f}", "reuse": f"{metrics['moe/reuse_rate_mean']:.3f}"}, refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+
+    def flush(self) -> None:
+        """Bring every line to disk, before a checkpoint that counts on them."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._file is not None:
+            self._file.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(quiet=True)
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop every line after `step`, and a last line that was cut off by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["train/global_step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _start_wandb(run_dir: Path, *, run_name: str, config: Mapping[str, Any], run_id: str | None) -> Any:
+    """Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run."""
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.Api().api_key else "offline")
+    run = wandb.init(
+        project="remoe", name=run_name, dir=run_dir, config=dict(config), mode=mode, id=run_id, resume="allow"
+    )
+    if mode == "offline":
+        print(f"W&B runs offline; upload it later with: wandb sync {Path(run.dir).parent}")
+    return run

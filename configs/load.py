@@ -5,6 +5,7 @@ write instead. What a key means is documented beside the code that reads it, in 
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -32,8 +33,11 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} has no '='; write it as key=value, for example max_steps=100")
-        resolved = _merge(resolved, OmegaConf.from_dotlist([override]), source=f"override {override!r}")
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(resolved))
+        resolved = _merge(resolved, _read_override(override), source=f"override {override!r}")
+    try:
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(resolved))
+    except OmegaConfBaseException as error:  # a ${reference} to nothing
+        raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
     if missing:
         raise UserError(f"{path or schema.__name__}: no value for {', '.join(missing)}; set it in the YAML or as key=value")
     try:
@@ -46,7 +50,14 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
 
 def dump(config: Any, path: str | Path) -> None:
     """Write a resolved config dataclass as YAML; loading it again gives an equal config."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    write_whole(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file aside and rename it: a process killed at any moment leaves the old text or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -62,7 +73,17 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
-    return OmegaConf.create(content)
+    try:
+        return OmegaConf.create(content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+
+
+def _read_override(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {override!r} is not valid YAML: {_first_line(error)}") from error
 
 
 def _merge(base: DictConfig, layer: DictConfig, *, source: str) -> DictConfig:

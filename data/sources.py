@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
@@ -49,7 +50,10 @@ def training_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> I
 
 
 def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # not splitlines(): JSON strings may hold U+2028 and other characters that Python takes for line ends
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -74,7 +78,21 @@ def _text_of(row: Any, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str
     if isinstance(row, dict) and row.get("messages"):
         messages = row["messages"]
     elif isinstance(row, dict) and row.get("conversations"):
-        messages = [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+        messages = [_from_sharegpt(turn, where=where) for turn in row["conversations"]]
     else:
         raise UserError(f"{where}: needs a field text, messages (role, content) or conversations (from, value)")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (ValueError, TypeError, TemplateError) as error:
+        raise UserError(
+            f"{where}: the chat cannot be written as text ({error}); give a tokenizer with a chat_template, or a field "
+            "text"
+        ) from error
+
+
+def _from_sharegpt(turn: Any, *, where: str) -> dict[str, str]:
+    try:
+        return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+    except (KeyError, TypeError) as error:
+        roles = ", ".join(SHAREGPT_ROLES)
+        raise UserError(f"{where}: a turn of conversations needs from (one of {roles}) and value") from error

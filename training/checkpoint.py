@@ -54,7 +54,8 @@ def save(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(aside, final)
     _flush(run_dir)
-    for old in _checkpoints(run_dir)[:-keep]:
+    others = [path for path in _checkpoints(run_dir) if path != final]  # one from a later step may lie there
+    for old in others[: len(others) - (keep - 1)]:
         shutil.rmtree(old)
     return final
 
@@ -77,7 +78,15 @@ def find(run_dir: Path, resume_from: str | None) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    """Everything that is not a tensor.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before") from error
 
 
 def load(checkpoint: Path, *, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

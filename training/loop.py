@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from configs.load import UserError, dump, load
+from configs.load import UserError, dump, load, write_whole
 from data.batches import Batch, DataArguments, PackedRows, tokenize
 from data.sources import training_texts
 from training import checkpoint, proof, router_delta
@@ -230,12 +231,22 @@ def finish(run: Run) -> Path:
         if run.args.trainable == "routers":
             _save_delta(run, result)
         else:
-            run.model.to(torch.bfloat16).save_pretrained(result)
-            run.tokenizer.save_pretrained(result)
+            _save_model(run, result)
         print(f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return result
+
+
+def _save_model(run: Run, folder: Path) -> None:
+    try:
+        run.model.to(torch.bfloat16).save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are whole; "
+            "free some space and start again with resume_from_checkpoint=auto"
+        ) from error
 
 
 def _save_delta(run: Run, folder: Path) -> None:
@@ -279,12 +290,13 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
 
 
 def _clip(run: Run) -> float:
+    # looked for before clipping, which would spread one NaN over every gradient
+    bad = [name for name, p in run.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
     norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm))
-    if not math.isfinite(norm):
-        bad = next(name for name, p in run.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all())
+    if bad or not math.isfinite(norm):
         raise UserError(
-            f"gradient of {bad} is not finite at step {run.step + 1}: stopped before the step. Lower learning_rate; "
-            "resume_from_checkpoint=auto goes on from the last save"
+            f"gradient of {bad[0] if bad else 'all tensors together'} is not finite at step {run.step + 1}: stopped before "
+            "the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
         )
     return norm
 
@@ -329,13 +341,15 @@ def _sum_over_processes(accelerator: Accelerator, tensors: Mapping[str, Tensor])
 def _resume(run: Run, path: Path) -> None:
     state = checkpoint.load_state(path)
     for key, now in (("rows_per_step", run.rows_per_step), ("frozen_sha256", run.frozen_sha256)):
-        if state[key] != now:
+        if state.get(key) != now:
             raise UserError(
-                f"{path} was written with {key}={state[key]}, this run has {now}: the result would not be that of one run. "
+                f"{path} was written with {key}={state.get(key)}, this run has {now}: the result would not be that of one run. "
                 "Restore what changed, or write another output_dir"
             )
     checkpoint.load(path, trained=run.trained, optimizer=run.optimizer)
     run.scheduler.load_state_dict(state["scheduler"])
+    for group, learning_rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
+        group["lr"] = learning_rate  # a scheduler's load_state_dict leaves the optimizer's rate as it was
     run.step, run.num_tokens, run.wandb_id = state["global_step"], state["num_tokens"], state["wandb_id"]
     run.accelerator.print(f"{run.args.run_name}: resumed from {path}")
 
@@ -349,9 +363,9 @@ def _check_output_dir(args: TrainArguments, out: Path, resume_from: Path | None)
             f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to go on with it, or another output_dir"
         )
     before = asdict(load(TrainArguments, out / "config.yaml"))
-    changed = {key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value}
+    changed = [key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value]
     if resume_from is not None and changed:
-        key = sorted(changed)[0]
+        key = changed[0]  # the objective stands before the coefficients that it sets
         raise UserError(
             f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
             f"run. Write {key}={before[key]}, or another output_dir"
@@ -370,4 +384,4 @@ def code_commit() -> str | None:
 
 def _update_json(path: Path, values: Mapping[str, Any]) -> None:
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    path.write_text(json.dumps({**known, **values}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps({**known, **values}, indent=2) + "\n")

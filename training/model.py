@@ -72,7 +72,7 @@ def build_model(args: ModelArguments, *, seed: int) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name), dtype=torch.float32)
         find_routers(model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.trainable == "routers":
         model.requires_grad_(False)
         for parameter in router_parameters(model).values():

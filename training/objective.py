@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from configs.load import UserError
 from data.batches import Batch
 from training import losses
 from training.routers import Routing
@@ -99,6 +100,7 @@ def objective(
     step: int,
 ) -> Objective:
     """The objective of one micro-batch, every term divided by the **global** `count` of its items; `step` is 0-based."""
+    _check_slots(args, top_k=max(routing.ids_BSK.shape[-1] for routing in routings))
     layers = [_layer_terms(args, routing, batch, count) for routing in routings]
     terms = {key: torch.stack([layer[key] for layer in layers]).mean() for key in layers[0]}
     terms["loss"] = losses.cross_entropy_sum(logits_BSV, batch.labels_BS) / at_least_one(count["tokens"])
@@ -121,6 +123,14 @@ def objective(
         load_LE=torch.stack([_load(routing, batch) for routing in routings]),
         hits_C=torch.stack(hits).mean(0),
     )
+
+
+def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
+    if args.rewards_cache and min(args.cache_slots) < top_k:
+        raise UserError(
+            f"cache_slots={list(args.cache_slots)}: a cache of {min(args.cache_slots)} experts cannot hold the {top_k} "
+            f"that one token uses in a layer; write at least {top_k}"
+        )
 
 
 def _layer_terms(

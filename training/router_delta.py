@@ -6,6 +6,8 @@ base they belong to: name and SHA-256 over the base checkpoint's frozen tensors 
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,14 @@ def checkpoint_sha256(model_dir: str | Path, routers: Collection[str]) -> str:
 def save(
     folder: str | Path, routers: Mapping[str, Tensor], *, base_model: str, base_sha256: str, about: Mapping[str, Any]
 ) -> None:
-    """Write a delta folder; `about` (objective, coefficients, metrics, commit ...) goes into the JSON as it is."""
+    """Write a delta folder, aside first; `about` (objective, coefficients, metrics ...) goes into the JSON as it is.
+
+    Raises:
+        UserError: the disk is full; a delta that was there before is left as it was.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(folder.name + ".tmp")
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in routers.items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     description = {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
@@ -61,7 +66,19 @@ def save(
         "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
         **about,
     }
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_file(weights, aside / WEIGHTS, metadata={"format": "pt"})
+        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"router delta {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are "
+            "whole; free some space and start again with resume_from_checkpoint=auto"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

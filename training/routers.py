@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
     Attributes:
         logits_BSE: router scores before the softmax, float32, with gradient.
-        weights_BSK: mixing weights of the chosen experts, heaviest first.
+        weights_BSK: mixing weights of the chosen experts, heaviest first, no gradient.
         ids_BSK: the chosen experts, in the order of `weights_BSK`.
         reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
     """
@@ -98,10 +98,12 @@ class RouterObserver:
             if self._recorded is None:
                 return
             logits, weights, ids = (tensor.reshape(*self._batch_shape, -1) for tensor in output)
+            # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
+            weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
             reference_logits = None
             if reference is not None:
                 with torch.no_grad():
                     reference_logits = reference(*inputs)[0].reshape(*self._batch_shape, -1).float()
-            self._recorded[name] = Routing(logits.float(), weights, ids, reference_logits)
+            self._recorded[name] = Routing(logits.float(), weights, ids.gather(-1, order), reference_logits)
 
         return hook

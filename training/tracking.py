@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from configs.load import write_whole
+
 Metrics = Mapping[str, float | int]
 
 
@@ -76,16 +78,14 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 def _start_wandb(run_dir: Path, *, run_name: str, config: Mapping[str, Any], run_id: str | None) -> Any:
     """Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.Api().api_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     run = wandb.init(
         project="remoe", name=run_name, dir=run_dir, config=dict(config), mode=mode, id=run_id, resume="allow"
     )

@@ -4,14 +4,14 @@ Also the module that `accelerate launch -m training.train CONFIG key=value ...` 
 """
 
 import argparse
-import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.command import run
-from configs.load import UserError, load
+from configs.load import UserError, dump, load
 from training.loop import TrainArguments, train
 
 EXAMPLE = """examples:
@@ -33,18 +33,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
     parser.add_argument("--accelerate-config", metavar="YAML", help="start with accelerate, for example on several processes")
     args = parser.parse_args(argv)
-    if args.accelerate_config is None:
-        train(load(TrainArguments, args.config, args.overrides))
-    else:
-        load(TrainArguments, args.config, args.overrides)  # a mistake should be told once, not by every process
-        _launch(args.accelerate_config, [args.config, *args.overrides])
+    launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config)
 
 
-def _launch(accelerate_config: str, arguments: Sequence[str]) -> None:
+def launch_training(training: TrainArguments, accelerate_config: str | None) -> None:
+    """Train in this process, or in those that an accelerate YAML describes.
+
+    Raises:
+        UserError: the YAML is missing, or training failed (its own message was printed before).
+    """
+    if accelerate_config is None:
+        train(training)
+        return
     if not Path(accelerate_config).is_file():
         raise UserError(f"accelerate config {accelerate_config} does not exist; shipped ones are under configs/accelerate/")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
-    code = subprocess.run([*command, "-m", "training.train", *arguments], env=os.environ, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        dump(training, resolved)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
+        code = subprocess.run([*command, "-m", "training.train", str(resolved)], check=False).returncode
     if code != 0:
         raise UserError(f"training under {accelerate_config} ended with exit code {code}; its own message is above")
 

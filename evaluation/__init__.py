@@ -1,0 +1,1 @@
+"""Quality, reuse, traces, replay, decode under a budget, report."""

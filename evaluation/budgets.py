@@ -1,0 +1,110 @@
+"""The decode part of the evaluation: real prompts on the paged engine at several expert-cache budgets.
+
+Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from evaluation.engine import load
+from evaluation.engine.accounting import peak_rss_bytes
+from evaluation.engine.decoding import DecodeResult, decode
+from training import router_delta
+from training.model import load_pretrained
+
+
+@dataclass
+class DecodeArguments:
+    """What is decoded, and under which budgets."""
+
+    demands: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])  # cache sizes in one token's demands
+    prompts_per_domain: int = 2  # of the test split
+    prompt_tokens: int = 64
+    max_new_tokens: int = 32
+    cache_policy: str = "lru"
+    cache_scope: str = "global"
+    dtype: str = "auto"  # as stored, or float32 or bfloat16
+
+
+def decode_at_budgets(
+    model_dir: str, weights: Mapping[str, Tensor] | None, prompts: Sequence[np.ndarray], args: DecodeArguments, *, name: str
+) -> list[dict[str, Any]]:
+    """Decode every prompt greedily, cold, at every budget; one row of measurements a budget.
+
+    `tokens_equal_resident` says whether the tokens were those of the same model with all experts in memory.
+    """
+    reference = _resident_tokens(model_dir, weights, prompts, args)
+    rows = []
+    for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):
+        with load(model_dir, expert_cache=_cache_bytes(model_dir, demands, args), router_delta=weights, dtype=args.dtype,
+                  cache_policy=args.cache_policy, cache_scope=args.cache_scope) as (model, engine):  # fmt: skip
+            results = [decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts]
+            row = {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "token_demand_bytes": engine.token_demand_bytes}
+        rows.append({**row, **_measured(results), "tokens_equal_resident": [r.token_ids for r in results] == reference})
+    return rows
+
+
+def expert_sizes(model_dir: str, *, dtype: str = "auto") -> dict[str, int]:
+    """`expert_bytes` on disk and `token_demand_bytes` in the cache."""
+    with load(model_dir, expert_cache="100%", dtype=dtype) as (_, engine):
+        return {"expert_bytes": engine.expert_bytes, "token_demand_bytes": engine.token_demand_bytes}
+
+
+def _cache_bytes(model_dir: str, demands: float, args: DecodeArguments) -> int:
+    return int(demands * expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"])
+
+
+def _resident_tokens(
+    model_dir: str, weights: Mapping[str, Tensor] | None, prompts: Sequence[np.ndarray], args: DecodeArguments
+) -> list[list[int]]:
+    model = load_pretrained(model_dir, dtype=args.dtype)
+    if weights is not None:
+        router_delta.apply(model, weights)
+    return [_greedy(model, prompt, args.max_new_tokens) for prompt in prompts]
+
+
+def _greedy(model: PreTrainedModel, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
+    ids_BS = torch.from_numpy(prompt.astype(np.int64)).unsqueeze(0)
+    generate: Any = model.generate
+    out_BS = generate(
+        input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+    )
+    return [int(token) for token in out_BS[0, len(prompt) :]]
+
+
+def _measured(results: Sequence[DecodeResult]) -> dict[str, Any]:
+    """Sums of counters, means of times; names as in vLLM where it has one."""
+    hits = {
+        phase: _ratio(
+            sum(r.stats.accesses_by_phase[phase] - r.stats.misses_by_phase[phase] for r in results),
+            sum(r.stats.accesses_by_phase[phase] for r in results),
+        )
+        for phase in ("prefill", "decode")
+    }
+    decoded = sum(r.stats.tokens["decode"] for r in results)
+    return {
+        "hit_rate": hits,
+        "bytes_read_per_token": _ratio(sum(r.stats.bytes_read_by_phase["decode"] for r in results), decoded),
+        "mean_ttft_ms": _mean([r.timing.ttft_ms for r in results]),
+        "mean_tpot_ms": _mean([r.timing.tpot_ms for r in results]),
+        "output_throughput": _mean([r.timing.output_throughput for r in results]),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "n_prompts": len(results),
+        "n_tokens": sum(len(r.token_ids) for r in results),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,0 +1,96 @@
+"""How many slots a budget buys: sizes as people write them, the smallest that works, and the cliff to warn about."""
+
+import logging
+import re
+from dataclasses import dataclass
+
+from configs.load import UserError
+
+UNIT_BYTES = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decoding asks of an expert cache."""
+
+    layers: int  # MoE layers
+    num_experts: int  # per layer
+    top_k: int
+    slot_bytes: int  # one expert in compute precision, aligned
+
+    @property
+    def token_experts(self) -> int:
+        """Experts that one token uses in all layers."""
+        return self.layers * self.top_k
+
+    @property
+    def all_experts(self) -> int:
+        return self.layers * self.num_experts
+
+
+def parse_size(text: int | str, *, whole_bytes: int) -> int:
+    """Bytes from an int, `512KiB`, `2MiB`, `1.5GiB`, or `25%` of `whole_bytes`.
+
+    Raises:
+        UserError: anything else, zero or less, more than 100 %.
+    """
+    match = SIZE.fullmatch(str(text).strip())
+    if match is None or match["unit"] not in (*UNIT_BYTES, "%"):
+        raise UserError(
+            f"expert cache size {text!r} is not understood; write bytes as 2097152, 512KiB, 2MiB or 8GiB, "
+            "or a share of all expert bytes as 25%"
+        )
+    number = float(match["number"])
+    size_bytes = whole_bytes * number / 100 if match["unit"] == "%" else number * UNIT_BYTES[match["unit"]]
+    if match["unit"] == "%" and number > 100:
+        raise UserError(f"expert cache size {text!r} is more than all experts; write at most 100%")
+    return int(size_bytes)
+
+
+def slots_for(budget_bytes: int, demand: Demand, *, scope: str) -> int:
+    """Slots of the one pool (`global`) or of each layer's pool (`per_layer`), never more than there are experts.
+
+    Raises:
+        UserError: less than the `top_k` slots that one token needs at once; names the smallest budget that works.
+    """
+    pools = 1 if scope == "global" else demand.layers
+    slots = min(budget_bytes // demand.slot_bytes // pools, demand.all_experts // pools)
+    if slots < demand.top_k:
+        smallest_bytes = demand.top_k * pools * demand.slot_bytes
+        raise UserError(
+            f"an expert cache of {budget_bytes} bytes is too small: a token uses {demand.top_k} experts of a layer at "
+            f"once, {demand.slot_bytes} bytes each, and there {'is one pool' if pools == 1 else f'are {pools} pools'}; "
+            f"the smallest that works is {smallest_bytes} bytes ({readable(smallest_bytes)})"
+        )
+    return slots
+
+
+def warn_below_cliff(slots: int, demand: Demand, *, scope: str, policy: str) -> None:
+    """Log, once per load, that a global recency cache below one token's demand is of no use while decoding.
+
+    Between two uses of an expert the other layers bring (layers - 1) x top_k experts: up to that size nothing survives;
+    from there to the whole demand only some of the heaviest experts do.
+    """
+    if scope == "global" and policy in ("lru", "fifo") and slots < demand.token_experts:
+        never = slots <= (demand.layers - 1) * demand.top_k
+        logger.warning(
+            "the expert cache holds %d experts, one token uses %d in all layers: a global %s cache of that size hits "
+            "%s while decoding one token at a time; give it at least %s, or another policy or scope",
+            slots,
+            demand.token_experts,
+            policy,
+            "nothing" if never else "little",
+            readable(demand.token_experts * demand.slot_bytes),
+        )
+
+
+def readable(size_bytes: int) -> str:
+    """Bytes in a unit that leaves at least one, rounded up to a tenth: what is printed is never too little."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if size_bytes >= UNIT_BYTES[unit]:
+            tenths = -(-size_bytes * 10 // UNIT_BYTES[unit])
+            return f"{tenths // 10}.{tenths % 10}{unit}" if tenths % 10 else f"{tenths // 10}{unit}"
+    return f"{size_bytes}B"

@@ -1,0 +1,241 @@
+"""`remoe evaluate`: quality, routing, cache replay and decode of a base model and of router deltas for it.
+
+`evaluate` is what `remoe run` calls too: one results dictionary, whose layout `evaluation/report.py` shows.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.command import run
+from configs.load import UserError, load
+from data.batches import tokenize
+from data.corpus import DOMAINS, read_corpus
+from evaluation.budgets import DecodeArguments, decode_at_budgets, expert_sizes
+from evaluation.engine.output import write_json
+from evaluation.engine.replay import replay, requests_of
+from evaluation.machine import machine_facts
+from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
+from evaluation.report import write_report
+from evaluation.reuse import routing_summary
+from evaluation.trace import teacher_forced_trace
+from training import router_delta
+from training.loop import code_commit
+from training.model import load_pretrained, load_tokenizer
+from training.routers import find_routers
+
+EXAMPLE = """example:
+  remoe evaluate --model data/embedded/model --router-delta runs/tiny/router_delta \\
+      --config configs/evaluation/tiny.yaml --output runs/tiny/evaluation
+"""
+
+
+@dataclass
+class RoutingArguments:
+    """The text whose routing is traced, teacher-forced."""
+
+    split: str = "test"  # of the shipped corpus
+    domains: list[str] = field(default_factory=lambda: list(DOMAINS))
+    requests_per_domain: int = 24
+    max_length: int = 256  # tokens of a request; the replay starts cold with each
+
+
+@dataclass
+class ReplayArguments:
+    """Which caches are simulated on the trace."""
+
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "fifo", "belady"])
+    cache_scope: str = "per_layer"
+    slots: list[int] = field(default_factory=lambda: [4, 6, 8, 12, 16, 24, 32])
+
+
+@dataclass
+class EvaluationArguments:
+    """`remoe evaluate`: what is measured."""
+
+    dtype: str = "auto"  # precision of quality and trace: as stored, or float32 or bfloat16
+    quality: QualityArguments = field(default_factory=QualityArguments)
+    routing: RoutingArguments = field(default_factory=RoutingArguments)
+    replay: ReplayArguments = field(default_factory=ReplayArguments)
+    decode: DecodeArguments = field(default_factory=DecodeArguments)
+
+
+@dataclass
+class Candidate:
+    """One trained run that is to be compared with the base."""
+
+    router_delta: Path
+    seed: int | None
+    history: list[dict[str, Any]]
+
+
+@dataclass
+class Arm:
+    """Runs of one objective that differ in their seed only."""
+
+    objective: str
+    coefficients: dict[str, Any]
+    candidates: list[Candidate]
+
+
+def evaluate(model_dir: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> dict[str, Any]:
+    """Measure the base and every candidate.
+
+    Raises:
+        UserError: see the parts; a delta that belongs to another base is found before anything is measured.
+    """
+    weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
+    tokenizer = load_tokenizer(model_dir)
+    base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")
+    results: dict[str, Any] = {"base": {"objective": None, "coefficients": {}, "runs": [base]}}
+    for name, arm in arms.items():
+        runs = []
+        for candidate in arm.candidates:
+            measured, scores = _measure(model_dir, weights[id(candidate)], tokenizer, args, name=name)
+            runs.append(
+                {**measured, "seed": candidate.seed, "history": candidate.history,
+                 "difference": differences(base_scores, scores)}
+            )  # fmt: skip
+        results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
+    return {"format_version": 1, "model": _model_facts(model_dir, args), "arms": results}
+
+
+def assemble(results: dict[str, Any], *, command: str, config: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Add what someone needs to measure the same again."""
+    reproduce = {
+        "command": command, "commit": code_commit(), "config": config, "machine": machine_facts(), "seconds": dict(seconds)
+    }  # fmt: skip
+    return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "reproduce": reproduce, **results}
+
+
+def write_results(results: dict[str, Any], output: Path) -> None:
+    """`results.json`, `report.md` and `report.html` in one folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "results.json", results)
+    write_report(results, output)
+
+
+def _measure(
+    model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
+    name: str,
+) -> tuple[dict[str, Any], dict[str, TaskScores]]:  # fmt: skip
+    model = load_pretrained(model_dir, dtype=args.dtype)
+    if weights is not None:
+        router_delta.apply(model, weights)
+    scores = run_tasks(model, tokenizer, args.quality)
+    routing, replays = _routing(model, tokenizer, args, name=name)
+    del model
+    prompts = _test_pieces(tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, "test")
+    measured = {
+        "seed": None,
+        "history": [],
+        "quality": summarize(scores),
+        "difference": None,
+        "routing": routing,
+        "replay": replays,
+        "decode": decode_at_budgets(model_dir, weights, prompts, args.decode, name=name),
+    }
+    return measured, scores
+
+
+def _routing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Summary of the teacher-forced trace, and its replay through every policy and size."""
+    routing = args.routing
+    pieces = _test_pieces(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
+    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
+    requests = requests_of(trace)
+    sizes = [slots for slots in args.replay.slots if trace.top_k <= slots <= trace.num_experts]
+    replays = [
+        replay(trace, policy=policy, cache_scope=args.replay.cache_scope, slots=slots, requests=requests)
+        for policy in args.replay.policies
+        for slots in sizes
+    ]
+    belady = {r.slots: r.misses for r in replays if r.policy == "belady"}
+    rows = [
+        {
+            "policy": r.policy, "cache_scope": r.cache_scope, "slots": r.slots, "accesses": r.accesses, "misses": r.misses,
+            "hit_rate": r.hit_rate, "first_touches": r.first_touches,
+            "misses_without_first_touches": r.misses - r.first_touches,
+            "misses_per_layer": [layer.misses for layer in r.by_layer],
+            "policy_regret": r.misses / belady[r.slots] if belady.get(r.slots) else None,
+        }
+        for r in replays
+    ]  # fmt: skip
+    return {**routing_summary(trace), "nll": nll}, rows
+
+
+def _test_pieces(
+    tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
+) -> list[np.ndarray]:
+    """The first `length` tokens of documents that have as many, `per_domain` of each domain, evenly over the split."""
+    pieces = []
+    for domain in domains:
+        documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
+        starts = [document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)]
+        if len(starts) < per_domain:
+            raise UserError(f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for")
+        pieces += [starts[index * len(starts) // per_domain] for index in range(per_domain)]
+    return pieces
+
+
+def _model_facts(model_dir: str, args: EvaluationArguments) -> dict[str, Any]:
+    model = load_pretrained(model_dir)
+    router = next(iter(find_routers(model).values()))
+    return {
+        "name": model_dir, "n_parameters": model.num_parameters(), "layers": len(find_routers(model)),
+        "experts": int(router.num_experts), "top_k": int(router.top_k), "dtype": str(model.dtype).removeprefix("torch."),
+        **expert_sizes(model_dir, dtype=args.decode.dtype),
+    }  # fmt: skip
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; empty if there is none."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="remoe evaluate", description="Measure a base model, and a router delta against it.", epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the base model")
+    parser.add_argument("--router-delta", metavar="DIR", help="what training wrote; left out: the base alone")
+    parser.add_argument("--config", required=True, metavar="YAML", help="what is measured; see configs/evaluation/")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, report.md, report.html")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
+    args = parser.parse_args(argv)
+    config = load(EvaluationArguments, args.config, args.overrides)
+    arms = {}
+    if args.router_delta is not None:
+        about = router_delta.describe(args.router_delta)
+        candidate = Candidate(
+            Path(args.router_delta), about["config"]["seed"], read_history(Path(args.router_delta).parent)
+        )
+        arms[about["objective"]] = Arm(about["objective"], coefficients(about["config"]), [candidate])
+    started = time.perf_counter()
+    results = evaluate(args.model, arms, config)
+    command = f"remoe evaluate {' '.join(argv if argv is not None else sys.argv[1:])}"
+    seconds = {"evaluate": time.perf_counter() - started}
+    write_results(assemble(results, command=command, config=asdict(config), seconds=seconds), Path(args.output))
+    print(f"wrote {Path(args.output) / 'report.html'}, report.md and results.json")
+
+
+def coefficients(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a training config that says how strongly which term counts."""
+    return {key: value for key, value in config.items() if key.endswith("_coef")} | {"cache_slots": config["cache_slots"]}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

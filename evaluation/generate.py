@@ -1,0 +1,166 @@
+"""`remoe generate`: greedy text from a checkpoint whose experts stay on disk, with everything measured."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from configs.command import run
+from configs.load import UserError
+from evaluation.engine import load
+from evaluation.engine.accounting import peak_rss_bytes
+from evaluation.engine.decoding import DecodeResult, decode
+from evaluation.engine.engine import Engine
+from evaluation.engine.output import prepare, write_json
+from training.router_delta import load_for
+
+EXAMPLE = """example:
+  remoe generate --model data/embedded/model --expert-cache 2MiB --prompt "The sea was" --max-new-tokens 64 \\
+      --output generated.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, load, decode one prompt, write the JSON and the trace, print the text and a table."""
+    arguments = _parser().parse_args(argv)
+    output = prepare(arguments.output) if arguments.output else None
+    trace_path = prepare(arguments.route_trace) if arguments.route_trace else None
+    prompt = _prompt(arguments)
+    torch.manual_seed(arguments.seed)
+    transformers.utils.logging.disable_progress_bar()
+    with load(
+        arguments.model,
+        arguments.expert_cache,
+        router_delta=load_for(arguments.model, arguments.router_delta) if arguments.router_delta else None,
+        cache_policy=arguments.cache_policy,
+        cache_scope=arguments.cache_scope,
+        dtype=arguments.dtype,
+        record_trace=trace_path is not None,
+    ) as (model, engine):
+        tokenizer = _tokenizer(arguments.model)
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        if not prompt_ids:
+            raise UserError(
+                f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?"
+            )
+        result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=arguments.max_new_tokens)
+        text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
+        report = {**result_json(result, engine), "text": text, "config": _resolved(arguments, engine, model)}
+        if trace_path:
+            engine.trace().save(trace_path)
+    if output:
+        write_json(output, report)
+    _print(report)
+
+
+def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
+    """What one decode did, under the names of the report; None is what was not measured."""
+    stats, timing = result.stats, result.timing
+    return {
+        "token_ids": result.token_ids,
+        "accesses": stats.accesses,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "first_touches": stats.first_touches,
+        "hit_rate": stats.hit_rate,
+        "bytes_read": stats.bytes_read,
+        "bytes_read_per_token": stats.bytes_read_per_token,
+        "token_demand_bytes": engine.token_demand_bytes,
+        "stall_seconds": stats.stall_seconds,
+        "mean_ttft_ms": timing.ttft_ms,
+        "mean_tpot_ms": timing.tpot_ms,
+        "itl_ms": timing.itl_ms,
+        "output_throughput": timing.output_throughput,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict[str, Any]:
+    """Every flag as given, and what became of it."""
+    return {
+        **vars(arguments),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "expert_cache_bytes": engine.pool_bytes,
+        "slots": engine.cache.total_slots,
+        **asdict(engine.demand),
+        "expert_bytes": engine.expert_bytes,
+        "model_type": model.config.model_type,
+        "attn_implementation": model.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(Path(arguments.prompt_file))
+    if not prompt.strip():
+        raise UserError("the prompt is empty; write some text after --prompt or into the prompt file")
+    if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+        raise UserError("the prompt is not UTF-8 text; write it in UTF-8 or put it into a file saved as UTF-8")
+    return prompt
+
+
+def _read_prompt(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"prompt file {path} does not exist; name a text file, or give the text with --prompt")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def _tokenizer(model_dir: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model_dir} holds no tokenizer that can be read: {error}") from error
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    console.print(report["text"], markup=False, highlight=False)
+    table = Table(show_header=False)
+    for name in ("hit_rate", "bytes_read_per_token", "token_demand_bytes", "mean_ttft_ms", "mean_tpot_ms"):
+        table.add_row(name, str(report[name]))
+    table.add_row("output_throughput", str(report["output_throughput"]))
+    table.add_row("peak_rss_bytes", str(report["peak_rss_bytes"]))
+    console.print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remoe generate",
+        description="Greedy text from a mixture-of-experts checkpoint whose experts stay on disk: the tokens of plain "
+        "transformers, within the expert memory you give it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder with safetensors weights")
+    parser.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
+    parser.add_argument(
+        "--expert-cache", required=True, metavar="SIZE", help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file that holds the prompt")
+    parser.add_argument("--max-new-tokens", type=int, required=True, metavar="N", help="stop after N tokens")
+    parser.add_argument("--output", metavar="JSON", help="where to write tokens and measurements")
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
+    parser.add_argument("--cache-policy", default="lru", help="lru (default), fifo or lfu")
+    parser.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
+    parser.add_argument("--route-trace", metavar="PATH", help="write the routing of this run, for `remoe replay`")
+    parser.add_argument("--seed", type=int, default=0, help="seed of torch; greedy decoding itself draws nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

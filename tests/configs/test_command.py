@@ -1,0 +1,50 @@
+"""How a command ends: a code and at most one line."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from configs.command import run
+from configs.load import UserError
+
+
+def failing_with(error: BaseException) -> Callable[[Sequence[str] | None], None]:
+    def main(argv: Sequence[str] | None) -> None:
+        raise error
+
+    return main
+
+
+def test_success_is_code_0_and_the_arguments_arrive() -> None:
+    seen: list[Sequence[str] | None] = []
+    assert run(seen.append, ["a", "b"]) == 0
+    assert seen == [["a", "b"]]
+
+
+def test_a_users_mistake_is_code_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(failing_with(UserError("x=3 is wrong:\n  write   x=4"))) == 2
+    assert capsys.readouterr() == ("", "error: x=3 is wrong: write x=4\n")
+
+
+@pytest.mark.parametrize(("name", "where"), [(None, ""), ("runs/x/file", " while writing runs/x/file")])
+def test_a_full_disk_is_code_2_and_says_so(name: str | None, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+    assert run(failing_with(error)) == 2
+    assert capsys.readouterr().err.startswith(f"error: the disk is full{where}; free some space")
+
+
+def test_another_system_error_is_not_hidden() -> None:
+    with pytest.raises(PermissionError):
+        run(failing_with(PermissionError(errno.EACCES, "no")))
+
+
+def test_a_programming_error_is_not_hidden() -> None:
+    with pytest.raises(AssertionError, match="ours"):
+        run(failing_with(AssertionError("ours")))
+
+
+def test_an_interruption_is_code_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(failing_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"

@@ -1,0 +1,140 @@
+"""Text from local files, chats and data sets; a bad line is named with its file and number."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from configs.load import UserError
+from data.batches import DataArguments
+from data.corpus import read_corpus
+from data.sources import read_text, training_texts
+
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def chatting(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def texts(path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return list(training_texts(DataArguments(train_file=str(path)), tokenizer))
+
+
+def test_the_shipped_corpus_is_read_by_split_and_domain(tokenizer: PreTrainedTokenizerFast) -> None:
+    args = DataArguments(dataset_split="validation", domains=["code", "puzzles"])
+    expected = [document.text for document in read_corpus("validation", ["code", "puzzles"])]
+    assert list(training_texts(args, tokenizer)) == expected
+
+
+def test_paragraphs_of_a_text_file_are_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\nstill one\n\ntwo\n\n  \n\nthree\n", encoding="utf-8")
+    assert texts(path, tokenizer) == ["one\nstill one", "two", "three\n"]
+
+
+def test_a_jsonl_line_is_text_or_a_chat(tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
+    rows = [
+        {"text": "plain"},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}]},
+        {"conversations": [{"from": "gpt", "value": "a"}]},
+    ]
+    found = texts(write_lines(tmp_path / "a.jsonl", rows), chatting)
+    assert found == ["plain", "<user>hi<assistant>yes", "<system>s<user>q", "<assistant>a"]
+
+
+def test_line_ends_inside_a_json_string_do_not_end_the_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    assert texts(write_lines(tmp_path / "a.jsonl", rows), tokenizer) == ["a\u2028b\x85c", "d"]
+
+
+def test_blank_lines_of_a_jsonl_file_are_skipped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n\n  \n{"text": "b"}', encoding="utf-8")
+    assert texts(path, tokenizer) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ('{"text": 3}', "line 2: needs a field text, messages"),
+        ('{"other": "x"}', "line 2: needs a field text, messages"),
+        ('["text"]', "line 2: needs a field text, messages"),
+        ('{"messages": []}', "line 2: needs a field text, messages"),
+        ('{"conversations": [{"from": "robot", "value": "x"}]}', "line 2: a turn of conversations needs from"),
+        ('{"conversations": [{"value": "x"}]}', "line 2: a turn of conversations needs from"),
+        (
+            '{"conversations": ["x"]}',
+            "line 2: a turn of conversations needs from (one of human, gpt, system) and value",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "good"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"a.jsonl, {message}")):
+        texts(path, chatting)
+
+
+def test_a_chat_needs_a_tokenizer_with_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(UserError, match=r"line 1: the chat cannot be .*give a tokenizer with a chat_template"):
+        texts(path, tokenizer)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match=r"a\.csv must end in \.jsonl or \.txt"):
+        texts(tmp_path / "a.csv", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty; write some text into it"),
+        (b" \n\n", "is empty; write some text into it"),
+        (b"caf\xe9", "is not UTF-8 text (byte 3: "),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_an_unreadable_file_is_refused(
+    name: str, content: bytes | None, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        texts(tmp_path / name, tokenizer)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_text_is_read_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" grüße\n", encoding="utf-8")
+    assert read_text(tmp_path / "a.txt") == " grüße\n"
+
+
+def test_a_local_hugging_face_data_set_is_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "train.jsonl", [{"text": "a"}, {"text": "b"}])
+    args = DataArguments(dataset_name=str(tmp_path / "set"))
+    assert list(training_texts(args, tokenizer)) == ["a", "b"]
+
+
+def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    args = DataArguments(dataset_name=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"data set .*nowhere \(train\) cannot be loaded"):
+        list(training_texts(args, tokenizer))

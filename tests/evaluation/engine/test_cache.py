@@ -1,0 +1,220 @@
+"""The cache and its policies against a slow, plain simulation that shares no code with them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluation.engine.accounting import DECODE
+from evaluation.engine.cache import ExpertCache, Pool, event_order
+from evaluation.engine.policies import NEVER, ONLINE, Belady, Key, Policy
+
+PLAIN_POLICIES = ("lru", "fifo", "lfu", "belady")
+Events = list[list[int]]
+
+
+def make_policy(name: str, events: Events) -> Policy:
+    if name != "belady":
+        return ONLINE[name]()
+    times: dict[Key, list[int]] = {}
+    for time, event in enumerate(events):
+        for expert in event:
+            times.setdefault((0, expert), []).append(time)
+    return Belady({key: iter([*uses[1:], NEVER]) for key, uses in times.items()})
+
+
+def simulate(name: str, events: Events, slots: int) -> list[list[int]]:
+    """Misses of every event, in event order, through the cache under test."""
+    pool = Pool(slots, make_policy(name, events))
+    misses = []
+    for event in events:
+        groups = pool.serve([(0, expert) for expert in event])
+        misses.append([expert for group in groups for _, expert in group.missing])
+    return misses
+
+
+def plain(name: str, events: Events, slots: int) -> list[list[int]]:
+    """The rules of the README, written down without any thought of speed."""
+    resident: dict[int, int] = {}  # expert -> when it came in
+    uses: dict[int, list[int]] = {}  # expert -> times of its uses since it came in
+    clock = itertools.count()
+    all_misses: list[list[int]] = []
+    for number, event in enumerate(events):
+        all_misses.append([expert for expert in event if expert not in resident])
+        for part in plain_parts(event, set(resident), slots):
+            new = [expert for expert in part if expert not in resident]
+            while len(set(resident) | set(part)) > slots:
+                candidates = [expert for expert in resident if expert not in part]
+                victim = min(candidates, key=lambda e: plain_rank(name, e, resident, uses, events[number + 1 :]))
+                del resident[victim], uses[victim]
+            for expert in part:
+                time = next(clock)
+                if expert in new:
+                    resident[expert], uses[expert] = time, []
+                uses[expert].append(time)
+            assert set(part) <= set(resident)
+            assert len(resident) <= slots
+    return all_misses
+
+
+def plain_parts(event: list[int], resident: set[int], slots: int) -> Iterator[list[int]]:
+    hits = [expert for expert in event if expert in resident]
+    misses = [expert for expert in event if expert not in resident]
+    first = hits + misses[: slots - len(hits)]
+    yield [expert for expert in event if expert in first]
+    misses = misses[slots - len(hits) :]
+    while misses:
+        yield misses[:slots]
+        misses = misses[slots:]
+
+
+def plain_rank(
+    name: str, expert: int, resident: dict[int, int], uses: dict[int, list[int]], future: Events
+) -> tuple[int, ...]:
+    """The lowest leaves."""
+    if name == "belady":
+        return (-next((n for n, event in enumerate(future) if expert in event), 10**9), 0)
+    return {
+        "lru": (uses[expert][-1],),
+        "fifo": (resident[expert],),
+        "lfu": (len(uses[expert]), uses[expert][-1]),
+    }[name]
+
+
+def count(misses: Sequence[Sequence[int]]) -> int:
+    return sum(len(event) for event in misses)
+
+
+def events_of(experts: int, largest: int) -> st.SearchStrategy[Events]:
+    event = st.lists(st.integers(0, experts - 1), min_size=1, max_size=largest, unique=True)
+    return st.lists(event, min_size=1, max_size=40)
+
+
+@pytest.mark.parametrize("name", PLAIN_POLICIES)
+@given(events=events_of(7, 3), slots=st.integers(3, 7))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_misses_are_those_of_the_plain_simulation(name: str, events: Events, slots: int) -> None:
+    found, expected = simulate(name, events, slots), plain(name, events, slots)
+    if name == "belady":  # experts that are not needed again may leave in any order
+        assert count(found) == count(expected)
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("name", ["lru", "fifo", "lfu"])
+@given(events=events_of(9, 9), slots=st.integers(2, 5))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_events_larger_than_the_pool_follow_the_same_rule(name: str, events: Events, slots: int) -> None:
+    assert [sorted(m) for m in simulate(name, events, slots)] == [sorted(m) for m in plain(name, events, slots)]
+
+
+@given(events=events_of(8, 3), slots=st.integers(3, 8))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_belady_is_never_above_a_policy(events: Events, slots: int) -> None:
+    optimum = count(simulate("belady", events, slots))
+    assert all(optimum <= count(simulate(name, events, slots)) for name in ONLINE)
+
+
+@given(events=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=2, unique=True), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_belady_is_the_optimum_over_all_choices_of_victims(events: Events) -> None:
+    slots = 3
+    reachable: dict[frozenset[int], int] = {frozenset(): 0}
+    for event in events:
+        following: dict[frozenset[int], int] = {}
+        for content, misses in reachable.items():
+            everything, needed = content | set(event), misses + len(set(event) - content)
+            for size in range(min(slots, len(everything)) + 1):
+                for kept in itertools.combinations(sorted(everything), size):
+                    if set(event) <= set(kept):
+                        following[frozenset(kept)] = min(needed, following.get(frozenset(kept), needed))
+        reachable = following
+    assert count(simulate("belady", events, slots)) == min(reachable.values())
+
+
+@pytest.mark.parametrize("name", ["lru", "belady"])
+@given(events=events_of(9, 3))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_more_slots_never_cost_misses(name: str, events: Events) -> None:
+    by_size = [count(simulate(name, events, slots)) for slots in range(3, 10)]
+    assert by_size == sorted(by_size, reverse=True)
+
+
+@pytest.mark.parametrize("name", list(ONLINE))
+@given(events=events_of(12, 9), slots=st.integers(2, 6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_groups_fit_cover_the_event_once_and_never_share_a_slot(name: str, events: Events, slots: int) -> None:
+    pool = Pool(slots, ONLINE[name](), first_slot=100)
+    for event in events:
+        before = pool.resident
+        keys = [(0, expert) for expert in event]
+        groups = pool.serve(keys)
+        assert sorted(key for group in groups for key in group.keys) == sorted(keys)
+        assert [key for group in groups for key in group.missing] == [key for key in keys if key not in before]
+        for group in groups:
+            assert len(group.keys) == len(group.slots) == len(set(group.slots)) <= slots
+            assert all(100 <= slot < 100 + slots for slot in group.slots)
+        assert set(groups[-1].keys) <= pool.resident
+        assert len(pool.resident) <= slots
+
+
+def test_lookups_are_against_the_cache_before_the_event() -> None:
+    """One access at a time, 1 would push out 2 before 2 is looked up, and 2 would miss."""
+    assert simulate("lru", [[2, 3], [1, 2]], 2) == [[2, 3], [1]]
+
+
+def test_victims_come_from_outside_the_event() -> None:
+    """1 came in first and is the oldest of all, but it is in use."""
+    assert simulate("fifo", [[1, 2], [3], [1, 4], [1]], 3) == [[1, 2], [3], [4], []]
+
+
+def test_the_heavier_expert_is_the_more_recent() -> None:
+    """Event order is lighter first: of 1 and 2, both used last in the first event, 1 leaves."""
+    assert simulate("lru", [[1, 2], [3], [2]], 2) == [[1, 2], [3], []]
+
+
+def test_lfu_forgets_the_uses_of_what_left() -> None:
+    assert simulate("lfu", [[1], [1], [2], [3], [2], [3], [1]], 2) == [[1], [], [2], [3], [2], [3], []]
+
+
+def test_after_a_large_event_the_last_of_it_remain() -> None:
+    pool = Pool(3, ONLINE["lru"]())
+    groups = pool.serve([(0, expert) for expert in range(8)])
+    assert [len(group.keys) for group in groups] == [3, 3, 2]
+    assert pool.resident == {(0, 5), (0, 6), (0, 7)}
+
+
+def test_event_order_is_by_token_then_by_weight_and_the_last_occurrence_counts() -> None:
+    assert event_order(np.array([[4, 2, 9]])) == [9, 2, 4]
+    assert event_order(np.array([[4, 2], [7, 4], [1, 2]])) == [4, 7, 2, 1]
+
+
+def test_scopes_share_or_separate_the_slots() -> None:
+    shared = ExpertCache(2, 2, scope="global", make_policy=ONLINE["lru"])
+    split = ExpertCache(2, 2, scope="per_layer", make_policy=ONLINE["lru"])
+    for cache in (shared, split):
+        for _ in range(2):
+            for layer in range(2):
+                cache.serve(layer, [(layer, 0), (layer, 1)], phase=DECODE)
+    assert (shared.total_slots, split.total_slots) == (2, 4)
+    assert (shared.counts.total().misses, split.counts.total().misses) == (8, 4)
+    assert (shared.counts.total().first_touches, split.counts.total().first_touches) == (4, 4)
+    assert split.resident() == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_reset_empties_the_cache_and_keeps_the_counters() -> None:
+    cache = ExpertCache(2, 1, scope="global", make_policy=ONLINE["lru"])
+    cache.serve(0, [(0, 0)], phase=DECODE)
+    cache.reset()
+    assert not cache.resident()
+    cache.serve(0, [(0, 0)], phase=DECODE)
+    total = cache.counts.total()
+    assert (total.accesses, total.misses, total.first_touches) == (2, 2, 2)
+
+
+def test_unknown_scope_is_a_bug_of_the_caller() -> None:
+    with pytest.raises(AssertionError, match="scope 'both'"):
+        ExpertCache(2, 1, scope="both", make_policy=ONLINE["lru"])

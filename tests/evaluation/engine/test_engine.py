@@ -1,0 +1,254 @@
+"""`load`: what it refuses, what it leaves alone, and that its counters are those of the replay."""
+
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from configs.load import UserError
+from evaluation.engine import load
+from evaluation.engine.accounting import DECODE, PREFILL
+from evaluation.engine.replay import replay
+from evaluation.engine.route_trace import RouteTrace
+
+Checkpoint = Callable[..., Path]
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def generate(model: Any, seed: int, *, batch: int = 1, new_tokens: int = 12) -> torch.Tensor:
+    ids_BT = torch.randint(2, 258, (batch, 11), generator=torch.Generator().manual_seed(seed))
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1:, :3] = 0
+    output: torch.Tensor = model.generate(
+        input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, do_sample=False
+    )
+    return output
+
+
+@pytest.mark.parametrize("policy", ["lru", "fifo", "lfu"])
+@pytest.mark.parametrize(
+    ("scope", "slots"), [("global", 3), ("global", 8), ("global", 14), ("per_layer", 3), ("per_layer", 5)]
+)
+def test_live_counters_are_those_of_the_replay(
+    checkpoint: Checkpoint, tmp_path: Path, policy: str, scope: str, slots: int
+) -> None:
+    folder, pools = checkpoint("qwen2_moe"), 1 if scope == "global" else 3
+    with load(folder, "100%") as (_, sized):
+        budget = slots * pools * sized.demand.slot_bytes
+    with load(folder, budget, cache_policy=policy, cache_scope=scope, record_trace=True) as (model, engine):
+        generate(model, 1)
+        generate(model, 2)  # the same request goes on, the cache is warm
+        engine.reset_cache()
+        generate(model, 3, batch=2)
+        stats, counts = engine.stats(), engine.cache.counts
+        engine.trace().save(tmp_path / "t.safetensors")
+    trace = RouteTrace.read(tmp_path / "t.safetensors")
+    result = replay(trace, policy=policy, cache_scope=scope, slots=slots)
+    assert result.total == counts.total()
+    assert (result.prefill, result.decode) == (counts.total(PREFILL), counts.total(DECODE))
+    assert result.by_layer == counts.by_layer()
+    assert result.bytes_read_per_token == stats.bytes_read_per_token
+    assert stats.bytes_read == result.misses * engine.expert_bytes
+    assert (trace.layer_ids, trace.num_experts, trace.top_k) == ((0, 2, 3), 12, 3)
+    assert trace.request_id.tolist() == sorted(trace.request_id.tolist())
+    assert trace.tokens == sum(stats.tokens.values()) == 2 * (11 + 11) + 2 * (11 + 11)
+
+
+def test_counters_start_again_on_request_and_the_cache_stays(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), "100%") as (model, engine):
+        tokens = generate(model, 1)
+        assert engine.stats().misses > 0
+        engine.reset_stats()
+        assert (engine.stats().accesses, engine.stats().bytes_read) == (0, 0)
+        assert torch.equal(generate(model, 1), tokens)
+        assert engine.stats().misses == 0
+        assert engine.stats().hit_rate == {"prefill": 1, "decode": 1}
+
+
+def test_a_one_token_prompt_is_prefill_and_what_follows_is_decode(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), "100%") as (model, engine):
+        model.generate(torch.tensor([[5]]), attention_mask=torch.ones(1, 1), max_new_tokens=4, do_sample=False)
+        assert engine.stats().tokens == {"prefill": 1, "decode": 3}
+
+
+def test_the_checkpoint_is_not_touched_and_no_expert_is_resident(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen2_moe", "float32")
+    before = digest(folder)
+    gates = {"model.layers.0.mlp.gate.weight": torch.randn(12, 32)}
+    with load(folder, "50%", router_delta=gates) as (model, engine):
+        generate(model, 1)
+        experts = [p for name, p in model.named_parameters() if ".experts." in name]
+        assert len(experts) == 6
+        assert all(parameter.is_meta for parameter in experts)
+        assert not any(p.is_meta for name, p in model.named_parameters() if ".experts." not in name)
+        assert engine.pool_bytes <= 0.5 * 36 * engine.demand.slot_bytes
+    assert digest(folder) == before
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_router_delta_changes_the_gates_as_in_the_resident_model(checkpoint: Checkpoint, dtype: str) -> None:
+    folder = checkpoint("olmoe", dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    delta = {f"model.layers.{layer}.mlp.gate.weight": torch.randn(8, 32) for layer in range(3)}
+    before = generate(plain, 1)
+    with torch.no_grad():
+        for name, weight in delta.items():
+            plain.get_parameter(name).copy_(weight)
+    expected = generate(plain, 1)
+    assert not torch.equal(expected, before)
+    with load(folder, "30%", router_delta=delta) as (model, _):
+        assert torch.equal(generate(model, 1), expected)
+
+
+def test_a_router_delta_for_another_model_is_refused(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("olmoe")
+    for name in ("model.layers.9.mlp.gate.weight", "model.layers.0.mlp.experts.down_proj"):
+        with (
+            pytest.raises(UserError, match=f"the model has no router weight {name}"),
+            load(folder, "100%", router_delta={name: torch.ones(8, 32)}),
+        ):
+            pass
+    with (
+        pytest.raises(UserError, match=r"gate\.weight has shape \[7, 32\], the model's is \[8, 32\]"),
+        load(folder, "100%", router_delta={"model.layers.0.mlp.gate.weight": torch.ones(7, 32)}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cache_policy": "belady"}, "unknown cache policy 'belady'; known: lru, fifo, lfu"),
+        ({"cache_scope": "both"}, "unknown cache scope 'both'; known: global, per_layer"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported; write auto, bfloat16, float16, float32"),
+        ({"dtype": torch.float64}, "dtype 'float64' is not supported"),
+        ({"expert_cache": "auto"}, "expert cache size 'auto' is not understood"),
+        (
+            {"expert_cache": 100},
+            r"an expert cache of 100 bytes is too small: .* the smallest that works is 15360 bytes \(15KiB\)",
+        ),
+        (
+            {"expert_cache": 15360, "cache_scope": "per_layer"},
+            "there are 3 pools; the smallest that works is 46080 bytes",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(checkpoint: Checkpoint, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words), load(checkpoint("olmoe"), **{"expert_cache": "100%", **options}):
+        pass
+
+
+def test_the_smallest_cache_named_works(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), 15360) as (model, engine):
+        assert engine.cache.total_slots == 2
+        assert generate(model, 1).shape == (1, 23)
+
+
+def test_below_one_tokens_demand_one_warning_is_logged(
+    checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING), load(checkpoint("olmoe"), 15360) as (model, engine):
+        generate(model, 1)
+        assert engine.token_demand_bytes == 6 * 7680
+        assert engine.stats().hit_rate["decode"] == 0
+    assert len([message for message in caplog.messages if "hits nothing" in message]) == 1
+
+
+def changed(folder: Path, into: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with other values in its config.json; None removes a key."""
+    copy = Path(shutil.copytree(folder, into))
+    content = json.loads((copy / "config.json").read_text()) | config
+    (copy / "config.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "no_such_model"}, "config.json is not understood"),
+        ({"model_type": "t5"}, "model type 't5' is no causal language model"),
+        ({"num_experts_per_tok": "two"}, "config.json is not understood: .*num_experts_per_tok"),
+        ({"num_experts_per_tok": None, "model_type": "llama"}, "names no num_experts_per_tok"),
+        ({"num_hidden_layers": 0}, "config.json has 0 layers, none with experts"),
+        ({"vocab_size": 17}, "the weights do not fit config.json"),
+        ({"num_hidden_layers": 4}, "the checkpoint lacks model.layers.3.input_layernorm.weight"),
+        ({"model_type": "llama"}, "the checkpoint lacks model.layers.0.mlp.down_proj.weight"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    folder = changed(checkpoint("olmoe"), tmp_path / "m", **config)
+    with pytest.raises(UserError, match=words), load(folder, "100%"):
+        pass
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no config\.json"), load(tmp_path, "1MiB"):
+        pass
+
+
+def test_layers_beyond_the_model_are_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Some checkpoints carry a further layer that predicts tokens ahead; transformers does not load it."""
+    folder = changed(checkpoint("olmoe"), tmp_path / "m", num_hidden_layers=2)
+    with load(folder, "100%") as (model, engine):
+        generate(model, 1)
+        assert (engine.demand.layers, engine.cache.total_slots) == (2, 16)
+
+
+def test_generation_settings_of_the_checkpoint_are_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = changed(checkpoint("olmoe"), tmp_path / "m")
+    GenerationConfig(eos_token_id=77, max_new_tokens=5, pad_token_id=1).save_pretrained(folder)
+    with load(folder, "100%") as (model, _):
+        assert model.generation_config.eos_token_id == 77
+        assert not model.training
+        assert model.config.name_or_path == str(folder)
+
+
+def test_a_trace_must_have_been_asked_for(checkpoint: Checkpoint) -> None:
+    with (
+        load(checkpoint("olmoe"), "100%") as (_, engine),
+        pytest.raises(UserError, match="load the model with record_trace=True"),
+    ):
+        engine.trace()
+
+
+def test_two_engines_at_once_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), 15360) as (a, _), load(checkpoint("mixtral"), "50%") as (b, _):
+        first = generate(a, 1), generate(b, 1)
+        assert torch.equal(generate(a, 1), first[0])
+        assert torch.equal(generate(b, 1), first[1])
+
+
+def test_files_are_closed_and_memory_is_released_at_the_end(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), "100%") as (model, engine):
+        store = engine._store
+        assert store._descriptors
+    assert not store._descriptors
+    with pytest.raises(UserError, match="use the model inside the `with load"):
+        generate(model, 1)
+    del model, engine, store
+    gc.collect()
+
+
+def test_load_is_the_door_of_the_package_and_unknown_names_are_errors() -> None:
+    import evaluation.engine as package
+
+    assert package.load is load
+    with pytest.raises(AttributeError, match="no attribute 'lood'"):
+        package.lood  # noqa: B018
+    code = "import sys, evaluation.engine; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,44 @@
+"""Resident weights are those `from_pretrained` makes, down to flags and alignment; other forms are refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from configs.load import UserError
+from evaluation.engine.resident import experts_modules, load_resident, read_config
+from evaluation.engine.store import ExpertStore
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
+def test_residents_are_what_from_pretrained_makes(checkpoint: Checkpoint, family: str, dtype: str) -> None:
+    folder, compute = checkpoint(family), getattr(torch, dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=compute)
+    model = load_resident(folder, ExpertStore(folder), config=read_config(folder), dtype=compute)
+    found, expected = dict(model.named_parameters()), dict(plain.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in expected.items():
+        assert (found[name].dtype, found[name].shape) == (parameter.dtype, parameter.shape)
+        assert found[name].requires_grad == parameter.requires_grad, "matmul looks at the flag: other last bits"
+        assert found[name].is_meta == (".experts." in name)
+        if ".experts." not in name:
+            assert torch.equal(found[name], parameter)
+            assert found[name].data_ptr() % 64 == parameter.data_ptr() % 64, "alignment decides last bits"
+    for (name, buffer), (_, other) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    assert model.config._attn_implementation == plain.config._attn_implementation
+
+
+@pytest.mark.parametrize(("flag", "value"), [("is_transposed", True), ("has_bias", True), ("has_gate", False)])
+def test_experts_of_another_form_are_refused(checkpoint: Checkpoint, flag: str, value: bool) -> None:
+    folder = checkpoint("olmoe")
+    store = ExpertStore(folder)
+    model = load_resident(folder, store, config=read_config(folder), dtype=torch.bfloat16)
+    setattr(model.model.layers[1].mlp.experts, flag, value)
+    with pytest.raises(UserError, match=f"layers.1.mlp.experts has {flag} other than {not value}"):
+        experts_modules(model, store)

@@ -1,0 +1,157 @@
+"""The store: the bytes of every expert, in one read where they lie together, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.load import UserError
+from evaluation.engine.store import ExpertStore
+
+Checkpoint = Callable[..., Path]
+NAMES = {
+    "olmoe": "model.layers.{}.mlp.experts.{}.{}.weight",
+    "mixtral": "model.layers.{}.block_sparse_moe.experts.{}.{}.weight",
+}
+PARTS = {
+    "olmoe": {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    "mixtral": {"gate": "w1", "up": "w3", "down": "w2"},
+}
+
+
+def buffers(store: ExpertStore) -> dict[str, memoryview]:
+    return {role: memoryview(bytearray(store.shape.part_bytes)) for role in ("gate", "up", "down")}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_expert_is_read_whole_in_one_read(checkpoint: Checkpoint, family: str, dtype: str) -> None:
+    folder = checkpoint(family, dtype)
+    tensors, store = load_file(folder / "model.safetensors"), ExpertStore(folder)
+    for layer in store.layer_ids:
+        for expert in range(store.num_experts):
+            into = buffers(store)
+            assert store.read(layer, expert, into) == store.shape.expert_bytes
+            assert store.reads_per_expert(layer, expert) == 1
+            for role, part in PARTS[family].items():
+                assert bytes(into[role]) == raw(tensors[NAMES[family].format(layer, expert, part)])
+    assert not any("experts" in name for name in store.resident)
+    assert len(store.resident) + 3 * len(store.layer_ids) * store.num_experts == len(tensors)
+    store.close()
+
+
+def one_layer(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Two experts of one layer, with parts of other names lying in between; None removes a tensor."""
+    tensors: dict[str, torch.Tensor | None] = {"model.norm.weight": torch.ones(4)}
+    for expert in range(2):
+        for part, shape in (("gate_proj", (6, 4)), ("up_proj", (6, 4)), ("down_proj", (4, 6))):
+            tensors[f"model.layers.2.mlp.experts.{expert}.{part}.weight"] = torch.randn(shape)
+    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def saved(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_parts_that_are_not_adjacent_are_read_apart(tmp_path: Path) -> None:
+    """Another tensor lies between gate and up of expert 1."""
+    tensors = one_layer()
+    saved(tmp_path / "m", tensors)
+    path = tmp_path / "m" / "model.safetensors"
+    rewrite_in_order(path, sorted(tensors, key=lambda name: (".1.up_proj" in name, "norm" in name)))
+    store = ExpertStore(tmp_path / "m")
+    assert (store.reads_per_expert(2, 0), store.reads_per_expert(2, 1)) == (1, 2)
+    into = buffers(store)
+    for expert in range(2):
+        assert store.read(2, expert, into) == store.shape.expert_bytes
+        for role in ("gate", "up", "down"):
+            assert bytes(into[role]) == raw(tensors[f"model.layers.2.mlp.experts.{expert}.{role}_proj.weight"])
+
+
+def rewrite_in_order(path: Path, names: list[str]) -> None:
+    """The same tensors, their data in this order: safetensors itself would sort them by name."""
+    tensors, header, data = load_file(path), {}, b""
+    for name in names:
+        content = raw(tensors[name])
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": offsets}
+        data += content
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+
+
+def test_a_shard_cut_while_in_use_is_an_error_with_all_particulars(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m", one_layer())
+    store = ExpertStore(folder)
+    shard = folder / "model.safetensors"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 130)
+    store.read(2, 0, buffers(store))
+    words = r"short read of layer 2 expert 1: .*model\.safetensors at offset \d+, wanted 288 bytes, got \d+"
+    with pytest.raises(UserError, match=words):
+        store.read(2, 1, buffers(store))
+
+
+def test_a_closed_store_says_so(tmp_path: Path) -> None:
+    store = ExpertStore(saved(tmp_path / "m", one_layer()))
+    store.close()
+    store.close()
+    with pytest.raises(UserError, match="use the model inside the `with load"):
+        store.read(2, 0, buffers(store))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, "has no experts: no tensor is named .*gate,up,down"),
+        (
+            {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 4)},
+            "in one tensor .*gate_up_proj.*not supported yet",
+        ),
+        (
+            {"model.layers.0.block_sparse_moe.input_linear.weight": torch.ones(2, 4, 4)},
+            "in one tensor .*input_linear.*not supported yet",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__0__gate_proj__bias=torch.ones(6)),
+            "expert tensor .*gate_proj.bias .* is not supported",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__0__up_proj__weight=torch.ones(6, 4, dtype=torch.int8)),
+            r"expert tensor .*up_proj.weight \(I8 \[6, 4\]\) is not supported",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__1__up_proj__weight=None),
+            "layer 2 expert 1 has no up matrix",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__5__up_proj__weight=torch.ones(6, 4)),
+            "layer 2 expert 2 has no gate matrix",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__1__up_proj__weight=torch.ones(5, 4)),
+            r"up_proj.weight is F32 \[5, 4\] in 80 bytes, not F32 \[6, 4\] in 96 as the others",
+        ),
+        (
+            one_layer(model__layers__2__mlp__experts__1__up_proj__weight=torch.ones(6, 4, dtype=torch.bfloat16)),
+            r"up_proj.weight is BF16 \[6, 4\] in 48 bytes, not F32",
+        ),
+        (
+            one_layer(other__layers__2__mlp__experts__0__up_proj__weight=torch.ones(6, 4)),
+            "layer 2 has two sets of experts",
+        ),
+    ],
+)
+def test_what_cannot_be_paged_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ExpertStore(saved(tmp_path / "m", tensors))

@@ -1,0 +1,103 @@
+"""Quality: scores agree with a forward pass by hand, and paired intervals with closed forms."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from configs.load import UserError
+from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
+from training.model import load_pretrained, load_tokenizer
+
+MakeModelDir = Callable[[str], Path]
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
+
+TASKS = {
+    "words": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n"
+    "metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]\n",
+    "choice": "output_type: multiple_choice\ndoc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: label\n"
+    "target_delimiter: ''\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+}
+ITEMS = {
+    "words": [{"text": "we drink hot tea"}, {"text": "of a cup"}],
+    "choice": [{"prompt": "we drink", "choices": [" tea", " cups of it", " zzz", " !"], "label": n} for n in range(4)],
+}
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    for name, items in ITEMS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}}}\ntest_split: test\n"
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{data}{TASKS[name]}", encoding="utf-8")
+    return tmp_path
+
+
+def log_likelihood(model: torch.nn.Module, context: list[int], ids: list[int]) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[*context, *ids]])).logits[0]
+    picked = logits.float().log_softmax(-1)[len(context) - 1 : -1]
+    return float(picked[torch.arange(len(ids)), torch.tensor(ids)].sum())
+
+
+def test_scores_are_those_of_a_forward_pass_by_hand(model_dir: MakeModelDir, task_folder: Path) -> None:
+    folder = str(model_dir("qwen2_moe"))
+    model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+    scores = run_tasks(model, tokenizer, QualityArguments(include_path=str(task_folder), tasks=["words", "choice"]))
+    texts = [tokenizer(item["text"])["input_ids"] for item in ITEMS["words"]]
+    expected = [log_likelihood(model, [tokenizer.eos_token_id], ids) for ids in texts]
+    assert scores["words"].values == pytest.approx(expected, rel=1e-4)
+    assert scores["words"].tokens.tolist() == [len(ids) for ids in texts]
+    assert scores["words"].words.tolist() == [4, 3]
+    prompt = tokenizer("we drink")["input_ids"]
+    likelihoods = [log_likelihood(model, prompt, tokenizer(c)["input_ids"]) for c in ITEMS["choice"][0]["choices"]]
+    assert scores["choice"].values.tolist() == [float(np.argmax(likelihoods) == n) for n in range(4)]
+    assert scores["choice"].chance == 0.25
+
+
+def test_summary_has_perplexity_per_token_and_per_word() -> None:
+    scores = {
+        "perplexity_a": TaskScores("perplexity_a", "m", np.array([-6.0, -2.0]), 0.0, np.array([3.0, 1.0]), np.array([1.0, 1.0])),
+        "perplexity_b": TaskScores("perplexity_b", "m", np.array([-4.0]), 0.0, np.array([1.0]), np.array([1.0])),
+        "choice": TaskScores("choice", "acc", np.array([1.0, 0.0, 1.0, 1.0]), 0.25),
+    }
+    summary = summarize(scores)
+    assert summary["perplexity"]["a"] == pytest.approx({"perplexity": np.exp(2), "word_perplexity": np.exp(4), "n": 2})
+    assert summary["mean_perplexity"] == pytest.approx(np.exp((2 + 4) / 2))
+    assert summary["tasks"]["choice"] == pytest.approx(
+        {"metric": "acc", "value": 0.75, "stderr": 0.25, "n": 4, "chance": 0.25}
+    )
+
+
+def test_task_difference_is_paired() -> None:
+    before, after = np.array([1.0, 0, 1, 0, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 1, 0, 1, 1])
+    found = differences({"t": TaskScores("t", "acc", before, 0.0)}, {"t": TaskScores("t", "acc", after, 0.0)})["tasks"]["t"]
+    interval = stats.ttest_rel(after, before).confidence_interval(0.95)
+    assert found == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
+    unpaired = stats.ttest_ind(after, before).confidence_interval(0.95)
+    assert found["high"] - found["low"] < unpaired.high - unpaired.low
+
+
+def test_perplexity_difference_covers_a_known_shift() -> None:
+    draw = np.random.default_rng(1)
+    tokens = draw.integers(20, 60, 200).astype(float)
+    loss = 3 * tokens + draw.normal(0, 30, 200)
+    shift = 0.01 * tokens + draw.normal(0, 0.1, 200)
+    base = {"perplexity_a": TaskScores("perplexity_a", "m", -loss, 0.0, tokens, tokens)}
+    tuned = {"perplexity_a": TaskScores("perplexity_a", "m", -loss - shift, 0.0, tokens, tokens)}
+    found = differences(base, tuned)["perplexity"]
+    assert found["a"]["relative"] == pytest.approx(np.expm1(shift.sum() / tokens.sum()))
+    assert found["a"]["low"] < np.expm1(0.01) < found["a"]["high"]
+    assert found["a"]["high"] - found["a"]["low"] < 0.002  # the spread of losses between items cancels in pairs
+    assert found["mean"] == pytest.approx(found["a"])
+
+
+def test_unknown_task_is_refused_with_the_known_ones(model_dir: MakeModelDir, task_folder: Path) -> None:
+    folder = str(model_dir("qwen2_moe"))
+    arguments = QualityArguments(include_path=str(task_folder), tasks=["wrods"])
+    with pytest.raises(UserError, match="'wrods' is not in .*choice, words"):
+        run_tasks(load_pretrained(folder), load_tokenizer(folder), arguments)

@@ -1,0 +1,66 @@
+"""The `remoe` command: every sub-command is a module, has help with an example, and tells mistakes in one message."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from launch.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: remoe {command}" in shown
+    assert f"  remoe {command} " in shown.split("example")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_a_module_with_main(command: str) -> None:
+    source = Path(str(import_module(COMMANDS[command][0]).__file__)).read_text(encoding="utf-8")
+    assert "sys.exit(run(main))" in source
+
+
+def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {command} " in shown for command in COMMANDS)
+
+
+def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'; write one of run, train" in capsys.readouterr().err
+
+
+def test_console_script_is_this_main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"] == {"remoe": "launch.cli:main"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "configs/train/tiny.yaml", "lerning_rate=1"], "did you mean learning_rate?"),
+        (["train", "configs/train/tyni.yaml"], "did you mean configs/train/tiny.yaml?"),
+        (["evaluate", "--model", "nowhere/at/all", "--config", "configs/evaluation/tiny.yaml", "--output", "runs/x"], "does not exist"),
+        (["run", "configs/run/demo.yaml", "sedes=[1]"], "did you mean seeds?"),
+        (["generate", "--model", "nowhere/at/all", "--expert-cache", "1MiB", "--prompt", "x", "--output", "runs/x.json"], "nowhere/at/all"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_no_traceback(arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert words in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("error: ")

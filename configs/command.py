@@ -19,7 +19,10 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"the disk is full{where}; free some space and run the same command again: what was saved before is intact", 2)
+        return _fail(
+            f"the disk is full{where}; free some space and run the same command again: what was saved before is intact",
+            2,
+        )
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0

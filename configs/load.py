@@ -39,7 +39,9 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
     except OmegaConfBaseException as error:  # a ${reference} to nothing
         raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
     if missing:
-        raise UserError(f"{path or schema.__name__}: no value for {', '.join(missing)}; set it in the YAML or as key=value")
+        raise UserError(
+            f"{path or schema.__name__}: no value for {', '.join(missing)}; set it in the YAML or as key=value"
+        )
     try:
         return cast(T, OmegaConf.to_object(resolved))
     except OmegaConfBaseException as error:
@@ -98,10 +100,10 @@ def _merge(base: DictConfig, layer: DictConfig, *, source: str) -> DictConfig:
 def _check_keys(base: DictConfig, layer: DictConfig, *, source: str, prefix: str) -> None:
     """Unknown keys, nested ones too, with the nearest known key as a suggestion."""
     known = [str(key) for key in base]
-    for key in layer:
-        if str(key) not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"known keys: {', '.join(sorted(known))}"
+    for key in map(str, layer):
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise UserError(f"{source}: unknown key {prefix}{key}; {hint}")
         below, here = layer._get_node(key), base._get_node(key)
         if isinstance(below, DictConfig) and isinstance(here, DictConfig) and OmegaConf.get_type(here) is not dict:

@@ -26,7 +26,9 @@ class DataArguments:
 
     dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
     dataset_split: str = "train"  # split of `dataset_name`
-    train_file: str | None = None  # instead of dataset_name: a .jsonl (field text, messages or conversations) or .txt file
+    train_file: str | None = (
+        None  # instead of dataset_name: a .jsonl (field text, messages or conversations) or .txt file
+    )
     domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
     max_length: int = 512  # tokens in a packed row
 
@@ -110,7 +112,7 @@ class PackedRows:
         filled = 0
         while filled < size:
             which = int(np.searchsorted(self._ends, start + filled, side="right"))
-            document = self.documents[self._order[which]]
+            document = self.documents[int(self._order[which])]
             offset = start + filled - (int(self._ends[which]) - len(document))
             part = document[offset : offset + size - filled]
             here = slice(filled, filled + len(part))
@@ -126,6 +128,6 @@ class PackedRows:
         if epoch != self._epoch:
             draw = np.random.default_rng([self.seed, epoch])
             self._order = draw.permutation(len(self.documents))
-            self._ends = np.cumsum([len(self.documents[index]) for index in self._order])
+            self._ends = np.cumsum([len(self.documents[int(index)]) for index in self._order])
             self._rows = draw.permutation(self.rows_per_epoch)
             self._epoch = epoch

@@ -25,7 +25,17 @@ from data.puzzles import puzzle_pages
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 SYNSETS_PER_PAGE = 20
-NOT_CODE = {"test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo", "__pycache__"}
+NOT_CODE = {
+    "test",
+    "tests",
+    "site-packages",
+    "lib2to3",
+    "idlelib",
+    "pydoc_data",
+    "encodings",
+    "turtledemo",
+    "__pycache__",
+}
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"

@@ -37,7 +37,9 @@ def headwords(documents: list[Document], draw: random.Random) -> Iterator[Item]:
     entries = [(page.id, page.id.split("/")[1], *_parse(line)) for page in documents for line in page.text.split("\n")]
     draw.shuffle(entries)
     for page_id, part_of_speech, definition, word in entries:
-        others = [w for p, kind, _, w in draw.sample(entries, 200) if kind == part_of_speech and p != page_id and w != word]
+        others = [
+            w for p, kind, _, w in draw.sample(entries, 200) if kind == part_of_speech and p != page_id and w != word
+        ]
         if word.lower() in definition.lower() or len(definition) < 20 or len(others) < 3:
             continue
         yield _choice(page_id, f"{definition} ->", word, others[:3], draw)

@@ -34,7 +34,12 @@ class DecodeArguments:
 
 
 def decode_at_budgets(
-    model_dir: str, weights: Mapping[str, Tensor] | None, prompts: Sequence[np.ndarray], args: DecodeArguments, *, name: str
+    model_dir: str,
+    weights: Mapping[str, Tensor] | None,
+    prompts: Sequence[np.ndarray],
+    args: DecodeArguments,
+    *,
+    name: str,
 ) -> list[dict[str, Any]]:
     """Decode every prompt greedily, cold, at every budget; one row of measurements a budget.
 
@@ -45,8 +50,14 @@ def decode_at_budgets(
     for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):
         with load(model_dir, expert_cache=_cache_bytes(model_dir, demands, args), router_delta=weights, dtype=args.dtype,
                   cache_policy=args.cache_policy, cache_scope=args.cache_scope) as (model, engine):  # fmt: skip
-            results = [decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts]
-            row = {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "token_demand_bytes": engine.token_demand_bytes}
+            results = [
+                decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts
+            ]
+            row = {
+                "demands": demands,
+                "expert_cache_bytes": engine.pool_bytes,
+                "token_demand_bytes": engine.token_demand_bytes,
+            }
         rows.append({**row, **_measured(results), "tokens_equal_resident": [r.token_ids for r in results] == reference})
     return rows
 
@@ -74,7 +85,11 @@ def _greedy(model: PreTrainedModel, prompt: np.ndarray, max_new_tokens: int) -> 
     ids_BS = torch.from_numpy(prompt.astype(np.int64)).unsqueeze(0)
     generate: Any = model.generate
     out_BS = generate(
-        input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+        input_ids=ids_BS,
+        attention_mask=torch.ones_like(ids_BS),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
     )
     return [int(token) for token in out_BS[0, len(prompt) :]]
 

@@ -134,7 +134,9 @@ def _measure(
     scores = run_tasks(model, tokenizer, args.quality)
     routing, replays = _routing(model, tokenizer, args, name=name)
     del model
-    prompts = _test_pieces(tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, "test")
+    prompts = _test_pieces(
+        tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, "test"
+    )
     measured = {
         "seed": None,
         "history": [],
@@ -182,16 +184,20 @@ def _test_pieces(
     pieces = []
     for domain in domains:
         documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
-        starts = [document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)]
+        starts = [
+            document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)
+        ]
         if len(starts) < per_domain:
-            raise UserError(f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for")
+            raise UserError(
+                f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for"
+            )
         pieces += [starts[index * len(starts) // per_domain] for index in range(per_domain)]
     return pieces
 
 
 def _model_facts(model_dir: str, args: EvaluationArguments) -> dict[str, Any]:
     model = load_pretrained(model_dir)
-    router = next(iter(find_routers(model).values()))
+    router: Any = next(iter(find_routers(model).values()))
     return {
         "name": model_dir, "n_parameters": model.num_parameters(), "layers": len(find_routers(model)),
         "experts": int(router.num_experts), "top_k": int(router.top_k), "dtype": str(model.dtype).removeprefix("torch."),
@@ -213,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of the base model")
     parser.add_argument("--router-delta", metavar="DIR", help="what training wrote; left out: the base alone")
     parser.add_argument("--config", required=True, metavar="YAML", help="what is measured; see configs/evaluation/")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for results.json, report.md, report.html")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for results.json, report.md, report.html"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
     args = parser.parse_args(argv)
     config = load(EvaluationArguments, args.config, args.overrides)
@@ -234,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def coefficients(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training config that says how strongly which term counts."""
-    return {key: value for key, value in config.items() if key.endswith("_coef")} | {"cache_slots": config["cache_slots"]}
+    return {key: value for key, value in config.items() if key.endswith("_coef")} | {
+        "cache_slots": config["cache_slots"]
+    }
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ class TaskScores:
         return self.tokens is not None
 
 
-def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments) -> dict[str, TaskScores]:
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments
+) -> dict[str, TaskScores]:
     """Score `model` on every task.
 
     Raises:
@@ -69,14 +71,18 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
 
     known = sorted(path.stem for path in Path(args.include_path).glob("*.yaml"))
     if unknown := [task for task in args.tasks if task not in known]:
-        raise UserError(f"task {unknown[0]!r} is not in {args.include_path}; it has {', '.join(known) or 'no task at all'}")
+        raise UserError(
+            f"task {unknown[0]!r} is not in {args.include_path}; it has {', '.join(known) or 'no task at all'}"
+        )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=_context(model))
     output = simple_evaluate(
         lm, tasks=list(args.tasks), limit=args.limit, bootstrap_iters=0, log_samples=True,
         task_manager=TaskManager(include_path=args.include_path, include_defaults=False),
     )  # fmt: skip
     return {
-        task: _scores(task, output["configs"][task], sorted(output["samples"][task], key=lambda s: s["doc_id"]), tokenizer)
+        task: _scores(
+            task, output["configs"][task], sorted(output["samples"][task], key=lambda s: s["doc_id"]), tokenizer
+        )
         for task in args.tasks
     }
 
@@ -91,7 +97,9 @@ def _scores(
         tokens = np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], dtype=float)
         return TaskScores(task, metric, log_likelihood, chance=0.0, tokens=tokens, words=words)
     values = np.array([float(sample[metric]) for sample in samples])
-    choices = [len(sample["doc"]["choices"]) for sample in samples] if config["output_type"] == "multiple_choice" else []
+    choices = (
+        [len(sample["doc"]["choices"]) for sample in samples] if config["output_type"] == "multiple_choice" else []
+    )
     return TaskScores(task, metric, values, chance=float(np.mean(1 / np.array(choices))) if choices else 0.0)
 
 
@@ -105,7 +113,7 @@ def summarize(scores: Mapping[str, TaskScores]) -> dict[str, Any]:
         if task.measures_perplexity:
             perplexity[name.removeprefix(PERPLEXITY)] = {
                 "perplexity": float(np.exp(-task.values.sum() / _tokens(task).sum())),
-                "word_perplexity": float(np.exp(-task.values.sum() / np.sum(task.words))),
+                "word_perplexity": float(np.exp(-task.values.sum() / _words(task).sum())),
                 "n": len(task.values),
             }
         else:
@@ -157,6 +165,11 @@ def _relative(point: float, samples: Array) -> dict[str, float]:
 def _tokens(task: TaskScores) -> Array:
     assert task.tokens is not None, f"{task.name} does not measure perplexity"
     return task.tokens
+
+
+def _words(task: TaskScores) -> Array:
+    assert task.words is not None, f"{task.name} does not measure perplexity"
+    return task.words
 
 
 def _context(model: PreTrainedModel) -> int:

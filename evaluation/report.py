@@ -1,4 +1,4 @@
-"""`python -m evaluation.report`: `report.md` and a self-contained `report.html` from a `results.json`.
+"""`remoe report`: `report.md` and a self-contained `report.html` from a `results.json`.
 
 Only presents: every number is in the results or is arithmetic on them (`summary.py`). `sections.py` has the contents,
 `page.py` the HTML; the Markdown is here.
@@ -19,7 +19,7 @@ from evaluation.tables import Table, headline_table
 from evaluation.wording import DEFINITIONS, headline
 
 EXAMPLE = """example:
-  python -m evaluation.report runs/demo/results.json --output runs/demo
+  remoe report runs/demo/results.json --output runs/demo
 """
 
 
@@ -89,7 +89,7 @@ def _escape(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.report",
+        prog="remoe report",
         description="Write report.md and report.html from the results of a run.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

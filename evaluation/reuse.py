@@ -25,7 +25,7 @@ def expert_load(trace: RouteTrace) -> npt.NDArray[np.integer]:
 
 
 def routing_summary(trace: RouteTrace) -> dict[str, Any]:
-    """EOR per layer and mean beside its chance level K/E; entropy (nats) and coefficient of variation of the load; dead experts."""
+    """EOR per layer and mean beside its chance level K/E; entropy (nats) and variation of the load; dead experts."""
     reuse_L, load_LE = reuse_rate_per_layer(trace), expert_load(trace)
     share_LE = load_LE / load_LE.sum(-1, keepdims=True)
     entropy_L = -np.where(share_LE > 0, share_LE * np.log(np.where(share_LE > 0, share_LE, 1)), 0).sum(-1)

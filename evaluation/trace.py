@@ -70,7 +70,7 @@ def teacher_forced_trace(
         num_experts=routings[0].logits_BSE.shape[-1],
         layer_ids=tuple(_layer_number(name) for name in observer.names),
         expert_bytes=expert_bytes,
-        model=model.name_or_path,
+        model=str(model.name_or_path),
     )
     return trace, nll / predicted
 

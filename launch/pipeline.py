@@ -36,7 +36,7 @@ class RunArguments:
     train: str = "configs/train/tiny.yaml"  # training config that all arms share
     evaluation: str = "configs/evaluation/tiny.yaml"  # what is measured
     output_dir: str = "runs/demo"  # everything is written here
-    arms: dict[str, dict[str, Any]] = field(default_factory=lambda: {"remoe": {"objective": "remoe"}})  # name -> train keys
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> keys of the training config that differ
     seeds: list[int] = field(default_factory=lambda: [0])  # each arm is trained once with each
     accelerate_config: str | None = None  # train with accelerate, for example on several processes
 

@@ -45,7 +45,7 @@ def test_tree_in_readme_is_what_is_on_disk() -> None:
         indent, name = line
         if not indent:
             folder = name if name.endswith("/") else ""
-            named.add(name if not folder else folder)
+            named.add(folder or name)
         else:
             named.add(folder + name)
     python = {str(p.relative_to(ROOT)) for p in tracked("*.py") if p.name != "__init__.py" and "tests" not in p.parts}

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from configs.load import UserError
 
-TRAINED, OPTIMIZER, RANDOM, STATE = "trained.safetensors", "optimizer.safetensors", "random.safetensors", "trainer_state.json"
+TRAINED, OPTIMIZER, RANDOM, STATE = (
+    "trained.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "trainer_state.json",
+)
 
 
 def save(
@@ -73,7 +78,9 @@ def find(run_dir: Path, resume_from: str | None) -> Path | None:
             shutil.rmtree(half_written, ignore_errors=True)
         return next(iter(reversed(_checkpoints(run_dir))), None)
     if not (Path(resume_from) / STATE).is_file():
-        raise UserError(f"resume_from_checkpoint={resume_from} is not a checkpoint folder (no {STATE}); write auto for the newest")
+        raise UserError(
+            f"resume_from_checkpoint={resume_from} is not a checkpoint folder (no {STATE}); write auto for the newest"
+        )
     return Path(resume_from)
 
 

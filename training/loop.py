@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
 from configs.load import UserError, dump, load, write_whole
 from data.batches import Batch, DataArguments, PackedRows, tokenize
@@ -70,6 +70,8 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
             base.__post_init__(self)
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"report_to={self.report_to!r}: write none or wandb")
+        if self.lr_scheduler_type not in {known.value for known in SchedulerType}:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: write one of {', '.join(SchedulerType)}")
         for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
                     "save_steps", "save_total_limit"):  # fmt: skip
             if getattr(self, key) < 1:
@@ -147,7 +149,10 @@ def build(args: TrainArguments) -> Run:
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
     trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay
+        trained.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
     )
     scheduler = get_scheduler(
         args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
@@ -224,7 +229,9 @@ def finish(run: Run) -> Path:
     out = Path(run.args.output_dir)
     after = proof.frozen_sha256(run.model, run.trained)
     if after != run.frozen_sha256:
-        raise UserError(f"frozen tensors changed during training ({run.frozen_sha256[:16]} -> {after[:16]}): no delta is written")
+        raise UserError(
+            f"frozen tensors changed during training ({run.frozen_sha256[:16]} -> {after[:16]}): no delta is written"
+        )
     result = out / ("router_delta" if run.args.trainable == "routers" else "model")
     if run.accelerator.is_main_process:
         _update_json(out / "proof.json", {"frozen_sha256_after": after})
@@ -232,7 +239,9 @@ def finish(run: Run) -> Path:
             _save_delta(run, result)
         else:
             _save_model(run, result)
-        print(f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}")
+        print(
+            f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}"
+        )
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return result
@@ -240,7 +249,8 @@ def finish(run: Run) -> Path:
 
 def _save_model(run: Run, folder: Path) -> None:
     try:
-        run.model.to(torch.bfloat16).save_pretrained(folder)
+        model: Any = run.model
+        model.to(torch.bfloat16).save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -266,7 +276,9 @@ def _save_delta(run: Run, folder: Path) -> None:
 def _micro_batch(run: Run, index: int) -> Batch:
     """The rows of micro-batch `index` of this process: those of one step are the same however they are shared out."""
     size = run.args.per_device_train_batch_size
-    first = run.step * run.rows_per_step + (index * run.accelerator.num_processes + run.accelerator.process_index) * size
+    first = (
+        run.step * run.rows_per_step + (index * run.accelerator.num_processes + run.accelerator.process_index) * size
+    )
     return run.rows.batch(range(first, first + size)).to(run.accelerator.device)
 
 
@@ -323,7 +335,9 @@ def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
     metrics["moe/cv_mean"] = float((load_LE.std(-1, correction=0) / load_LE.mean(-1)).mean())
     metrics["moe/dead_expert_frac_mean"] = float((load_LE == 0).double().mean())
     if run.args.rewards_cache:
-        metrics |= {f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(run.args.cache_slots, hits_C, strict=True)}
+        metrics |= {
+            f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(run.args.cache_slots, hits_C, strict=True)
+        }
     return metrics
 
 

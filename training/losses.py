@@ -77,7 +77,9 @@ def trust_kl_sum(log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, documen
 
 def previous_choice(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int) -> Tensor:
     """[B, S, E] bool: expert is in E_{t-1}, the hard choice at the position before; none at a sequence's start."""
-    chosen = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.bool, device=ids_BSK.device).scatter_(-1, ids_BSK, True)
+    chosen = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.bool, device=ids_BSK.device).scatter_(
+        -1, ids_BSK, True
+    )
     return torch.roll(chosen, 1, dims=1) & same_document(document_ids_BS, 1).unsqueeze(-1)
 
 

@@ -13,7 +13,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
     head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
     digest = hashlib.sha256(head)
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -89,13 +89,17 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
-        raise UserError(f"{folder} is not a router delta (no {DESCRIPTION}); training writes one as runs/<name>/router_delta")
+        raise UserError(
+            f"{folder} is not a router delta (no {DESCRIPTION}); training writes one as runs/<name>/router_delta"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
     if description.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {description.get('format_version')}, this code reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path} has format version {description.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
     return dict(description)
 
 
@@ -127,7 +131,9 @@ def apply(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     routers = router_parameters(model)
     shapes = {name: list(parameter.shape) for name, parameter in routers.items()}
     if shapes != {name: list(tensor.shape) for name, tensor in weights.items()}:
-        raise UserError(f"the delta's {len(weights)} tensors are not the {len(routers)} routers of {type(model).__name__}")
+        raise UserError(
+            f"the delta's {len(weights)} tensors are not the {len(routers)} routers of {type(model).__name__}"
+        )
     with torch.no_grad():
         for name, parameter in routers.items():
             parameter.copy_(weights[name])

@@ -85,7 +85,7 @@ def _start_wandb(run_dir: Path, *, run_name: str, config: Mapping[str, Any], run
     """Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run."""
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
     run = wandb.init(
         project="remoe", name=run_name, dir=run_dir, config=dict(config), mode=mode, id=run_id, resume="allow"
     )

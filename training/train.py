@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("config", help="a YAML under configs/train/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument("--accelerate-config", metavar="YAML", help="start with accelerate, for example on several processes")
+    parser.add_argument(
+        "--accelerate-config", metavar="YAML", help="start several processes with accelerate"
+    )
     args = parser.parse_args(argv)
     launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config)
 
@@ -46,7 +48,9 @@ def launch_training(training: TrainArguments, accelerate_config: str | None) -> 
         train(training)
         return
     if not Path(accelerate_config).is_file():
-        raise UserError(f"accelerate config {accelerate_config} does not exist; shipped ones are under configs/accelerate/")
+        raise UserError(
+            f"accelerate config {accelerate_config} does not exist; shipped ones are under configs/accelerate/"
+        )
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         dump(training, resolved)

@@ -32,7 +32,9 @@ ITEMS = {
 def task_folder(tmp_path: Path) -> Path:
     for name, items in ITEMS.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-        data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}}}\ntest_split: test\n"
+        data = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / name}.jsonl}}}}\ntest_split: test\n"
+        )
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{data}{TASKS[name]}", encoding="utf-8")
     return tmp_path
 
@@ -61,7 +63,9 @@ def test_scores_are_those_of_a_forward_pass_by_hand(model_dir: MakeModelDir, tas
 
 def test_summary_has_perplexity_per_token_and_per_word() -> None:
     scores = {
-        "perplexity_a": TaskScores("perplexity_a", "m", np.array([-6.0, -2.0]), 0.0, np.array([3.0, 1.0]), np.array([1.0, 1.0])),
+        "perplexity_a": TaskScores(
+            "perplexity_a", "m", np.array([-6.0, -2.0]), 0.0, np.array([3.0, 1.0]), np.array([1.0, 1.0])
+        ),
         "perplexity_b": TaskScores("perplexity_b", "m", np.array([-4.0]), 0.0, np.array([1.0]), np.array([1.0])),
         "choice": TaskScores("choice", "acc", np.array([1.0, 0.0, 1.0, 1.0]), 0.25),
     }
@@ -75,7 +79,9 @@ def test_summary_has_perplexity_per_token_and_per_word() -> None:
 
 def test_task_difference_is_paired() -> None:
     before, after = np.array([1.0, 0, 1, 0, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 1, 0, 1, 1])
-    found = differences({"t": TaskScores("t", "acc", before, 0.0)}, {"t": TaskScores("t", "acc", after, 0.0)})["tasks"]["t"]
+    found = differences({"t": TaskScores("t", "acc", before, 0.0)}, {"t": TaskScores("t", "acc", after, 0.0)})["tasks"][
+        "t"
+    ]
     interval = stats.ttest_rel(after, before).confidence_interval(0.95)
     assert found == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
     unpaired = stats.ttest_ind(after, before).confidence_interval(0.95)
@@ -99,5 +105,5 @@ def test_perplexity_difference_covers_a_known_shift() -> None:
 def test_unknown_task_is_refused_with_the_known_ones(model_dir: MakeModelDir, task_folder: Path) -> None:
     folder = str(model_dir("qwen2_moe"))
     arguments = QualityArguments(include_path=str(task_folder), tasks=["wrods"])
-    with pytest.raises(UserError, match="'wrods' is not in .*choice, words"):
+    with pytest.raises(UserError, match=r"'wrods' is not in .*choice, words"):
         run_tasks(load_pretrained(folder), load_tokenizer(folder), arguments)

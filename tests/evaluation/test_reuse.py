@@ -24,7 +24,9 @@ def test_reuse_rate_is_the_shared_part_of_neighbouring_choices() -> None:
 
 def test_pairs_do_not_cross_requests() -> None:
     same = [[[0, 1]]] * 4
-    assert reuse_rate_per_layer(trace_of([*same[:2], [[2, 3]], [[2, 3]]], [0, 0, 1, 1], num_experts=4)).tolist() == [1.0]
+    assert reuse_rate_per_layer(trace_of([*same[:2], [[2, 3]], [[2, 3]]], [0, 0, 1, 1], num_experts=4)).tolist() == [
+        1.0
+    ]
     assert routing_summary(trace_of(same, [0, 1, 2, 3], num_experts=4))["reuse_rate_mean"] is None
 
 

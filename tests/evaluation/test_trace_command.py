@@ -22,7 +22,9 @@ MakeModelDir = Callable[[str], Path]
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("It is a truth universally acknowledged, that a single man must be in want of a wife.", encoding="utf-8")
+    path.write_text(
+        "It is a truth universally acknowledged, that a single man must be in want of a wife.", encoding="utf-8"
+    )
     return path
 
 
@@ -69,7 +71,16 @@ def test_command_writes_a_trace_that_can_be_read(
     model_dir: MakeModelDir, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "deep" / "t.safetensors"
-    arguments = ["--model", str(model_dir("qwen2_moe")), "--text-file", str(text), "--output", str(out), "--max-length", "40"]
+    arguments = [
+        "--model",
+        str(model_dir("qwen2_moe")),
+        "--text-file",
+        str(text),
+        "--output",
+        str(out),
+        "--max-length",
+        "40",
+    ]
     assert run(trace_module.main, arguments) == 0
     trace = RouteTrace.read(out)
     printed = json.loads(capsys.readouterr().out)
@@ -78,7 +89,8 @@ def test_command_writes_a_trace_that_can_be_read(
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"", "is empty"), (b"  \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (None, "does not exist")]
+    ("content", "words"),
+    [(b"", "is empty"), (b"  \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (None, "does not exist")],
 )
 def test_text_that_cannot_be_traced_is_one_clear_message(
     model_dir: MakeModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, words: str
@@ -87,7 +99,8 @@ def test_text_that_cannot_be_traced_is_one_clear_message(
     if content is not None:
         path.write_bytes(content)
     code = run(
-        trace_module.main, ["--model", str(model_dir("qwen2_moe")), "--text-file", str(path), "--output", str(tmp_path / "o")]
+        trace_module.main,
+        ["--model", str(model_dir("qwen2_moe")), "--text-file", str(path), "--output", str(tmp_path / "o")],
     )
     assert code == 2
     assert words in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_every_shipped_run_config_loads() -> None:
     ("overrides", "words"),
     [
         (["arms={}"], "at least one"),
-        (["seeds=[]"], "at least one"),
+        (["arms={a: {}}", "seeds=[]"], "at least one"),
         (["arms={base: {objective: remoe}}"], "cannot be called base"),
         (["sedes=[1]"], "did you mean seeds"),
     ],
@@ -64,7 +64,9 @@ def test_run_config_that_makes_no_sense_is_refused(overrides: list[str], words: 
 
 def test_mistake_in_an_arm_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    args = load(RunArguments, None, ["arms={a: {objective: remoe}, b: {objectve: cache}}", f"output_dir={tmp_path / 'run'}"])
+    args = load(
+        RunArguments, None, ["arms={a: {objective: remoe}, b: {objectve: cache}}", f"output_dir={tmp_path / 'run'}"]
+    )
     with pytest.raises(UserError, match="did you mean objective"):
         pipeline(args, command="x")
     assert not (tmp_path / "run").exists()

@@ -93,7 +93,7 @@ def test_a_changed_frozen_tensor_gives_no_delta(train_args: Arguments) -> None:
     train_step(run)
     with torch.no_grad():
         run.model.get_parameter("model.norm.weight")[0] += 1e-3
-    with pytest.raises(UserError, match="frozen tensors changed during training .*no delta is written"):
+    with pytest.raises(UserError, match=r"frozen tensors changed during training .*no delta is written"):
         finish(run)
     assert not (Path(run.args.output_dir) / "router_delta").exists()
 
@@ -513,7 +513,7 @@ def test_a_folder_that_is_not_there_is_refused(key: str, train_args: Arguments) 
 def test_a_folder_without_a_model_or_tokenizer_is_refused(train_args: Arguments, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         build(train_args(model_name_or_path=str(tmp_path)))
-    with pytest.raises(UserError, match="tokenizer .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"tokenizer .* cannot be loaded"):
         build(train_args(tokenizer_name=str(tmp_path)))
 
 

@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_the_old_delta(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(router_delta, "save_file", full)
-    with pytest.raises(UserError, match="cannot be written .*the disk is full or not writable"):
+    with pytest.raises(UserError, match=r"cannot be written .*the disk is full or not writable"):
         router_delta.save(delta, routers, base_model="x", base_sha256="y", about={})
     assert router_delta.load_for(base, delta).keys() == routers.keys()
     assert sorted(path.name for path in delta.parent.iterdir()) == ["base", "delta"]

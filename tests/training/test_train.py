@@ -119,7 +119,7 @@ def test_a_bad_train_file_is_named(
     [
         ("domains=[poems]", "domain 'poems' is not in the corpus"),
         ("dataset_split=dev", "split 'dev' is not in the corpus"),
-        ("dataset_name=/nowhere", "data set /nowhere (train) cannot be loaded"),
+        ("dataset_name=/nowhere", "data set /nowhere (validation) cannot be loaded"),
         ("lr_scheduler_type=cosinus", "lr_scheduler_type"),
         ("cache_slots=[1]", "a cache of 1 experts cannot hold the 2"),
         ("resume_from_checkpoint=/nowhere", "/nowhere is not a checkpoint folder"),
@@ -130,7 +130,9 @@ def test_a_bad_train_file_is_named(
 def test_a_bad_value_is_named(
     override: str, message: str, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in error_of([str(config(train_file=None, objective="cache")), override], capsys)
+    assert message in error_of(
+        [str(config(train_file=None, dataset_split="validation", objective="cache")), override], capsys
+    )
 
 
 def test_a_run_that_is_there_is_not_written_over(

@@ -30,7 +30,7 @@ from evaluation.reuse import routing_summary
 from evaluation.trace import teacher_forced_trace
 from training import router_delta
 from training.loop import code_commit
-from training.model import load_pretrained, load_tokenizer
+from training.model import load_pretrained, load_tokenizer, local_folder
 from training.routers import find_routers
 
 EXAMPLE = """example:
@@ -87,12 +87,13 @@ class Arm:
     candidates: list[Candidate]
 
 
-def evaluate(model_dir: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> dict[str, Any]:
+def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> dict[str, Any]:
     """Measure the base and every candidate.
 
     Raises:
         UserError: see the parts; a delta that belongs to another base is found before anything is measured.
     """
+    model_dir = local_folder(model)
     weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
     tokenizer = load_tokenizer(model_dir)
     base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")
@@ -106,7 +107,7 @@ def evaluate(model_dir: str, arms: Mapping[str, Arm], args: EvaluationArguments)
                  "difference": differences(base_scores, scores)}
             )  # fmt: skip
         results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
-    return {"format_version": 1, "model": _model_facts(model_dir, args), "arms": results}
+    return {"format_version": 1, "model": {"name": model, **_model_facts(model_dir, args)}, "arms": results}
 
 
 def assemble(results: dict[str, Any], *, command: str, config: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _model_facts(model_dir: str, args: EvaluationArguments) -> dict[str, Any]:
     model = load_pretrained(model_dir)
     router: Any = next(iter(find_routers(model).values()))
     return {
-        "name": model_dir, "n_parameters": model.num_parameters(), "layers": len(find_routers(model)),
+        "n_parameters": model.num_parameters(), "layers": len(find_routers(model)),
         "experts": int(router.num_experts), "top_k": int(router.top_k), "dtype": str(model.dtype).removeprefix("torch."),
         **expert_sizes(model_dir, dtype=args.decode.dtype),
     }  # fmt: skip
@@ -216,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="remoe evaluate", description="Measure a base model, and a router delta against it.", epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the base model")
+    parser.add_argument("--model", required=True, help="folder or hub name of the base model")
     parser.add_argument("--router-delta", metavar="DIR", help="what training wrote; left out: the base alone")
     parser.add_argument("--config", required=True, metavar="YAML", help="what is measured; see configs/evaluation/")
     parser.add_argument(

@@ -11,7 +11,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from configs.command import run
 from configs.load import UserError
@@ -20,6 +19,7 @@ from evaluation.engine.accounting import peak_rss_bytes
 from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
+from training.model import load_tokenizer, local_folder
 from training.router_delta import load_for
 
 EXAMPLE = """example:
@@ -34,18 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = prepare(arguments.output) if arguments.output else None
     trace_path = prepare(arguments.route_trace) if arguments.route_trace else None
     prompt = _prompt(arguments)
+    model_dir = local_folder(arguments.model)
     torch.manual_seed(arguments.seed)
     transformers.utils.logging.disable_progress_bar()
     with load(
-        arguments.model,
+        model_dir,
         arguments.expert_cache,
-        router_delta=load_for(arguments.model, arguments.router_delta) if arguments.router_delta else None,
+        router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
         cache_policy=arguments.cache_policy,
         cache_scope=arguments.cache_scope,
         dtype=arguments.dtype,
         record_trace=trace_path is not None,
     ) as (model, engine):
-        tokenizer = _tokenizer(arguments.model)
+        tokenizer = load_tokenizer(model_dir)
         prompt_ids = tokenizer(prompt)["input_ids"]
         if not prompt_ids:
             raise UserError(
@@ -118,13 +119,6 @@ def _read_prompt(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
-def _tokenizer(model_dir: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_dir} holds no tokenizer that can be read: {error}") from error
-
-
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(report["text"], markup=False, highlight=False)
@@ -144,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder with safetensors weights")
+    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
     parser.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
     parser.add_argument(
         "--expert-cache", required=True, metavar="SIZE", help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes"

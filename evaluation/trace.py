@@ -23,7 +23,7 @@ from evaluation.engine.output import prepare
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.reuse import routing_summary
 from training import losses, router_delta
-from training.model import load_pretrained, load_tokenizer
+from training.model import load_pretrained, load_tokenizer, local_folder
 from training.routers import RouterObserver
 
 EXAMPLE = """example:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output, text = prepare(args.output), read_text(args.text_file)
     model = load_pretrained(args.model, dtype=args.dtype)
     if args.router_delta is not None:
-        router_delta.apply(model, router_delta.load_for(args.model, args.router_delta))
+        router_delta.apply(model, router_delta.load_for(local_folder(args.model), args.router_delta))
     documents = tokenize([text], load_tokenizer(args.model))
     trace, nll = teacher_forced_trace(model, documents, max_length=args.max_length, progress="trace")
     trace.save(Path(output))

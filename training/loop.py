@@ -24,7 +24,7 @@ from configs.load import UserError, dump, load, write_whole
 from data.batches import Batch, DataArguments, PackedRows, tokenize
 from data.sources import training_texts
 from training import checkpoint, proof, router_delta
-from training.model import ModelArguments, build_model, load_tokenizer, trained_parameters
+from training.model import ModelArguments, build_model, load_tokenizer, local_folder, trained_parameters
 from training.objective import Objective, ObjectiveArguments, objective, total_counts
 from training.routers import RouterObserver
 from training.tracking import Tracker
@@ -179,7 +179,8 @@ def build(args: TrainArguments) -> Run:
 
 def rows_summary(run: Run) -> str:
     tokens = run.rows_per_step * run.args.max_length
-    return f"{tokens:,} tokens a step, {run.rows.tokens_per_epoch:,} tokens in the data"
+    n = run.accelerator.num_processes
+    return f"{n} process{'es' * (n > 1)}, {tokens:,} tokens a step, {run.rows.tokens_per_epoch:,} tokens in the data"
 
 
 def train_step(run: Run) -> dict[str, float]:
@@ -263,7 +264,8 @@ def _save_delta(run: Run, folder: Path) -> None:
     base = str(run.args.model_name_or_path)
     lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     router_delta.save(
-        folder, run.trained, base_model=base, base_sha256=router_delta.checkpoint_sha256(base, run.trained.keys()),
+        folder, run.trained, base_model=base,
+        base_sha256=router_delta.checkpoint_sha256(local_folder(base), run.trained.keys()),
         about={
             "objective": run.args.objective,
             "config": asdict(run.args),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +32,21 @@ class ModelArguments:
             raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
         if self.model_name_or_path is None and self.trainable != "all":
             raise ValueError("a new model (config_name) has nothing worth freezing; write trainable=all")
+
+
+def local_folder(name_or_path: str) -> str:
+    """The folder that is named, or the local copy of a model on the hub, fetched if it is not there yet.
+
+    Raises:
+        UserError: there is neither.
+    """
+    _check_exists(name_or_path)
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    try:
+        return str(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(f"model {name_or_path} is no folder and cannot be fetched from the hub: {error}") from error
 
 
 def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

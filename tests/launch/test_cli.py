@@ -11,6 +11,8 @@ import pytest
 from launch.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
+TINY = "configs/evaluation/tiny.yaml"
+GENERATE = ["--expert-cache", "1MiB", "--prompt", "x", "--max-new-tokens", "4", "--output", "runs/x.json"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,9 +53,10 @@ def test_console_script_is_this_main() -> None:
     [
         (["train", "configs/train/tiny.yaml", "lerning_rate=1"], "did you mean learning_rate?"),
         (["train", "configs/train/tyni.yaml"], "did you mean configs/train/tiny.yaml?"),
-        (["evaluate", "--model", "nowhere/at/all", "--config", "configs/evaluation/tiny.yaml", "--output", "runs/x"], "does not exist"),
+        (["evaluate", "--model", "nowhere/at/all", "--config", TINY, "--output", "runs/x"], "nowhere/at/all does not exist"),
         (["run", "configs/run/demo.yaml", "sedes=[1]"], "did you mean seeds?"),
-        (["generate", "--model", "nowhere/at/all", "--expert-cache", "1MiB", "--prompt", "x", "--output", "runs/x.json"], "nowhere/at/all"),
+        (["generate", "--model", "nowhere/at/all", *GENERATE], "nowhere/at/all does not exist"),
+        (["trace", "--model", "nowhere/at/all", "--text-file", "README.md", "--output", "runs/x"], "nowhere/at/all does not"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_no_traceback(arguments: list[str], words: str) -> None:

@@ -1,0 +1,122 @@
+"""Training as processes: two against one, and killed at any moment against never stopped. Slow: every run starts Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"
+pytestmark = pytest.mark.slow
+
+Values = Callable[..., dict[str, Any]]
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "training.train", str(config), *arguments]
+
+
+def written(values: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def finish(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Without what depends on the clock."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def routers(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "router_delta" / "router_delta.safetensors")
+
+
+@pytest.mark.parametrize("objective", ["remoe", "cache"])
+def test_two_processes_do_what_one_with_twice_the_accumulation_does(
+    objective: str, train_values: Values, tmp_path: Path
+) -> None:
+    rows = {"per_device_train_batch_size": 2, "max_steps": 8, "objective": objective}
+    alone = {**train_values(), **rows, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    both = {**train_values(), **rows, "output_dir": str(tmp_path / "two")}
+    finish(command(written(alone, tmp_path / "alone")))
+    finish(command(written(both, tmp_path / "both"), "--accelerate-config", str(TWO_PROCESSES)))
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [line["train/global_step"] for line in two] == list(range(1, 9))
+    for before, after in zip(one, two, strict=True):
+        assert after == pytest.approx(before, abs=1e-5)
+        assert after["train/num_tokens"] == before["train/num_tokens"]
+    ours, theirs = routers(tmp_path / "one"), routers(tmp_path / "two")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_accelerate_launch_starts_the_same_training(train_values: Values, tmp_path: Path) -> None:
+    values = train_values(output_dir=str(tmp_path / "run"))
+    config = written(values, tmp_path / "config")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES)]
+    shown = finish([*launch, "-m", "training.train", str(config), "max_steps=2"])
+    assert shown.count("; 2 processes, 96 tokens a step") == 1  # the main process speaks, the other is silent
+    assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_mistake_under_two_processes_ends_with_its_message(train_values: Values, tmp_path: Path) -> None:
+    config = written(train_values(model_name_or_path="/nowhere/model"), tmp_path / "config")
+    done = subprocess.run(
+        command(config, "--accelerate-config", str(TWO_PROCESSES)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: /nowhere/model does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_again_and_again_equals_one_that_never_was(
+    processes: int, train_values: Values, tmp_path: Path
+) -> None:
+    """SIGKILL at moments of the clock, wherever the run may be then: starting, computing or saving."""
+    values = {**train_values(), "max_steps": 120, "save_steps": 5, "logging_steps": 1, "resume_from_checkpoint": "auto"}
+    extra = [] if processes == 1 else ["--accelerate-config", str(TWO_PROCESSES)]
+    finish(command(written({**values, "output_dir": str(tmp_path / "whole")}, tmp_path / "a"), *extra))
+    killed = written({**values, "output_dir": str(tmp_path / "killed")}, tmp_path / "b")
+    for lines, moment in ((3, 0.0), (20, 0.013), (44, 0.029), (70, 0.003)):
+        run_until(command(killed, *extra), tmp_path / "killed" / "metrics.jsonl", lines=lines, moment=moment)
+    finish(command(killed, *extra))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    for name in ("checkpoint-120/trained", "checkpoint-120/optimizer", "router_delta/router_delta"):
+        same = [(tmp_path / run / f"{name}.safetensors").read_bytes() for run in ("whole", "killed")]
+        assert same[0] == same[1], name
+
+
+def run_until(arguments: list[str], metrics_file: Path, *, lines: int, moment: float) -> None:
+    """Start a run in a process group of its own and kill all of it `moment` seconds after so many lines were written."""
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not metrics_file.exists() or metrics_file.read_bytes().count(b"\n") < lines:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    time.sleep(moment)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -3,6 +3,7 @@
 Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ def decode_at_budgets(
 
     `tokens_equal_resident` says whether the tokens were those of the same model with all experts in memory.
     """
+    logging.getLogger("evaluation.engine.budget").setLevel(logging.ERROR)  # the report says what a small budget does
     reference = _resident_tokens(model_dir, weights, prompts, args)
     rows = []
     for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -94,6 +95,7 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
         UserError: see the parts; a delta that belongs to another base is found before anything is measured.
     """
     model_dir = local_folder(model)
+    transformers.utils.logging.disable_progress_bar()
     weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
     tokenizer = load_tokenizer(model_dir)
     base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")

@@ -4,6 +4,7 @@ Offline; tasks are the YAML files of a folder. What the harness reports is kept,
 pairing items shows a small difference honestly. Perplexities are per token and, as the harness has it, per word.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ def run_tasks(
         UserError: a task that the folder does not hold.
     """
     os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
+    import datasets
     from lm_eval import simple_evaluate  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -74,6 +76,8 @@ def run_tasks(
         raise UserError(
             f"task {unknown[0]!r} is not in {args.include_path}; it has {', '.join(known) or 'no task at all'}"
         )
+    datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=_context(model))
     output = simple_evaluate(
         lm, tasks=list(args.tasks), limit=args.limit, bootstrap_iters=0, log_samples=True,

@@ -6,6 +6,7 @@ addressed by index, so a resumed run reads what an uninterrupted one would have 
 
 import json
 import math
+import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -137,6 +138,8 @@ def train(args: TrainArguments) -> Path:
 
 def build(args: TrainArguments) -> Run:
     """Load model and data, freeze, and take up a checkpoint if there is one."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
     out = Path(args.output_dir)
     resume_from = checkpoint.find(out, args.resume_from_checkpoint)

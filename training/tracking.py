@@ -64,7 +64,7 @@ class Tracker:
         if self._file is not None:
             self._file.close()
         if self.wandb_run is not None:
-            self.wandb_run.finish(quiet=True)
+            self.wandb_run.finish()
 
 
 def _cut_back(path: Path, step: int) -> None:

@@ -5,8 +5,11 @@ write instead. What a key means is documented beside the code that reads it, in 
 """
 
 import difflib
+import inspect
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -48,6 +51,23 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
         raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
     except ValueError as error:  # from __post_init__
         raise UserError(f"{path or schema.__name__}: {error}") from error
+
+
+def keys_help(schema: type[Any]) -> str:
+    """For `--help`: a line for every key of a dataclass, its default and the comment that stands beside it."""
+    return "\nkeys of the config and their defaults:\n" + "\n".join(_key_lines(schema, prefix=""))
+
+
+def _key_lines(schema: type[Any], *, prefix: str) -> Iterator[str]:
+    sources = [inspect.getsource(cls) for cls in schema.__mro__ if is_dataclass(cls)]
+    comments = dict(re.findall(r"(?m)^ {4}(\w+): .*  # (.+)$", "".join(sources)))
+    for key in fields(schema):
+        if isinstance(key.type, type) and is_dataclass(key.type):
+            yield from _key_lines(key.type, prefix=f"{prefix}{key.name}.")
+            continue
+        default: Any = key.default if key.default_factory is MISSING else key.default_factory()
+        shown = "null" if default is None else str(default).replace("???", "(required)")
+        yield f"  {f'{prefix}{key.name}={shown}':<44} {comments.get(key.name, '')}".rstrip()
 
 
 def dump(config: Any, path: str | Path) -> None:

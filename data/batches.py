@@ -26,9 +26,7 @@ class DataArguments:
 
     dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
     dataset_split: str = "train"  # split of `dataset_name`
-    train_file: str | None = (
-        None  # instead of dataset_name: a .jsonl (field text, messages or conversations) or .txt file
-    )
+    train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
     domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
     max_length: int = 512  # tokens in a packed row
 

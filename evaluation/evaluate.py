@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.command import run
-from configs.load import UserError, load
+from configs.load import UserError, keys_help, load
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.budgets import DecodeArguments, decode_at_budgets, expert_sizes
@@ -216,7 +216,7 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="remoe evaluate", description="Measure a base model, and a router delta against it.", epilog=EXAMPLE,
+        prog="remoe evaluate", description="Measure a base model, and a router delta against it.", epilog=EXAMPLE + keys_help(EvaluationArguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--model", required=True, help="folder or hub name of the base model")

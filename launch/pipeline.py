@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.command import run
-from configs.load import UserError, dump, load
+from configs.load import UserError, dump, keys_help, load
 from evaluation.evaluate import (
     Arm,
     Candidate,
@@ -85,7 +85,7 @@ def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="remoe run", description="Train the arms of a config, evaluate them and the untouched base, write a report.",
-        epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLE + keys_help(RunArguments), formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("config", help="a YAML under configs/run/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")

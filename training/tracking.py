@@ -41,10 +41,11 @@ class Tracker:
     def log(self, step: int, metrics: Metrics) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps({"train/global_step": step, **metrics}) + "\n")
+        line = {"train/global_step": step, **metrics}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self.wandb_run is not None:
-            self.wandb_run.log(dict(metrics), step=step)
+            self.wandb_run.log(line, step=step)
 
     def advance(self, step: int, metrics: Metrics) -> None:
         """Move the bar; it shows loss, reuse rate and the time left."""

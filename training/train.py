@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.command import run
-from configs.load import UserError, dump, load
+from configs.load import UserError, dump, keys_help, load
 from training.loop import TrainArguments, train
 
 EXAMPLE = """examples:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="remoe train",
         description="Fine-tune the routers of a mixture-of-experts model; everything else stays as it is.",
-        epilog=EXAMPLE,
+        epilog=EXAMPLE + keys_help(TrainArguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML under configs/train/")

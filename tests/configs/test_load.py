@@ -1,12 +1,14 @@
 """The loader: defaults < YAML < overrides, and one clear refusal for everything else."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
-from configs.load import UserError, dump, load, write_whole
+from configs.load import UserError, dump, keys_help, load, write_whole
+from evaluation.evaluate import EvaluationArguments
+from training.loop import TrainArguments
 
 
 @dataclass
@@ -143,3 +145,12 @@ def test_a_key_without_a_value_must_be_given() -> None:
     with pytest.raises(UserError, match="WithRequired: no value for output_dir; set it in the YAML or as key=value"):
         load(WithRequired)
     assert asdict(load(WithRequired, overrides=["output_dir=runs/x"])) == {"output_dir": "runs/x"}
+
+
+def test_help_names_every_key_with_default_and_comment() -> None:
+    shown = keys_help(TrainArguments)
+    for key in fields(TrainArguments):
+        assert f"\n  {key.name}=" in shown
+    assert re.search(r"\n  max_steps=2000 +optimizer steps\n", shown)
+    assert re.search(r"\n  output_dir=\(required\) +the run's own folder", shown)
+    assert "\n  decode.max_new_tokens=32" in keys_help(EvaluationArguments)

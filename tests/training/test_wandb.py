@@ -74,5 +74,4 @@ def test_an_offline_run_holds_config_and_the_metrics_of_the_jsonl(
     lines = (Path(args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = history(found)
     for line in map(json.loads, lines):
-        step = line.pop("train/global_step")
-        assert {key: value for key, value in logged[step].items() if not key.startswith("_")} == line
+        assert {k: v for k, v in logged[line["train/global_step"]].items() if not k.startswith("_")} == line

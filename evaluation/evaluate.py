@@ -216,9 +216,11 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="remoe evaluate", description="Measure a base model, and a router delta against it.", epilog=EXAMPLE + keys_help(EvaluationArguments),
+        prog="remoe evaluate",
+        description="Measure a base model, and a router delta against it.",
+        epilog=EXAMPLE + keys_help(EvaluationArguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--model", required=True, help="folder or hub name of the base model")
     parser.add_argument("--router-delta", metavar="DIR", help="what training wrote; left out: the base alone")
     parser.add_argument("--config", required=True, metavar="YAML", help="what is measured; see configs/evaluation/")

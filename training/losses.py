@@ -119,6 +119,22 @@ def reuse_loss_sum(probs_BSE: Tensor, reusable_BSE: Tensor, document_ids_BS: Ten
     return -torch.log(mass_N[long_enough] / length_N[long_enough] + EPSILON).sum()
 
 
+def miss_loss_sum(
+    logits_BSE: Tensor, held_BSE: Tensor, document_ids_BS: Tensor, top_k: int, temperature: float
+) -> Tensor:
+    """L_miss: the miss rate of a cache that holds `held_BSE`, made soft, over valid positions; ours, not published.
+
+    An expert counts as chosen by c = sigmoid((z - threshold) / temperature), the threshold midway between the last
+    logit that is chosen and the first that is not; the term is 1/2 + (sum of c outside the cache - inside) / 2K. So the
+    gradient acts on close calls alone: it leaves clear choices and their mixing weights as they are. No gradient
+    through the threshold or the set.
+    """
+    edge_BS2 = logits_BSE.detach().topk(top_k + 1, dim=-1).values[..., -2:]
+    chosen_BSE = torch.sigmoid((logits_BSE - edge_BS2.mean(-1, keepdim=True)) / temperature)
+    miss_BS = 0.5 + torch.where(held_BSE, -chosen_BSE, chosen_BSE).sum(-1) / (2 * top_k)
+    return miss_BS[document_ids_BS >= 0].sum()
+
+
 def symmetric_kl_sum(log_probs_BSE: Tensor, document_ids_BS: Tensor, lag: int) -> Tensor:
     """Half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth at lag 1, one part of L_lag else."""
     if lag >= log_probs_BSE.shape[1]:

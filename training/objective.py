@@ -1,6 +1,7 @@
-"""The objective: which terms with which coefficients and ramps (METHOD: ReMoE, arXiv 2605.27081, and our `cache`).
+"""The objective: which terms with which coefficients and ramps (ReMoE, arXiv 2605.27081, and our `cache`, `cache_miss`).
 
-L = L_CE + kl * L_trust + ramp_r(s) * reuse * L_reuse + ramp_c(s) * (smooth * L_smooth + lag * L_lag + ws * L_ws)
+L = L_CE + kl * L_trust + ramp_r(s) * (reuse * L_reuse + miss * L_miss)
+  + ramp_c(s) * (smooth * L_smooth + lag * L_lag + ws * L_ws)
 
 Pure arithmetic over `training/losses.py`; knows nothing of models, optimizers or processes.
 """
@@ -16,8 +17,16 @@ from data.batches import Batch
 from training import losses
 from training.routers import Routing
 
-# Published coefficients (arXiv 2605.27081); `cache` replaces the previous token's experts by what an LRU cache holds.
-_REMOE = {"router_kl_coef": 0.45, "reuse_coef": 0.2, "smooth_coef": 0.05, "lag_coef": 0.05, "working_set_coef": 0.01}
+# Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
+# holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass.
+_REMOE = {
+    "miss_coef": 0.0,
+    "router_kl_coef": 0.45,
+    "reuse_coef": 0.2,
+    "smooth_coef": 0.05,
+    "lag_coef": 0.05,
+    "working_set_coef": 0.01,
+}
 _NOTHING = dict.fromkeys(_REMOE, 0.0)
 PRESETS: dict[str, dict[str, float]] = {
     "ce_only": _NOTHING,
@@ -26,6 +35,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
     "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
+    "cache_miss": {**_NOTHING, "router_kl_coef": 0.1, "miss_coef": 0.25},
 }
 
 
@@ -33,8 +43,10 @@ PRESETS: dict[str, dict[str, float]] = {
 class ObjectiveArguments:
     """What is optimised. A coefficient that is left out has its preset's value."""
 
-    objective: str = "remoe"  # ce_only, remoe, remoe_no_trust, remoe_no_reuse, remoe_no_consistency or cache
+    objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache or cache_miss
     reuse_coef: float | None = None  # weight of the reuse reward
+    miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
+    miss_temperature: float = 0.25  # in router logits: how close a call must be to count as one
     router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
     smooth_coef: float | None = None  # weight of the symmetric KL between neighbours
     lag_coef: float | None = None  # weight of the same at `lags`
@@ -42,8 +54,10 @@ class ObjectiveArguments:
     router_aux_loss_coef: float = 0.0  # weight of the load-balance loss; only for pretraining
     lags: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     working_set_window: int = 16  # tokens; not published, ours
-    cache_slots: list[int] = field(default_factory=lambda: [8])  # LRU sizes per layer that `cache` rewards, averaged
-    reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse term
+    cache_slots: list[int] = field(
+        default_factory=lambda: [8]
+    )  # LRU sizes per layer of `cache` and `cache_miss`, averaged
+    reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse and miss terms
     consistency_warmup_steps: int = 800  # the same for the smooth, lag and working-set terms
 
     def __post_init__(self) -> None:
@@ -59,7 +73,7 @@ class ObjectiveArguments:
 
     @property
     def rewards_cache(self) -> bool:
-        return self.objective == "cache"
+        return self.objective in ("cache", "cache_miss")
 
 
 def ramp(step: int, warmup_steps: int) -> float:
@@ -109,6 +123,7 @@ def objective(
         "loss": 1.0,
         "trust_kl": args.router_kl_coef,
         "reuse_loss": reuse_ramp * _value(args.reuse_coef),
+        "miss_loss": reuse_ramp * _value(args.miss_coef),
         "smooth_loss": consistency_ramp * _value(args.smooth_coef),
         "lag_loss": consistency_ramp * _value(args.lag_coef),
         "working_set_loss": consistency_ramp * _value(args.working_set_coef),
@@ -153,6 +168,11 @@ def _layer_terms(
         "working_set_loss": losses.working_set_sum(probs, documents, args.working_set_window)
         / at_least_one(count["windows"]),
     }
+    if args.miss_coef:
+        missed = [
+            losses.miss_loss_sum(routing.logits_BSE, held, documents, top_k, args.miss_temperature) for held in reusable
+        ]
+        terms["miss_loss"] = torch.stack(missed).mean() / at_least_one(count["positions"])
     if routing.reference_logits_BSE is not None:
         reference = routing.reference_logits_BSE.log_softmax(-1)
         terms["trust_kl"] = losses.trust_kl_sum(log_probs, reference, documents) / at_least_one(count["positions"])

@@ -182,6 +182,30 @@ def test_reuse_loss_over_cache_content_is_that_of_the_simulated_cache(case: Case
     assert_equal(found, slow_reuse(case, content))
 
 
+def test_the_miss_loss_counts_soft_choices_outside_the_cache_against_those_inside(case: Case) -> None:
+    held, temperature = losses.lru_content(case.ids, case.documents, E, 3), 0.7
+    expected = 0.0
+    for at in (at for positions in sequences(case.documents) for at in positions):
+        z = case.logits[at].tolist()
+        threshold = sum(sorted(z)[-K - 1 : -K + 1]) / 2
+        chosen = [1 / (1 + math.exp((threshold - value) / temperature)) for value in z]
+        expected += 0.5 + sum(-c if h else c for c, h in zip(chosen, held[at].tolist(), strict=True)) / (2 * K)
+    assert_equal(losses.miss_loss_sum(case.logits, held, case.documents, K, temperature), expected)
+
+
+def test_a_cold_miss_loss_is_the_miss_rate_and_moves_close_calls_only() -> None:
+    logits = torch.tensor([[[9.0, 5.1, 4.9, 0.0, -1.0, -9.0]]]).requires_grad_()
+    held = torch.tensor([[[False, False, True, True, False, False]]])
+    found = losses.miss_loss_sum(logits, held, torch.zeros(1, 1, dtype=torch.long), K, 0.05)
+    assert found.item() == pytest.approx(1, abs=0.1)  # neither of the two that are chosen is there
+    found.backward()
+    assert logits.grad is not None
+    pushed = logits.grad.flatten().tolist()
+    assert pushed[1] > 0.1
+    assert pushed[2] < -0.1
+    assert max(abs(pushed[n]) for n in (0, 3, 4, 5)) < 1e-6
+
+
 @pytest.mark.parametrize("lag", LAGS)
 def test_symmetric_kl_is_half_of_both_over_pairs_inside_a_sequence(case: Case, lag: int) -> None:
     expected = 0.0
@@ -243,6 +267,9 @@ def every_sum(case: Case) -> dict[str, Tensor]:
         "trust": losses.trust_kl_sum(log_probs, case.reference.log_softmax(-1), case.documents),
         "reuse": losses.reuse_loss_sum(probs, losses.previous_choice(case.ids, case.documents, E), case.documents, K),
         "cache": losses.reuse_loss_sum(probs, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K),
+        "miss": losses.miss_loss_sum(
+            case.logits, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K, 0.5
+        ),
         "windows": losses.working_set_sum(probs, case.documents, WINDOW),
         **{f"lag_{lag}": losses.symmetric_kl_sum(log_probs, case.documents, lag) for lag in LAGS},
         **losses.counts(case.documents, case.labels, lags=LAGS, window=WINDOW),

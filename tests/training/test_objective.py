@@ -84,7 +84,24 @@ def test_an_ablation_switches_exactly_its_terms_off(name: str, switched_off: set
 
 
 def test_there_is_a_test_for_every_preset() -> None:
-    assert set(PRESETS) == {"ce_only", "remoe", "remoe_no_trust", "remoe_no_reuse", "remoe_no_consistency", "cache"}
+    assert set(PRESETS) == {
+        "ce_only", "remoe", "remoe_no_trust", "remoe_no_reuse", "remoe_no_consistency", "cache", "cache_miss"
+    }  # fmt: skip
+
+
+def test_cache_miss_adds_the_soft_misses_of_its_caches_to_trust() -> None:
+    args = ObjectiveArguments(objective="cache_miss", cache_slots=[2, 4], miss_coef=0.3)
+    batch, layers = a_batch(), two_layers()
+    found = evaluate(args, batch, layers)
+    slow = torch.stack([
+        losses.miss_loss_sum(
+            layer.logits_BSE, losses.lru_content(layer.ids_BSK, batch.document_ids_BS, 6, slots), batch.document_ids_BS, 2, 0.25
+        )
+        for layer in layers for slots in (2, 4)
+    ]).mean() / 24  # fmt: skip
+    torch.testing.assert_close(found.terms["miss_loss"], slow.detach())
+    expected = found.terms["loss"] + PRESETS["cache_miss"]["router_kl_coef"] * found.terms["trust_kl"] + 0.3 * slow
+    torch.testing.assert_close(found.loss, expected)
 
 
 def test_a_coefficient_that_is_written_wins_over_the_preset() -> None:
@@ -216,6 +233,10 @@ def test_each_term_alone_decreases_when_only_routers_are_trained_on_it(
 
 def test_the_cache_term_alone_decreases_too(tiny_model: Callable[..., Any]) -> None:
     check_that_it_decreases("reuse_coef", "reuse_loss", tiny_model, objective_name="cache")
+
+
+def test_the_soft_misses_alone_decrease_too(tiny_model: Callable[..., Any]) -> None:
+    check_that_it_decreases("miss_coef", "miss_loss", tiny_model, objective_name="cache_miss")
 
 
 def check_that_it_decreases(

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", required=True, metavar="DIR", help="folder for results.json, report.md, report.html"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # key=value may stand anywhere
     config = load(EvaluationArguments, args.config, args.overrides)
     arms = {}
     if args.router_delta is not None:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="a YAML under configs/train/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
     parser.add_argument("--accelerate-config", metavar="YAML", help="start several processes with accelerate")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # key=value may stand anywhere
     launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config)
 
 

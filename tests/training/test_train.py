@@ -45,6 +45,13 @@ def test_a_good_config_trains(config: Callable[..., Path], tmp_path: Path) -> No
     assert "objective: cache" in (tmp_path / "other" / "config.yaml").read_text(encoding="utf-8")
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = error_of([str(config()), "max_steps=1", "--accelerate-config", "nowhere.yaml", "seed=1"], capsys)
+    assert "accelerate config nowhere.yaml does not exist" in found
+
+
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])

@@ -1,17 +1,23 @@
 """How the shipped lm-evaluation-harness tasks were made from the corpus's test split: `python -m data.build_tasks`.
 
-Writes the items, `data/embedded/tasks/<task>.jsonl`; the YAML files beside them are written by hand.
+The YAML files under `data/embedded/tasks` are written by hand; the items beside them are made here. Coefficients must
+not be chosen on the test split; the same tasks on another one:
+
+    python -m data.build_tasks --split validation --output runs/validation_tasks
+    remoe evaluate ... quality.include_path=runs/validation_tasks routing.split=validation
 """
 
+import argparse
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.corpus import DOMAINS, EMBEDDED, Document, read_corpus
+from data.corpus import DOMAINS, SPLITS, Document, read_corpus
 
+TASKS = Path("data/embedded/tasks")  # as the YAML files name it: relative to the checkout
 ITEMS = 300
 CONTEXT_CHARACTERS = 320
 LINE_CHARACTERS = 90
@@ -108,9 +114,13 @@ def _write(path: Path, items: Iterator[Item], draw: random.Random) -> None:
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen[:ITEMS]), encoding="utf-8")
 
 
-def main() -> None:
-    documents = {domain: list(read_corpus("test", [domain])) for domain in DOMAINS}
-    draw = random.Random("tasks of the test split")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=SPLITS, default="test", help="of the corpus (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=TASKS, help="folder for items and YAML files")
+    args = parser.parse_args(argv)
+    documents = {domain: list(read_corpus(args.split, [domain])) for domain in DOMAINS}
+    draw = random.Random(f"tasks of the {args.split} split")
     tasks = {
         "arithmetic": puzzles(documents["puzzles"], draw, text=False),
         "letters": puzzles(documents["puzzles"], draw, text=True),
@@ -119,8 +129,13 @@ def main() -> None:
         "next_line_code": next_lines(documents["code"], draw),
         **{f"perplexity_{domain}": passages(found, draw) for domain, found in documents.items()},
     }
+    args.output.mkdir(parents=True, exist_ok=True)
     for name, items in tasks.items():
-        _write(EMBEDDED / "tasks" / f"{name}.jsonl", items, draw)
+        _write(args.output / f"{name}.jsonl", items, draw)
+        description = (TASKS / f"{name}.yaml").read_text(encoding="utf-8")
+        (args.output / f"{name}.yaml").write_text(
+            description.replace("data/embedded/tasks/", f"{args.output.as_posix()}/"), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class DecodeArguments:
     """What is decoded, and under which budgets."""
 
     demands: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])  # cache sizes in one token's demands
-    prompts_per_domain: int = 2  # of the test split
+    prompts_per_domain: int = 2  # of routing.split
     prompt_tokens: int = 64
     max_new_tokens: int = 32
     cache_policy: str = "lru"

@@ -42,7 +42,7 @@ EXAMPLE = """example:
 
 @dataclass
 class RoutingArguments:
-    """The text whose routing is traced, teacher-forced."""
+    """The text whose routing is traced, teacher-forced; the prompts that are decoded are from the same split."""
 
     split: str = "test"  # of the shipped corpus
     domains: list[str] = field(default_factory=lambda: list(DOMAINS))
@@ -137,8 +137,9 @@ def _measure(
     scores = run_tasks(model, tokenizer, args.quality)
     routing, replays = _routing(model, tokenizer, args, name=name)
     del model
-    prompts = _test_pieces(
-        tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, "test"
+    texts = args.routing
+    prompts = _pieces_of_text(
+        tokenizer, texts.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, texts.split
     )
     measured = {
         "seed": None,
@@ -157,7 +158,7 @@ def _routing(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Summary of the teacher-forced trace, and its replay through every policy and size."""
     routing = args.routing
-    pieces = _test_pieces(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
+    pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
     requests = requests_of(trace)
     sizes = [slots for slots in args.replay.slots if trace.top_k <= slots <= trace.num_experts]
@@ -180,7 +181,7 @@ def _routing(
     return {**routing_summary(trace), "nll": nll}, rows
 
 
-def _test_pieces(
+def _pieces_of_text(
     tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
 ) -> list[np.ndarray]:
     """The first `length` tokens of documents that have as many, `per_domain` of each domain, evenly over the split."""

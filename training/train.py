@@ -4,11 +4,15 @@ Also the module that `accelerate launch -m training.train CONFIG key=value ...` 
 """
 
 import argparse
+import logging
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from configs.command import run
 from configs.load import UserError, dump, keys_help, load
@@ -52,10 +56,12 @@ def launch_training(training: TrainArguments, accelerate_config: str | None) -> 
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         dump(training, resolved)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
-        code = subprocess.run([*command, "-m", "training.train", str(resolved)], check=False).returncode
-    if code != 0:
-        raise UserError(f"training under {accelerate_config} ended with exit code {code}; its own message is above")
+        launch = ["--config_file", accelerate_config, "-m", "training.train", str(resolved)]
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own
+        try:
+            launch_command(launch_command_parser().parse_args(launch))
+        except (ChildFailedError, subprocess.CalledProcessError) as error:
+            raise UserError(f"training under {accelerate_config} failed; its own message is above") from error
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def test_a_mistake_under_two_processes_ends_with_its_message(train_values: Value
     )
     assert done.returncode == 2
     assert "error: /nowhere/model does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -26,7 +26,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Change:
-    """Tuned minus base. `low` and `high` are the outermost bounds of the seeds' own paired 95 % intervals."""
+    """Tuned minus base. `low` and `high` are the means of the seeds' own paired 95 % bounds.
+
+    That is wide enough: seeds are scored on the same items, and the standard error of a mean of correlated differences
+    is at most the mean of their standard errors.
+    """
 
     spread: Spread
     low: float | None
@@ -174,7 +178,7 @@ def change(results: Results, arm: str, kind: str, name: str) -> Change | None:
         return None
     lows = [entry["low"] for entry in entries if pick(entry, "low") is not None]
     highs = [entry["high"] for entry in entries if pick(entry, "high") is not None]
-    return Change(middle, min(lows, default=None), max(highs, default=None))
+    return Change(middle, statistics.fmean(lows) if lows else None, statistics.fmean(highs) if highs else None)
 
 
 def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:

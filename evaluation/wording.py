@@ -177,8 +177,8 @@ DEFINITIONS = (
     (
         "Interval",
         "95 %, paired: the same items scored by base and by the tuned model, so it holds the noise of the items and "
-        "not that of training. Differences are tuned minus base. With several seeds the outermost bounds of the "
-        "seeds' intervals are shown.",
+        "not that of training. Differences are tuned minus base. With several seeds the means of the seeds' bounds are "
+        "shown; the spread of training is in ±.",
     ),
     ("±", "standard deviation over the n seeds of an arm. A single seed has none."),
     (

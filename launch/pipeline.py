@@ -59,6 +59,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     dump(args, out / "config.yaml")
     started = time.perf_counter()
+    all_new = not any((Path(t.output_dir) / "config.yaml").exists() for plan in plans.values() for t in plan)
     arms = {}
     for name, plan in plans.items():
         for training in plan:
@@ -67,7 +68,9 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
         arms[name] = Arm(plan[0].objective, coefficients(asdict(plan[0])), runs)
     trained = time.perf_counter()
     results = evaluate(str(next(iter(plans.values()))[0].model_name_or_path), arms, evaluation)
-    seconds = {"train": trained - started, "evaluate": time.perf_counter() - trained}
+    seconds = {"evaluate": time.perf_counter() - trained}
+    if all_new:  # time of a training that was only taken up again says nothing
+        seconds["train"] = trained - started
     config = {"run": asdict(args), "evaluation": asdict(evaluation)}
     write_results(assemble(results, command=command, config=config, seconds=seconds), out)
     return out

@@ -86,15 +86,15 @@ def test_headline_budget_is_the_smallest_common_one_that_holds_a_tokens_demand()
     assert headline_budget(results) == sizes[0]
 
 
-def test_change_over_seeds_spans_all_their_intervals() -> None:
+def test_the_interval_over_seeds_is_the_mean_of_theirs() -> None:
     results = made_results()
-    set_cost(results, "cache", 0.001, 0.002, 0.006)
+    set_cost(results, "cache", -0.001, 0.000, 0.004)
     found = change(results, "cache", "perplexity", "mean")
     assert found is not None
-    assert found.spread.mean == pytest.approx(0.003)
-    assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(0.008))
+    assert found.spread.mean == pytest.approx(0.001)
+    assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(0.003))
     assert not found.excludes_zero
-    set_cost(results, "cache", 0.003, 0.004, 0.006)
+    set_cost(results, "cache", 0.001, 0.002, 0.006)
     found = change(results, "cache", "perplexity", "mean")
     assert found is not None
     assert found.excludes_zero

@@ -38,6 +38,9 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
 
     trained = (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns
     pipeline(load(RunArguments, ROOT / "configs/run/smoke.yaml", [f"output_dir={out}"]), command="again")
+    assert set(results["reproduce"]["seconds"]) == {"train", "evaluate"}
+    again = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert set(again["reproduce"]["seconds"]) == {"evaluate"}  # nothing was trained
     assert (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns == trained
 
 

@@ -2,9 +2,9 @@
 
 An event is what one forward call brings to one layer: its distinct experts, in event order (`event_order`).
 1. Lookups are against the cache as it was before the event. An access is one distinct expert of one event.
-2. All experts of the event are resident together while it is served; victims come from outside the event.
-3. An event larger than its pool is split into events that fit: first the residents together with as many misses as
-   there is room for, then the remaining misses in event order, a pool-full at a time. Each expert is read once.
+2. All experts of an event that fits are resident together while it is served; victims come from outside the event.
+3. Of an event larger than its pool, those stay that the policy keeps when it has seen the whole event; the others are
+   used in passing. With LRU a larger cache therefore always holds what a smaller one holds.
 This file knows no model, no bytes and no torch.
 """
 
@@ -20,12 +20,17 @@ from evaluation.engine.policies import Key, Policy
 SCOPES = ("global", "per_layer")
 
 
-class Group(NamedTuple):
-    """Experts that are resident together: what one pass over an event, or over a part of it, may use."""
+class Service(NamedTuple):
+    """How the experts of one event are to be brought in and used; each is in one of the four, in event order."""
 
-    keys: Sequence[Key]  # in event order
-    slots: list[int]  # where each of them lies
-    missing: list[Key]  # those that must be read into their slots first, in event order
+    leaving: dict[Key, int]  # resident ones that do not stay, and their slots: to be used before `coming` is read
+    staying: dict[Key, int]  # resident before and after
+    coming: dict[Key, int]  # to be read into their slots, to stay
+    passing: list[Key]  # to be read and not to stay: only of an event larger than its pool
+
+    @property
+    def misses(self) -> list[Key]:
+        return [*self.coming, *self.passing]
 
 
 def event_order(expert_ids_TK: npt.NDArray[np.integer]) -> list[int]:
@@ -54,32 +59,23 @@ class Pool:
         """The experts that are in a slot now."""
         return frozenset(self._slot_of)
 
-    def serve(self, event: Sequence[Key]) -> list[Group]:
-        """Make the experts of one event resident; more than one group only when they do not fit together.
-
-        Groups must be used in order: admitting a later one may have taken the slots of an earlier one.
-        """
-        if len(event) <= self.slots:
-            return [self._admit(event)]
-        return [self._admit(part) for part in self._parts(event)]
-
-    def _parts(self, event: Sequence[Key]) -> list[Sequence[Key]]:
-        missing = [key for key in event if key not in self._slot_of]
-        room = self.slots - (len(event) - len(missing))
-        later = missing[room:]
-        waiting = set(later)
-        first = [key for key in event if key not in waiting]
-        return [first, *(later[start : start + self.slots] for start in range(0, len(later), self.slots))]
-
-    def _admit(self, keys: Sequence[Key]) -> Group:
-        slot_of, free = self._slot_of, self._free
-        missing = [key for key in keys if key not in slot_of]
-        self._policy.touch(keys)
-        for key in missing:
-            if not free:
-                free.append(slot_of.pop(self._policy.evict(keys)))
-            slot_of[key] = free.pop()
-        return Group(keys, [slot_of[key] for key in keys], missing)
+    def serve(self, event: Sequence[Key]) -> Service:
+        """Decide what stays of one event and what it pushes out."""
+        slot_of = self._slot_of
+        resident = {key: slot_of[key] for key in event if key in slot_of}
+        self._policy.touch(event)
+        excess = len(slot_of) + len(event) - len(resident) - self.slots
+        pinned = event if len(event) <= self.slots else ()
+        victims = {self._policy.evict(pinned) for _ in range(excess)}
+        self._free += [slot_of.pop(key) for key in victims if key in slot_of]
+        coming = {key: self._free.pop() for key in event if key not in resident and key not in victims}
+        slot_of.update(coming)
+        return Service(
+            leaving={key: slot for key, slot in resident.items() if key in victims},
+            staying={key: slot for key, slot in resident.items() if key not in victims},
+            coming=coming,
+            passing=[key for key in event if key in victims and key not in resident],
+        )
 
 
 class ExpertCache:
@@ -118,15 +114,11 @@ class ExpertCache:
         """The experts that are in a slot now."""
         return frozenset().union(*(pool.resident for pool in self._pools))
 
-    def serve(self, layer: int, event: Sequence[Key], *, phase: int) -> list[Group]:
+    def serve(self, layer: int, event: Sequence[Key], *, phase: int) -> Service:
         """Serve and count one event of `layer` (position among the MoE layers); see `Pool.serve`."""
-        groups = self._pools[layer].serve(event)
-        misses = first_touches = 0
-        for group in groups:
-            misses += len(group.missing)
-            for key in group.missing:
-                if key not in self._seen:
-                    self._seen.add(key)
-                    first_touches += 1
-        self.counts.add(phase, layer, len(event), misses, first_touches)
-        return groups
+        service = self._pools[layer].serve(event)
+        misses = service.misses
+        first_touches = [key for key in misses if key not in self._seen]
+        self._seen.update(first_touches)
+        self.counts.add(phase, layer, len(event), len(misses), len(first_touches))
+        return service

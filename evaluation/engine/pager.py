@@ -8,6 +8,7 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, J = 2 x intermediate (gate, th
 """
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from configs.load import UserError
 from evaluation.engine.accounting import DECODE, PREFILL, ReadCounts
-from evaluation.engine.cache import ExpertCache, Group, event_order
+from evaluation.engine.cache import ExpertCache, Service, event_order
+from evaluation.engine.policies import Key
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.store import ROLES, ExpertStore
 
 IMPLEMENTATION = "remoe_paged"
 
@@ -82,37 +84,66 @@ class Pager:
         rows = _Rows.of(expert_ids_TK)
         hidden_RH = hidden_TH[rows.order_R // expert_ids_TK.shape[1]].to(self._memory.dtype)
         try:
-            out_RH = self._compute(experts, self._cache.serve(layer, event, phase=self._phase), rows, hidden_RH)
+            work = _Work(experts, self._memory, rows, hidden_RH)
+            out_RH = self._compute(work, self._cache.serve(layer, event, phase=self._phase))
         except BaseException:
             self._cache.reset()  # slots may lack what the cache believes is in them
             raise
         return _combine(out_RH, rows.order_R, weights_TK).to(hidden_TH.dtype)
 
-    def _compute(self, experts: nn.Module, groups: list[Group], rows: "_Rows", hidden_RH: torch.Tensor) -> torch.Tensor:
-        apply_gate: Any = experts._apply_gate
-        gate_up_RJ = hidden_RH.new_zeros(len(hidden_RH), self._memory.gate_up_columns)
-        out_RH = torch.empty_like(hidden_RH)
-        for group in groups:
-            self._read(group)
-            placed = [(rows.of_expert[expert], slot) for (_, expert), slot in zip(group.keys, group.slots, strict=True)]
-            for part, slot in placed:
-                torch.mm(hidden_RH[part], self._memory.gate_up_JH(slot).T, out=gate_up_RJ[part])
-            activated_RI = apply_gate(gate_up_RJ)
-            for part, slot in placed:
-                torch.mm(activated_RI[part], self._memory.down_HI(slot).T, out=out_RH[part])
-        return out_RH
+    def _compute(self, work: "_Work", service: Service) -> torch.Tensor:
+        """Output of every row, whatever order the experts come in."""
+        if service.leaving:  # done with first: what comes is read into their slots
+            work.up(service.leaving)
+            work.activate()
+            work.down(service.leaving)
+        work.up(service.staying)
+        for key, slot in service.coming.items():
+            self._read(key, slot)
+            work.up({key: slot})
+        spare = self._memory.spare_slot
+        for key in service.passing:  # in two parts, so that one activation does for all of them
+            self._read(key, spare, roles=("gate", "up"))
+            work.up({key: spare})
+        work.activate()
+        work.down(service.staying | service.coming)
+        for key in service.passing:
+            self._read(key, spare, roles=("down",))
+            work.down({key: spare})
+        return work.out_RH
 
-    def _read(self, group: Group) -> None:
-        if not group.missing:
-            return
+    def _read(self, key: Key, slot: int, *, roles: Sequence[str] = ROLES) -> None:
         assert self._phase is not None
-        slot_of = dict(zip(group.keys, group.slots, strict=True))
+        layer, expert = key
         start = time.perf_counter()
-        for layer, expert in group.missing:
-            self.reads.bytes_read[self._phase] += self._memory.fill(
-                slot_of[layer, expert], self._store, self._layer_ids[layer], expert
-            )
+        read_bytes = self._memory.fill(slot, self._store, self._layer_ids[layer], expert, roles=roles)
+        self.reads.bytes_read[self._phase] += read_bytes
         self.reads.stall_seconds[self._phase] += time.perf_counter() - start
+
+
+class _Work:
+    """The products of one event; the activation runs over the matrix of all rows, see above."""
+
+    def __init__(self, experts: nn.Module, memory: SlotMemory, rows: "_Rows", hidden_RH: torch.Tensor) -> None:
+        self._activation: Any = experts._apply_gate
+        self._memory, self._rows, self._hidden_RH = memory, rows, hidden_RH
+        self._gate_up_RJ = hidden_RH.new_zeros(len(hidden_RH), memory.gate_up_columns)
+        self.out_RH = torch.empty_like(hidden_RH)
+
+    def up(self, placed: Mapping[Key, int]) -> None:
+        """Gate and up projection of the rows of these experts, which lie in these slots."""
+        for (_, expert), slot in placed.items():
+            part = self._rows.of_expert[expert]
+            torch.mm(self._hidden_RH[part], self._memory.gate_up_JH(slot).T, out=self._gate_up_RJ[part])
+
+    def activate(self) -> None:
+        self._activated_RI = self._activation(self._gate_up_RJ)
+
+    def down(self, placed: Mapping[Key, int]) -> None:
+        """Down projection, after `up` and `activate`."""
+        for (_, expert), slot in placed.items():
+            part = self._rows.of_expert[expert]
+            torch.mm(self._activated_RI[part], self._memory.down_HI(slot).T, out=self.out_RH[part])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 A policy sees whole events, never single accesses. For every event the cache first calls `touch` with the experts of
 the event in event order (those that are not resident come in), then `evict` once for each slot that is missing.
-`pinned` are the experts of that event: they are in use and must not be chosen. All policies share one section order:
-state, touch, evict. Which experts are looked up, and in which slot they lie, is the cache's business.
+`pinned` are the experts of that event, which are in use and must not be chosen; an event that does not fit pins nothing.
+All policies share one section order: state, touch, evict. Which experts are looked up, and in which slot they lie, is
+the cache's business.
 """
 
 import heapq

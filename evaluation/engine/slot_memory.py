@@ -6,10 +6,11 @@ Axes: H hidden, I intermediate, J = 2 I (gate, then up).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from evaluation.engine.store import ExpertShape, ExpertStore
+from evaluation.engine.store import ROLES, ExpertShape, ExpertStore
 
 ALIGN_BYTES = 64
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -22,10 +23,14 @@ def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
 
 
 class SlotMemory:
-    """`slots` records for experts of one shape, in `dtype`; another stored dtype is converted after reading."""
+    """`slots` records for experts of one shape, in `dtype`, and a spare one for experts that only pass through.
+
+    Another stored dtype is converted after reading.
+    """
 
     def __init__(self, shape: ExpertShape, slots: int, dtype: torch.dtype) -> None:
-        self._records = _Records(shape, slots, dtype)
+        self._records = _Records(shape, slots + 1, dtype)
+        self.spare_slot = slots
         self.dtype, self.gate_up_columns = dtype, 2 * shape.intermediate
         stored = TORCH_DTYPES[shape.dtype]
         self._staging = None if stored == dtype else _Records(shape, 1, stored)
@@ -38,13 +43,14 @@ class SlotMemory:
         """Down of the expert in `slot`; a view."""
         return self._records.down_SHI[slot]
 
-    def fill(self, slot: int, store: ExpertStore, layer_id: int, expert: int) -> int:
-        """Read an expert into `slot`; returns the bytes read. After an error the slot holds rubbish."""
-        if self._staging is None:
-            return store.read(layer_id, expert, self._records.parts(slot))
-        read_bytes = store.read(layer_id, expert, self._staging.parts(0))
-        self._records.gate_up_SJH[slot].copy_(self._staging.gate_up_SJH[0])
-        self._records.down_SHI[slot].copy_(self._staging.down_SHI[0])
+    def fill(self, slot: int, store: ExpertStore, layer_id: int, expert: int, *, roles: Sequence[str] = ROLES) -> int:
+        """Read an expert, or some of its matrices, into `slot`; returns the bytes read. After an error it holds rubbish."""
+        target = self._records if self._staging is None else self._staging
+        parts = target.parts(slot if self._staging is None else 0)
+        read_bytes = store.read(layer_id, expert, {role: parts[role] for role in roles})
+        if self._staging is not None:
+            self._records.gate_up_SJH[slot].copy_(self._staging.gate_up_SJH[0])
+            self._records.down_SHI[slot].copy_(self._staging.down_SHI[0])
         return read_bytes
 
 

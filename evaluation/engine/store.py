@@ -14,7 +14,8 @@ from typing import NamedTuple
 from configs.load import UserError
 from evaluation.engine.shards import AGAIN, StoredTensor, read_index
 
-ROLES = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+ROLES = ("gate", "up", "down")
+ROLE_OF = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 EXPERT_TENSOR = re.compile(r"(?P<module>.*\blayers\.(?P<layer>\d+)\..*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)")
 FUSED_TENSOR = re.compile(r".*(\bexperts\.[a-z]\w*|\.block_sparse_moe\.(input|output)_linear\b).*")
@@ -67,9 +68,9 @@ class ExpertStore:
         self.layer_ids = sorted({layer for layer, _ in parts})
         self.num_experts = 1 + max(expert for _, expert in parts)
         self.shape = _common_shape(parts, self.layer_ids, self.num_experts)
-        self._extents = {key: _extents(roles) for key, roles in parts.items()}
+        self._parts = parts
         self.resident = {name: tensor for name, tensor in tensors.items() if not EXPERT_TENSOR.fullmatch(name)}
-        shards = {extent.shard for extents in self._extents.values() for extent in extents}
+        shards = {tensor.shard for roles in parts.values() for tensor in roles.values()}
         self._descriptors = {shard: os.open(shard, os.O_RDONLY) for shard in sorted(shards)}
 
     def close(self) -> None:
@@ -79,10 +80,10 @@ class ExpertStore:
 
     def reads_per_expert(self, layer_id: int, expert: int) -> int:
         """Ranged reads that bring this expert: 1 if its parts are adjacent."""
-        return len(self._extents[layer_id, expert])
+        return len(_extents(self._parts[layer_id, expert]))
 
     def read(self, layer_id: int, expert: int, into: Mapping[str, memoryview]) -> int:
-        """Read one expert into three writable buffers, by role, of `shape.part_bytes` each.
+        """Read one expert, or only some of its matrices, into writable buffers, by role, of `shape.part_bytes` each.
 
         Returns the bytes read.
 
@@ -92,7 +93,8 @@ class ExpertStore:
         if not self._descriptors:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")
         total_bytes = 0
-        for extent in self._extents[layer_id, expert]:
+        parts = self._parts[layer_id, expert]
+        for extent in _extents({role: parts[role] for role in into}):
             buffers = [into[role] for role in extent.roles]
             wanted_bytes = len(buffers) * self.shape.part_bytes
             got_bytes = os.preadv(self._descriptors[extent.shard], buffers, extent.offset)
@@ -116,7 +118,7 @@ def _expert_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tuple
         match = EXPERT_TENSOR.fullmatch(name)
         if not match:
             continue
-        role = ROLES.get(match["part"].removesuffix(".weight")) if match["part"].endswith(".weight") else None
+        role = ROLE_OF.get(match["part"].removesuffix(".weight")) if match["part"].endswith(".weight") else None
         if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != 2:
             raise UserError(
                 f"{model_dir}: expert tensor {name} ({tensor.dtype} {list(tensor.shape)}) is not supported; "
@@ -152,7 +154,7 @@ def _common_shape(parts: PartsByExpert, layer_ids: list[int], num_experts: int) 
 
 
 def _check_expert(roles: Mapping[str, StoredTensor], shape: ExpertShape, *, layer: int, expert: int) -> None:
-    for role in ("gate", "up", "down"):
+    for role in ROLES:
         if role not in roles:
             raise UserError(f"layer {layer} expert {expert} has no {role} matrix in the checkpoint; {AGAIN}")
         tensor = roles[role]

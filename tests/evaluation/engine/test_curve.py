@@ -1,0 +1,81 @@
+"""The one-pass curve against direct simulation at every size, on random traces and on one that is followed by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.load import UserError
+from evaluation.engine import curve
+from evaluation.engine.accounting import DECODE, PREFILL
+from evaluation.engine.curve import LruCurve, lru_curve
+from evaluation.engine.replay import replay, requests_of
+from evaluation.engine.route_trace import RouteTrace
+
+
+@st.composite
+def traces(draw: st.DrawFn) -> RouteTrace:
+    """Some requests, each a call of several tokens (its prompt) or none, then calls of one token."""
+    layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 9))
+    top_k = draw(st.integers(1, min(3, experts)))
+    calls = draw(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=30))
+    lengths = [length for length, _ in calls]
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = random.random((sum(lengths), layers, experts)) + draw(st.sampled_from([0.0, 1.0])) * random.random(experts)
+    return RouteTrace(
+        np.argsort(scores, axis=-1)[..., :top_k].astype(np.uint8),
+        phase=np.repeat([PREFILL if length > 1 else DECODE for length in lengths], lengths),
+        request_id=np.repeat(np.cumsum([starts for _, starts in calls]), lengths),
+        call=np.repeat(np.arange(len(calls)), lengths),
+        num_experts=experts,
+        layer_ids=tuple(range(layers)),
+    )
+
+
+def smallest_sizes(trace: RouteTrace, found: LruCurve) -> range:
+    return range(trace.top_k, found.misses.shape[-1])
+
+
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
+@pytest.mark.parametrize("limits", [(1, 1), (100, 2), (curve.CHUNK_CELLS, curve.NEAR_CALLS)])
+@given(trace=traces())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_curve_is_the_direct_simulation_at_every_size(
+    scope: str, limits: tuple[int, int], trace: RouteTrace
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curve, "CHUNK_CELLS", limits[0])
+        patch.setattr(curve, "NEAR_CALLS", limits[1])
+        found = lru_curve(trace, cache_scope=scope)
+    requests = requests_of(trace)
+    for slots in smallest_sizes(trace, found):
+        direct = replay(trace, policy="lru", cache_scope=scope, slots=slots, requests=requests)
+        assert found.misses[:, :, slots].sum(axis=1).tolist() == [direct.prefill.misses, direct.decode.misses]
+        assert found.first_touches.sum() == direct.first_touches
+        assert found.accesses.sum() == direct.accesses
+        if scope == "per_layer":
+            assert found.misses[:, :, slots].sum(axis=0).tolist() == [layer.misses for layer in direct.by_layer]
+
+
+@given(trace=traces())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_misses_only_fall_with_size_and_end_at_the_first_touches(trace: RouteTrace) -> None:
+    for scope in ("per_layer", "global"):
+        found = lru_curve(trace, cache_scope=scope)
+        assert (np.diff(found.misses, axis=-1) <= 0).all()
+        assert (found.misses[..., 0] == found.accesses).all()
+        assert (found.misses[..., -1] == found.first_touches).all()
+
+
+def test_a_curve_that_can_be_followed_by_hand() -> None:
+    """0 1 2 0 1: both come back at distance 3."""
+    ids = np.array([[[0]], [[1]], [[2]], [[0]], [[1]]], np.uint8)
+    trace = RouteTrace(ids, np.ones(5, int), np.zeros(5, int), np.arange(5), num_experts=4, layer_ids=(0,))
+    assert lru_curve(trace, cache_scope="global").misses[DECODE, 0].tolist() == [5, 5, 5, 3, 3]
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    ids = np.zeros((1, 1, 1), np.uint8)
+    trace = RouteTrace(ids, np.ones(1, int), np.zeros(1, int), np.zeros(1, int), num_experts=1, layer_ids=(0,))
+    with pytest.raises(UserError, match="unknown cache scope 'both'"):
+        lru_curve(trace, cache_scope="both")

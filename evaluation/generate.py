@@ -19,6 +19,7 @@ from evaluation.engine.accounting import peak_rss_bytes
 from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
+from evaluation.engine.policies import ONLINE
 from training.model import load_tokenizer, local_folder
 from training.router_delta import load_for
 
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, required=True, metavar="N", help="stop after N tokens")
     parser.add_argument("--output", metavar="JSON", help="where to write tokens and measurements")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
-    parser.add_argument("--cache-policy", default="lru", help="lru (default), fifo or lfu")
+    parser.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
     parser.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     parser.add_argument("--route-trace", metavar="PATH", help="write the routing of this run, for `remoe replay`")
     parser.add_argument("--seed", type=int, default=0, help="seed of torch; greedy decoding itself draws nothing")

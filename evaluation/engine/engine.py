@@ -124,7 +124,7 @@ def load(
         model_dir: a Hugging Face folder with safetensors weights, one tensor per expert matrix.
         expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts.
         router_delta: parameter name -> weight, copied into the routers and cast to their precision.
-        cache_policy: `lru`, `fifo` or `lfu`.
+        cache_policy: a key of `ONLINE`: `lru`, `fifo`, `lfu`, `lfru` or `decayed`.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
         record_trace: keep the routing of every token, for `engine.trace()`.

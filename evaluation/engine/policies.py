@@ -8,8 +8,9 @@ the cache's business.
 """
 
 import heapq
+import math
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -63,32 +64,36 @@ class Fifo:
         return victim
 
 
-class Lfu:
-    """The one used least often since it came in leaves; among equals the least recently used.
+class Ranked:
+    """The one of lowest rank leaves, for policies whose ranks only change, and only upwards, when an expert is used.
 
-    The heap holds one entry per resident, brought up to date only when it surfaces: uses and time only grow, so an
-    outdated entry can surface too early but never too late.
+    The heap holds one entry per resident, brought up to date only when it surfaces: an outdated entry can surface too
+    early but never too late.
     """
 
     def __init__(self) -> None:
-        self._uses: dict[Key, tuple[int, int]] = {}  # number of uses, time of the last one
-        self._heap: list[tuple[int, int, Key]] = []
+        self._rank: dict[Key, tuple[float, int]] = {}  # the rank, and the time of the last use to decide among equals
+        self._heap: list[tuple[float, int, Key]] = []
         self._time = 0
+
+    def rank(self, key: Key, before: float | None) -> float:
+        """The rank of `key`, which is used now; `before` is its rank at its last use, None if it comes in."""
+        raise NotImplementedError
 
     def touch(self, event: Sequence[Key]) -> None:
         for key in event:
             self._time += 1
-            known = self._uses.get(key)
+            known = self._rank.get(key)
+            self._rank[key] = (self.rank(key, known and known[0]), self._time)
             if known is None:
-                heapq.heappush(self._heap, (1, self._time, key))
-            self._uses[key] = (known[0] + 1 if known else 1, self._time)
+                heapq.heappush(self._heap, (*self._rank[key], key))
 
     def evict(self, pinned: Collection[Key]) -> Key:
         held = []
         while True:
             entry = heapq.heappop(self._heap)
             victim = entry[2]
-            current = (*self._uses[victim], victim)
+            current = (*self._rank[victim], victim)
             if entry != current:
                 heapq.heappush(self._heap, current)
             elif victim in pinned:
@@ -97,8 +102,72 @@ class Lfu:
                 break
         for entry in held:
             heapq.heappush(self._heap, entry)
-        del self._uses[victim]
+        del self._rank[victim]
         return victim
+
+
+class Lfu(Ranked):
+    """The one used least often since it came in leaves; among equals the least recently used."""
+
+    def rank(self, key: Key, before: float | None) -> float:
+        return 1 if before is None else before + 1
+
+
+class Decayed(Ranked):
+    """Like `Lfu`, but a use counts half after every `HALF_LIFE` calls (LRFU: Lee et al., IEEE ToC 50:12, 2001).
+
+    The sum of 2 ** (-age / HALF_LIFE) over an expert's uses keeps its order among experts while time passes, so ranks are
+    the logarithm of that sum with ages counted from the start.
+    """
+
+    HALF_LIFE = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: Counter[int] = Counter()  # events so far, by layer: every call brings one to each
+
+    def touch(self, event: Sequence[Key]) -> None:
+        self._calls[event[0][0]] += 1
+        super().touch(event)
+
+    def rank(self, key: Key, before: float | None) -> float:
+        now = self._calls[key[0]] / self.HALF_LIFE
+        return now if before is None else now + math.log2(1 + 2 ** (before - now))
+
+
+class Lfru:
+    """The one with the least uses / (age + 1) leaves, uses since it came in and age in calls since the last one."""
+
+    def __init__(self) -> None:
+        self._last: dict[Key, tuple[int, int]] = {}  # uses, call of the last one
+        self._by_uses: dict[int, OrderedDict[Key, None]] = {}  # oldest first: only the oldest can leave
+        self._calls: Counter[int] = Counter()
+
+    def touch(self, event: Sequence[Key]) -> None:
+        self._calls[event[0][0]] += 1
+        for key in event:
+            uses = self._forget(key) + 1
+            self._last[key] = (uses, self._calls[key[0]])
+            self._by_uses.setdefault(uses, OrderedDict())[key] = None
+
+    def evict(self, pinned: Collection[Key]) -> Key:
+        oldest = (next((key for key in keys if key not in pinned), None) for keys in self._by_uses.values())
+        victim = min((key for key in oldest if key is not None), key=self._worth)
+        self._forget(victim)
+        return victim
+
+    def _worth(self, key: Key) -> tuple[float, int]:
+        uses, last = self._last[key]
+        return uses / (self._calls[key[0]] - last + 1), last
+
+    def _forget(self, key: Key) -> int:
+        """Drop `key` and return its uses, 0 if it was unknown."""
+        uses, _ = self._last.pop(key, (0, 0))
+        if uses:
+            del self._by_uses[uses][key]
+            if not self._by_uses[uses]:
+                del self._by_uses[uses]
+        return uses
 
 
 class Belady:
@@ -136,5 +205,7 @@ class Belady:
         return victim
 
 
-ONLINE: Mapping[str, Callable[[], Policy]] = {"lru": Lru, "fifo": Fifo, "lfu": Lfu}
+ONLINE: Mapping[str, Callable[[], Policy]] = {
+    "lru": Lru, "fifo": Fifo, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed,
+}  # fmt: skip
 """The policies that need no future: the live engine's choice and `replay`'s; `belady` is `replay`'s alone."""

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from evaluation.engine.accounting import DECODE
 from evaluation.engine.cache import ExpertCache, Pool, event_order
-from evaluation.engine.policies import NEVER, ONLINE, Belady, Key, Policy
+from evaluation.engine.policies import NEVER, ONLINE, Belady, Decayed, Key, Policy
 
-PLAIN_POLICIES = ("lru", "fifo", "lfu", "belady")
+PLAIN_POLICIES = (*ONLINE, "belady")
 Events = list[list[int]]
 
 
@@ -40,6 +40,7 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
     """The rules of the README, written down without any thought of speed."""
     resident: dict[int, int] = {}  # expert -> when it came in
     uses: dict[int, list[int]] = {}  # expert -> times of its uses since it came in
+    calls: dict[int, list[int]] = {}  # the same, as numbers of events
     clock = itertools.count()
     all_misses: list[list[int]] = []
     for number, event in enumerate(events):
@@ -47,27 +48,34 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
         for expert in event:
             time = next(clock)
             if expert not in resident:
-                resident[expert], uses[expert] = time, []
+                resident[expert], uses[expert], calls[expert] = time, [], []
             uses[expert].append(time)
+            calls[expert].append(number)
         pinned = event if len(event) <= slots else []
         while len(resident) > slots:
             candidates = [expert for expert in resident if expert not in pinned]
-            victim = min(candidates, key=lambda e: plain_rank(name, e, resident, uses, events[number + 1 :]))
+            rank = {e: plain_rank(name, uses[e], [number - n for n in calls[e]]) for e in candidates}
+            if name == "belady":
+                rank = {e: (-next_use(e, events[number + 1 :]),) for e in candidates}
+            victim = min(candidates, key=rank.__getitem__)
             del resident[victim], uses[victim]
     return all_misses
 
 
-def plain_rank(
-    name: str, expert: int, resident: dict[int, int], uses: dict[int, list[int]], future: Events
-) -> tuple[int, ...]:
-    """The lowest leaves."""
-    if name == "belady":
-        return (-next((n for n, event in enumerate(future) if expert in event), 10**9), 0)
+def plain_rank(name: str, uses: list[int], ages: list[int]) -> tuple[float, ...]:
+    """The lowest leaves; `uses` are times, `ages` how many events ago."""
     return {
-        "lru": (uses[expert][-1],),
-        "fifo": (resident[expert],),
-        "lfu": (len(uses[expert]), uses[expert][-1]),
+        "lru": (uses[-1],),
+        "fifo": (uses[0],),
+        "lfu": (len(uses), uses[-1]),
+        "lfru": (len(uses) / (ages[-1] + 1), uses[-1]),
+        "decayed": (sum(2 ** (-age / Decayed.HALF_LIFE) for age in ages), uses[-1]),
+        "belady": (),
     }[name]
+
+
+def next_use(expert: int, future: Events) -> int:
+    return next((n for n, event in enumerate(future) if expert in event), 10**9)
 
 
 def count(misses: Sequence[Sequence[int]]) -> int:

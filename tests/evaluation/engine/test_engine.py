@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from configs.load import UserError
 from evaluation.engine import load
 from evaluation.engine.accounting import DECODE, PREFILL
+from evaluation.engine.policies import ONLINE
 from evaluation.engine.replay import replay
 from evaluation.engine.route_trace import RouteTrace
 
@@ -38,7 +39,7 @@ def generate(model: Any, seed: int, *, batch: int = 1, new_tokens: int = 12) -> 
     return output
 
 
-@pytest.mark.parametrize("policy", ["lru", "fifo", "lfu"])
+@pytest.mark.parametrize("policy", list(ONLINE))
 @pytest.mark.parametrize(
     ("scope", "slots"), [("global", 3), ("global", 8), ("global", 14), ("per_layer", 3), ("per_layer", 5)]
 )
@@ -131,7 +132,7 @@ def test_a_router_delta_for_another_model_is_refused(checkpoint: Checkpoint) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cache_policy": "belady"}, "unknown cache policy 'belady'; known: lru, fifo, lfu"),
+        ({"cache_policy": "belady"}, "unknown cache policy 'belady'; known: lru, fifo, lfu, lfru, decayed"),
         ({"cache_scope": "both"}, "unknown cache scope 'both'; known: global, per_layer"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported; write auto, bfloat16, float16, float32"),
         ({"dtype": torch.float64}, "dtype 'float64' is not supported"),

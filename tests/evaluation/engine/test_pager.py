@@ -13,6 +13,7 @@ from configs.load import UserError
 from evaluation.engine import load
 from evaluation.engine.engine import Engine
 from evaluation.engine.pager import paged_experts_forward
+from evaluation.engine.policies import ONLINE
 
 NEW_TOKENS = 10
 Checkpoint = Callable[..., Path]
@@ -75,7 +76,7 @@ def test_tokens_and_logits_are_those_of_the_resident_model(
         assert slots is None or stats.misses > slots, "experts must have been evicted"
 
 
-@pytest.mark.parametrize("policy", ["lru", "fifo", "lfu"])
+@pytest.mark.parametrize("policy", list(ONLINE))
 def test_every_policy_is_exact_with_one_pool_for_each_layer(checkpoint: Checkpoint, policy: str) -> None:
     folder, inputs = checkpoint("qwen2_moe", "float32"), prompts(2)
     expected_tokens, expected_logits = generate(resident(folder), inputs)

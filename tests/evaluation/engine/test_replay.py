@@ -48,12 +48,16 @@ GOLDEN = {  # scope -> policy -> misses with 3, 4, 6, 9 slots for each layer; th
         "lru": [3682, 3131, 2098, 782],
         "fifo": [3682, 3178, 2181, 965],
         "lfu": [3682, 3264, 2534, 1209],
+        "lfru": [3682, 3125, 2131, 851],
+        "decayed": [3682, 3151, 2103, 786],
         "belady": [3682, 2518, 1302, 410],
     },
     "global": {
         "lru": [3682, 3650, 2364, 848],
         "fifo": [4148, 3652, 2456, 1043],
         "lfu": [4578, 4071, 3044, 1457],
+        "lfru": [4459, 3714, 2596, 995],
+        "decayed": [4496, 3813, 2520, 912],
         "belady": [2600, 1955, 1078, 352],
     },
 }
@@ -121,7 +125,7 @@ def test_shared_requests_give_the_same_counts() -> None:
 
 def test_what_cannot_be_replayed_is_refused() -> None:
     trace = teacher_forced([[[0, 1]]])
-    with pytest.raises(UserError, match="unknown policy 'mru'; known: lru, fifo, lfu, belady"):
+    with pytest.raises(UserError, match="unknown policy 'mru'; known: lru, fifo, lfu, lfru, decayed, belady"):
         replay(trace, policy="mru", cache_scope="global", slots=2)
     with pytest.raises(UserError, match="unknown cache scope 'both'; known: global, per_layer"):
         replay(trace, policy="lru", cache_scope="both", slots=2)

@@ -77,6 +77,8 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
                     "save_steps", "save_total_limit"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.distill_coef and self.trainable != "routers":
+            raise ValueError(f"distill_coef={self.distill_coef} needs a base that stays: write trainable=routers")
         self.run_name = self.run_name or Path(self.output_dir).name
 
 
@@ -290,12 +292,14 @@ def _micro_batch(run: Run, index: int) -> Batch:
 def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -> Objective:
     """Forward and backward of one micro-batch; gradients are exchanged with the last one of the step."""
     last = index == run.args.gradient_accumulation_steps - 1
+    base_logits = _base_logits(run, batch) if run.args.distill_coef else None
     with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
         with run.observer.recording(*batch.input_ids_BS.shape) as routings:
             output = run.wrapped(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
         share = objective(
-            run.args, logits_BSV=output.logits, routings=routings, batch=batch, count=count, step=run.step
-        )
+            run.args, logits_BSV=output.logits, routings=routings, batch=batch, count=count, step=run.step,
+            base_logits_BSV=base_logits,
+        )  # fmt: skip
         if not torch.isfinite(share.loss):
             raise UserError(
                 f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
@@ -304,6 +308,16 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         # DDP averages gradients over processes, but the shares are to be added up.
         run.accelerator.backward(share.loss * run.accelerator.num_processes)
     return share
+
+
+@torch.no_grad()
+def _base_logits(run: Run, batch: Batch) -> Tensor:
+    """What the untouched model predicts: the same frozen weights with the original routers."""
+    with run.observer.original_routers():
+        logits: Tensor = run.wrapped(
+            input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
+        ).logits
+    return logits
 
 
 def _clip(run: Run) -> float:

@@ -68,6 +68,16 @@ def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     )
 
 
+def distill_kl_sum(logits_BSV: Tensor, base_logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """KL(p_base || p) of the next token in nats, no gradient to the base (knowledge distillation, arXiv 1503.02531).
+
+    Over the positions that have a label.
+    """
+    has_label = labels_BS != IGNORE_LABEL
+    ours, base = (logits[has_label].float().log_softmax(-1) for logits in (logits_BSV, base_logits_BSV.detach()))
+    return F.kl_div(ours, base, reduction="sum", log_target=True)
+
+
 def trust_kl_sum(log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
     """L_trust: KL(P_t || P_t^ref), no gradient to the reference; over valid positions."""
     reference = reference_log_probs_BSE.detach()

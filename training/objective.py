@@ -1,6 +1,6 @@
 """The objective: which terms with which coefficients and ramps (ReMoE, arXiv 2605.27081, and our `cache`, `cache_miss`).
 
-L = L_CE + kl * L_trust + ramp_r(s) * (reuse * L_reuse + miss * L_miss)
+L = (1 - distill) * L_CE + distill * L_distill + kl * L_trust + ramp_r(s) * (reuse * L_reuse + miss * L_miss)
   + ramp_c(s) * (smooth * L_smooth + lag * L_lag + ws * L_ws)
 
 Pure arithmetic over `training/losses.py`; knows nothing of models, optimizers or processes.
@@ -18,8 +18,10 @@ from training import losses
 from training.routers import Routing
 
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
-# holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass.
+# holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
+# from the base's own predictions: cross entropy on text the base has seen is noise by comparison, and costs quality.
 _REMOE = {
+    "distill_coef": 0.0,
     "miss_coef": 0.0,
     "router_kl_coef": 0.45,
     "reuse_coef": 0.2,
@@ -35,7 +37,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
     "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
-    "cache_miss": {**_NOTHING, "router_kl_coef": 0.1, "miss_coef": 0.25},
+    "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.15},
 }
 
 
@@ -44,6 +46,7 @@ class ObjectiveArguments:
     """What is optimised. A coefficient that is left out has its preset's value."""
 
     objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache or cache_miss
+    distill_coef: float | None = None  # share of the task loss that is the KL to the base's predictions, 0 to below 1
     reuse_coef: float | None = None  # weight of the reuse reward
     miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
     miss_temperature: float = 0.25  # in router logits: how close a call must be to count as one
@@ -68,6 +71,11 @@ class ObjectiveArguments:
                 setattr(self, key, value)
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} is negative; write 0 to switch the term off")
+        if _value(self.distill_coef) >= 1:
+            raise ValueError(
+                f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
+                "gradient, so that nothing would show whether the routers train; write 0.9"
+            )
         if min([self.working_set_window, *self.lags, *self.cache_slots], default=1) < 1:
             raise ValueError("lags, cache_slots and working_set_window must be at least 1")
 
@@ -112,15 +120,25 @@ def objective(
     batch: Batch,
     count: Mapping[str, Tensor],
     step: int,
+    base_logits_BSV: Tensor | None = None,
 ) -> Objective:
-    """The objective of one micro-batch, every term divided by the **global** `count` of its items; `step` is 0-based."""
+    """The objective of one micro-batch, every term divided by the **global** `count` of its items; `step` is 0-based.
+
+    `base_logits_BSV`, the base's predictions, are needed for distillation only.
+    """
     _check_slots(args, top_k=max(routing.ids_BSK.shape[-1] for routing in routings))
     layers = [_layer_terms(args, routing, batch, count) for routing in routings]
     terms = {key: torch.stack([layer[key] for layer in layers]).mean() for key in layers[0]}
     terms["loss"] = losses.cross_entropy_sum(logits_BSV, batch.labels_BS) / at_least_one(count["tokens"])
+    distill = _value(args.distill_coef)
+    if distill:
+        assert base_logits_BSV is not None, "distillation needs the base's predictions"
+        kl = losses.distill_kl_sum(logits_BSV, base_logits_BSV, batch.labels_BS)
+        terms["distill_kl"] = kl / at_least_one(count["tokens"])
     reuse_ramp, consistency_ramp = ramp(step, args.reuse_warmup_steps), ramp(step, args.consistency_warmup_steps)
     weights = {
-        "loss": 1.0,
+        "loss": 1.0 - distill,
+        "distill_kl": distill,
         "trust_kl": args.router_kl_coef,
         "reuse_loss": reuse_ramp * _value(args.reuse_coef),
         "miss_loss": reuse_ramp * _value(args.miss_coef),

@@ -72,6 +72,7 @@ class RouterObserver:
     def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
         self.names = list(find_routers(model))
         self._recorded: dict[str, Routing] | None = None
+        self._uses_reference = False
         self._batch_shape = (0, 0)
         self._handles = []
         for name, router in find_routers(model).items():
@@ -93,10 +94,22 @@ class RouterObserver:
         finally:
             self._recorded = None
 
+    @contextmanager
+    def original_routers(self) -> Iterator[None]:
+        """Inside, the model computes with the routers it came with."""
+        self._uses_reference = True
+        try:
+            yield
+        finally:
+            self._uses_reference = False
+
     def _hook(self, name: str, reference: nn.Module | None) -> Any:
-        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
+            if self._uses_reference:
+                assert reference is not None, "the original routers are kept with with_reference=True only"
+                return reference(*inputs)
             if self._recorded is None:
-                return
+                return None
             logits, weights, ids = (tensor.reshape(*self._batch_shape, -1) for tensor in output)
             # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
@@ -105,5 +118,6 @@ class RouterObserver:
                 with torch.no_grad():
                     reference_logits = reference(*inputs)[0].reshape(*self._batch_shape, -1).float()
             self._recorded[name] = Routing(logits.float(), weights, ids.gather(-1, order), reference_logits)
+            return None
 
         return hook

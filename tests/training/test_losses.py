@@ -98,6 +98,20 @@ def test_trust_kl_is_summed_over_valid_positions(case: Case) -> None:
     assert_equal(found, expected)
 
 
+def test_distillation_is_the_kl_from_the_bases_predictions_to_ours_where_there_is_a_label() -> None:
+    draw = torch.Generator().manual_seed(7)
+    ours, base = (torch.randn(2, 3, 5, generator=draw, requires_grad=True) for _ in range(2))
+    labels = torch.tensor([[1, -100, 2], [-100, 4, -100]])
+    expected = sum(kl(softmax(base[at].detach()), softmax(ours[at].detach())) for at in ((0, 0), (0, 2), (1, 1)))
+    found = losses.distill_kl_sum(ours, base, labels)
+    assert_equal(found.detach(), expected)
+    assert losses.distill_kl_sum(ours, ours.detach(), labels).item() == pytest.approx(0, abs=1e-6)
+    found.backward()
+    assert base.grad is None
+    assert ours.grad is not None
+    assert ours.grad.abs().sum(-1).gt(0).tolist() == [[True, False, True], [False, True, False]]
+
+
 def slow_reuse(case: Case, reusable: Callable[[list[tuple[int, int]], int], set[int]]) -> float:
     """-log of the mean over t >= 2 of (1/K) * sum of P_t over the reusable set, summed over sequences."""
     total = 0.0

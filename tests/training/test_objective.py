@@ -48,13 +48,16 @@ def two_layers(rows: int = 2, *, length: int = 12, experts: int = 6) -> list[Rou
 def evaluate(args: ObjectiveArguments, batch: Batch, routings: list[Routing], *, step: int = LATE) -> Any:
     vocabulary = torch.randn(*batch.input_ids_BS.shape, 264, generator=torch.Generator().manual_seed(5))
     count = total_counts(args, [batch])
-    return objective(args, logits_BSV=vocabulary, routings=routings, batch=batch, count=count, step=step)
+    return objective(
+        args, logits_BSV=vocabulary, routings=routings, batch=batch, count=count, step=step, base_logits_BSV=vocabulary
+    )
 
 
 def test_the_remoe_preset_has_the_published_coefficients() -> None:
     args = ObjectiveArguments()
     assert args.objective == "remoe"
     assert [getattr(args, key) for key in COEFFICIENTS] == [0.45, 0.2, 0.05, 0.05, 0.01]
+    assert args.distill_coef == args.miss_coef == 0
     assert args.lags == [1, 2, 4, 8, 16]
     assert args.working_set_window == 16
     assert (args.reuse_warmup_steps, args.consistency_warmup_steps) == (400, 800)
@@ -90,7 +93,7 @@ def test_there_is_a_test_for_every_preset() -> None:
 
 
 def test_cache_miss_adds_the_soft_misses_of_its_caches_to_trust() -> None:
-    args = ObjectiveArguments(objective="cache_miss", cache_slots=[2, 4], miss_coef=0.3)
+    args = ObjectiveArguments(objective="cache_miss", cache_slots=[2, 4], miss_coef=0.3, distill_coef=0.0)
     batch, layers = a_batch(), two_layers()
     found = evaluate(args, batch, layers)
     slow = torch.stack([
@@ -102,6 +105,20 @@ def test_cache_miss_adds_the_soft_misses_of_its_caches_to_trust() -> None:
     torch.testing.assert_close(found.terms["miss_loss"], slow.detach())
     expected = found.terms["loss"] + PRESETS["cache_miss"]["router_kl_coef"] * found.terms["trust_kl"] + 0.3 * slow
     torch.testing.assert_close(found.loss, expected)
+
+
+def test_distillation_takes_its_share_of_the_task_loss() -> None:
+    args = ObjectiveArguments(objective="ce_only", distill_coef=0.75)
+    batch, layers = a_batch(), two_layers()
+    ours, base = (torch.randn(2, 12, 264, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
+    count = total_counts(args, [batch])
+    found = objective(args, logits_BSV=ours, routings=layers, batch=batch, count=count, step=LATE, base_logits_BSV=base)
+    kl = losses.distill_kl_sum(ours, base, batch.labels_BS) / count["tokens"]
+    torch.testing.assert_close(found.terms["distill_kl"], kl.float(), check_dtype=False)
+    torch.testing.assert_close(found.loss, 0.25 * found.terms["loss"] + 0.75 * kl, check_dtype=False)
+    for wrong, words in ((1.0, "must be below 1"), (-0.1, "is negative")):
+        with pytest.raises(ValueError, match=words):
+            ObjectiveArguments(objective="ce_only", distill_coef=wrong)
 
 
 def test_a_coefficient_that_is_written_wins_over_the_preset() -> None:
@@ -250,7 +267,7 @@ def check_that_it_decreases(
             router.data += 0.3 * torch.randn(router.shape, generator=torch.Generator().manual_seed(6))
     for router in routers:
         router.requires_grad_()
-    zero = dict.fromkeys(COEFFICIENTS, 0.0)
+    zero = dict.fromkeys((*COEFFICIENTS, "distill_coef"), 0.0)
     args = ObjectiveArguments(
         objective=objective_name, lags=[1, 2], working_set_window=4, cache_slots=[3], **{**zero, coefficient: 1.0}
     )

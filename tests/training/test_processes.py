@@ -49,7 +49,7 @@ def routers(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "router_delta" / "router_delta.safetensors")
 
 
-@pytest.mark.parametrize("objective", ["remoe", "cache"])
+@pytest.mark.parametrize("objective", ["remoe", "cache_miss"])
 def test_two_processes_do_what_one_with_twice_the_accumulation_does(
     objective: str, train_values: Values, tmp_path: Path
 ) -> None:

@@ -125,6 +125,19 @@ def test_nothing_is_recorded_outside_of_recording_or_after_close(tiny_model: Mak
         observe(model, observer)
 
 
+def test_the_original_routers_can_be_put_back_for_a_while(tiny_model: Make) -> None:
+    model = tiny_model().requires_grad_(False)
+    observer = RouterObserver(model, with_reference=True)
+    before = model(input_ids=token_ids(), use_cache=False).logits
+    for router in router_parameters(model).values():
+        router += torch.randn(router.shape, generator=torch.Generator().manual_seed(1))
+    tuned = model(input_ids=token_ids(), use_cache=False).logits
+    with observer.original_routers():
+        assert torch.equal(model(input_ids=token_ids(), use_cache=False).logits, before)
+    assert torch.equal(model(input_ids=token_ids(), use_cache=False).logits, tuned)
+    assert not torch.equal(before, tuned)
+
+
 def test_a_failing_forward_pass_ends_the_recording(tiny_model: Make) -> None:
     model = tiny_model("olmoe")
     observer = RouterObserver(model)

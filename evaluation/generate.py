@@ -20,6 +20,7 @@ from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
 from evaluation.engine.policies import ONLINE
+from evaluation.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from training.model import load_tokenizer, local_folder
 from training.router_delta import load_for
 
@@ -124,10 +125,18 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(report["text"], markup=False, highlight=False)
     table = Table(show_header=False)
-    for name in ("hit_rate", "bytes_read_per_token", "token_demand_bytes", "mean_ttft_ms", "mean_tpot_ms"):
-        table.add_row(name, str(report[name]))
-    table.add_row("output_throughput", str(report["output_throughput"]))
-    table.add_row("peak_rss_bytes", str(report["peak_rss_bytes"]))
+    hit_rate = report["hit_rate"]
+    for name, value in {
+        "hit rate, prefill": PERCENT.text(hit_rate["prefill"]),
+        "hit rate, decode": PERCENT.text(hit_rate["decode"]),
+        "bytes read per token": bytes_text(report["bytes_read_per_token"]),
+        "demand of one token": bytes_text(report["token_demand_bytes"]),
+        "TTFT": MILLISECONDS.text(report["mean_ttft_ms"]),
+        "TPOT": MILLISECONDS.text(report["mean_tpot_ms"]),
+        "output throughput": f"{PLAIN.text(report['output_throughput'])} tokens/s",
+        "peak RSS": bytes_text(report["peak_rss_bytes"]),
+    }.items():
+        table.add_row(name, value)
     console.print(table)
 
 

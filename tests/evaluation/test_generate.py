@@ -54,7 +54,9 @@ def test_tokens_are_plain_transformers_and_the_report_is_complete(
     replayed = replay(RouteTrace.read(trace), policy="lru", cache_scope="global", slots=14)
     assert (replayed.accesses, replayed.misses) == (report["accesses"], report["misses"])
     assert report["bytes_read_per_token"] == replayed.bytes_read_per_token
-    assert "hit_rate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{100 * report['hit_rate']['decode']:.1f}\N{NO-BREAK SPACE}%" in printed
+    assert f"{report['mean_tpot_ms']:,.1f}\N{NO-BREAK SPACE}ms" in printed
 
 
 def test_one_token_leaves_null_what_it_cannot_measure(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from evaluation.engine import load
 from evaluation.engine.accounting import peak_rss_bytes
-from evaluation.engine.decoding import DecodeResult, decode
+from evaluation.engine.decoding import DecodeResult, decode, greedy
 from training import router_delta
 from training.model import load_pretrained
 
@@ -80,20 +78,7 @@ def _resident_tokens(
     model = load_pretrained(model_dir, dtype=args.dtype)
     if weights is not None:
         router_delta.apply(model, weights)
-    return [_greedy(model, prompt, args.max_new_tokens) for prompt in prompts]
-
-
-def _greedy(model: PreTrainedModel, prompt: np.ndarray, max_new_tokens: int) -> list[int]:
-    ids_BS = torch.from_numpy(prompt.astype(np.int64)).unsqueeze(0)
-    generate: Any = model.generate
-    out_BS = generate(
-        input_ids=ids_BS,
-        attention_mask=torch.ones_like(ids_BS),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-    )
-    return [int(token) for token in out_BS[0, len(prompt) :]]
+    return [greedy(model, prompt.tolist(), max_new_tokens=args.max_new_tokens) for prompt in prompts]
 
 
 def _measured(results: Sequence[DecodeResult]) -> dict[str, Any]:

@@ -37,8 +37,16 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     engine.reset_cache()
     engine.reset_stats()
-    prompt_BT = torch.tensor([list(prompt_ids)])
     clock = TokenClock()
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, streamer=clock)
+    return DecodeResult(token_ids, Timing(clock.token_seconds), engine.stats())
+
+
+def greedy(
+    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+) -> list[int]:
+    """The new tokens of any transformers model, paged or resident."""
+    prompt_BT = torch.tensor([list(prompt_ids)])
     generate: Any = model.generate
     output_BT = generate(
         input_ids=prompt_BT,
@@ -46,9 +54,10 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        streamer=clock,
+        streamer=streamer,
     )
-    return DecodeResult(output_BT[0, prompt_BT.shape[1] :].tolist(), Timing(clock.token_seconds), engine.stats())
+    new_ids: list[int] = output_BT[0, len(prompt_ids) :].tolist()
+    return new_ids
 
 
 class TokenClock(BaseStreamer):

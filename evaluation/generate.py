@@ -151,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
     parser.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
     parser.add_argument(
-        "--expert-cache", required=True, metavar="SIZE", help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes"
+        "--expert-cache",
+        required=True,
+        metavar="SIZE",
+        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes; one spare expert's comes on top",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")

@@ -19,7 +19,7 @@ from training.routers import Routing
 
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
-# from the base's own predictions: cross entropy on text the base has seen is noise by comparison, and costs quality.
+# from the base's own predictions.
 _REMOE = {
     "distill_coef": 0.0,
     "miss_coef": 0.0,

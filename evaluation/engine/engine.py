@@ -122,7 +122,7 @@ def load(
 
     Args:
         model_dir: a Hugging Face folder with safetensors weights, one tensor per expert matrix.
-        expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts.
+        expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts; one spare slot comes on top of it.
         router_delta: parameter name -> weight, copied into the routers and cast to their precision.
         cache_policy: a key of `ONLINE`: `lru`, `fifo`, `lfu`, `lfru` or `decayed`.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).

@@ -49,8 +49,10 @@ class SlotMemory:
         parts = target.parts(slot if self._staging is None else 0)
         read_bytes = store.read(layer_id, expert, {role: parts[role] for role in roles})
         if self._staging is not None:
-            self._records.gate_up_SJH[slot].copy_(self._staging.gate_up_SJH[0])
-            self._records.down_SHI[slot].copy_(self._staging.down_SHI[0])
+            if "gate" in roles:
+                self._records.gate_up_SJH[slot].copy_(self._staging.gate_up_SJH[0])
+            if "down" in roles:
+                self._records.down_SHI[slot].copy_(self._staging.down_SHI[0])
         return read_bytes
 
 

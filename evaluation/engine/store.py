@@ -69,6 +69,7 @@ class ExpertStore:
         self.num_experts = 1 + max(expert for _, expert in parts)
         self.shape = _common_shape(parts, self.layer_ids, self.num_experts)
         self._parts = parts
+        self._whole = {key: _extents(roles) for key, roles in parts.items()}
         self.resident = {name: tensor for name, tensor in tensors.items() if not EXPERT_TENSOR.fullmatch(name)}
         shards = {tensor.shard for roles in parts.values() for tensor in roles.values()}
         self._descriptors = {shard: os.open(shard, os.O_RDONLY) for shard in sorted(shards)}
@@ -80,7 +81,7 @@ class ExpertStore:
 
     def reads_per_expert(self, layer_id: int, expert: int) -> int:
         """Ranged reads that bring this expert: 1 if its parts are adjacent."""
-        return len(_extents(self._parts[layer_id, expert]))
+        return len(self._whole[layer_id, expert])
 
     def read(self, layer_id: int, expert: int, into: Mapping[str, memoryview]) -> int:
         """Read one expert, or only some of its matrices, into writable buffers, by role, of `shape.part_bytes` each.
@@ -93,8 +94,9 @@ class ExpertStore:
         if not self._descriptors:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")
         total_bytes = 0
-        parts = self._parts[layer_id, expert]
-        for extent in _extents({role: parts[role] for role in into}):
+        key = layer_id, expert
+        some = len(into) < len(ROLES)
+        for extent in _extents({role: self._parts[key][role] for role in into}) if some else self._whole[key]:
             buffers = [into[role] for role in extent.roles]
             wanted_bytes = len(buffers) * self.shape.part_bytes
             got_bytes = os.preadv(self._descriptors[extent.shard], buffers, extent.offset)

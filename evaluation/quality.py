@@ -74,7 +74,9 @@ def run_tasks(
     known = sorted(path.stem for path in Path(args.include_path).glob("*.yaml"))
     if unknown := [task for task in args.tasks if task not in known]:
         raise UserError(
-            f"task {unknown[0]!r} is not in {args.include_path}; it has {', '.join(known) or 'no task at all'}"
+            f"task {unknown[0]!r} is not in {args.include_path}; it has {', '.join(known) or 'no task at all'}. The shipped "
+            "tasks are in data/embedded/tasks; `python -m data.build_tasks --split validation --output DIR` makes them of "
+            "another split"
         )
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded

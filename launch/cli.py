@@ -14,6 +14,7 @@ COMMANDS = {
     "trace": ("evaluation.trace", "which experts every token of a text chooses"),
     "replay": ("evaluation.replay", "what a cache of each size and policy would miss on a trace"),
     "generate": ("evaluation.generate", "decode with experts paged from disk under a byte budget"),
+    "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
     "report": ("evaluation.report", "write the report of a results.json again"),
 }
 

@@ -1,0 +1,224 @@
+"""`remoe serve`: a checkpoint whose experts stay on disk behind OpenAI's HTTP API, one request at a time."""
+
+import argparse
+import copy
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+import uvicorn
+from fastapi import FastAPI
+from transformers import PretrainedConfig, PreTrainedModel
+
+from configs.command import run
+from configs.load import UserError
+from evaluation.engine import load
+from evaluation.engine.budget import readable
+from evaluation.engine.engine import Engine
+from evaluation.engine.policies import ONLINE
+from evaluation.server.app import Service, create_app
+from evaluation.server.generation import Generator
+from evaluation.server.intake import Intake
+from evaluation.server.metrics import Metrics
+from evaluation.server.worker import Worker
+from training.model import load_tokenizer, local_folder
+from training.router_delta import load_for
+
+EXAMPLE = """example:
+  remoe serve --model data/embedded/model --expert-cache 3MiB --port 8000
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"prompt": "The sea was", "max_tokens": 40, "temperature": 0}'
+
+served: POST /v1/completions and /v1/chat/completions (both also with "stream": true), GET /v1/models, /health, /metrics
+"""
+GRACE_SECONDS = 20
+"""How long a stopping server lets requests finish before it breaks them off."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, take the port, load, serve until SIGINT or SIGTERM."""
+    arguments = parser().parse_args(argv)
+    with listener(arguments.host, arguments.port) as sock, application(arguments) as (app, engine):
+        print(
+            f"serving {_name(arguments)} at {_url(sock)}/v1 with {engine.cache.total_slots} of "
+            f"{engine.demand.all_experts} experts in {readable(engine.pool_bytes)}; Ctrl-C stops",
+            flush=True,
+        )
+        with _signals_only_stop_the_server():
+            server_of(app).run(sockets=[sock])
+
+
+@contextmanager
+def application(arguments: argparse.Namespace) -> Iterator[tuple[FastAPI, Engine]]:
+    """The ASGI application with all that is behind it, and the engine at the bottom.
+
+    Raises:
+        UserError: values that make no sense, or whatever `load` refuses.
+    """
+    _check(arguments)
+    api_key = _api_key(arguments)
+    model_dir = local_folder(arguments.model)
+    transformers.utils.logging.disable_progress_bar()
+    with _loaded(model_dir, arguments) as (model, engine):
+        tokenizer = load_tokenizer(model_dir)
+        metrics = Metrics(engine)
+        # a copy each: one thread writes texts, another reads them
+        generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics=metrics)
+        intake = Intake(
+            tokenizer,
+            served_name=_name(arguments),
+            context_tokens=_context_tokens(model.config, arguments.max_model_len),
+            vocabulary=model.config.get_text_config().vocab_size,
+        )
+        with Worker(generator, max_queue=arguments.max_queue) as worker:
+            metrics.show(worker)
+            service = Service(intake, worker, metrics, created=int(time.time()))
+            yield create_app(service, api_key=api_key, max_request_bytes=arguments.max_request_bytes), engine
+
+
+@contextmanager
+def listener(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket, taken before the model is loaded; port 0 is any free one.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"cannot listen at {host} port {port}: {error}") from error
+    with sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"cannot listen at {host} port {port}: {error.strerror}; choose another with --host and --port"
+            ) from error
+        yield sock
+
+
+def server_of(app: FastAPI) -> uvicorn.Server:
+    """The HTTP server, not started yet."""
+    config = uvicorn.Config(
+        app, lifespan="off", ws="none", log_level="info", timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
+    )
+    return uvicorn.Server(config)
+
+
+@contextmanager
+def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[PreTrainedModel, Engine]]:
+    with load(
+        model_dir,
+        arguments.expert_cache,
+        router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
+        cache_policy=arguments.cache_policy,
+        cache_scope=arguments.cache_scope,
+        dtype=arguments.dtype,
+    ) as loaded:
+        yield loaded
+
+
+@contextmanager
+def _signals_only_stop_the_server() -> Iterator[None]:
+    """uvicorn stops on SIGINT and SIGTERM, then raises them again; the model and its files are still to be closed."""
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _context_tokens(config: PretrainedConfig, asked: int | None) -> int:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None and most is None:
+        raise UserError("the model's config.json names no max_position_embeddings; give --max-model-len")
+    if asked is not None and most is not None and asked > most:
+        raise UserError(f"--max-model-len {asked} is more than the {most} positions this model has; lower it")
+    return int(asked or most or 0)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    smallest = {"max_queue": 0, "max_request_bytes": 1, "max_model_len": 2}
+    for name, least in smallest.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    if arguments.api_key_env is None:
+        return None
+    key = os.environ.get(arguments.api_key_env)
+    if not key:
+        raise UserError(f"--api-key-env names {arguments.api_key_env}, which is not set; put the key into it")
+    return key
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    name: str = arguments.served_model_name or arguments.model
+    return name
+
+
+def _url(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every flag is a key of what `application` takes."""
+    made = argparse.ArgumentParser(
+        prog="remoe serve",
+        description="Serve a mixture-of-experts checkpoint whose experts stay on disk over OpenAI's HTTP API: the "
+        "tokens of plain transformers, within the expert memory you give it.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
+    made.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
+    _add_engine_flags(made.add_argument_group("engine"))
+    _add_server_flags(made.add_argument_group("server"))
+    return made
+
+
+def _add_engine_flags(group: Any) -> None:
+    group.add_argument(
+        "--expert-cache",
+        required=True,
+        metavar="SIZE",
+        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes",
+    )
+    group.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
+    group.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
+    group.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
+
+
+def _add_server_flags(group: Any) -> None:
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="port (default 8000; 0: any free one)")
+    group.add_argument("--served-model-name", metavar="NAME", help="the model's name for clients (default: --model)")
+    group.add_argument(
+        "--max-model-len", type=int, metavar="N", help="longest prompt and answer, in tokens (default: the model's)"
+    )
+    group.add_argument(
+        "--max-queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (default 16)"
+    )
+    group.add_argument(
+        "--max-request-bytes", type=int, default=2**21, metavar="N", help="longest request body (default 2097152)"
+    )
+    group.add_argument("--api-key-env", metavar="NAME", help="environment variable with the key that clients must send")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

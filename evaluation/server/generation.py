@@ -1,0 +1,194 @@
+"""One request through the model: transformers' own `generate`, watched token by token.
+
+Greedy choices are the tokens of `model.generate(do_sample=False)`. Sampled ones are those of
+`torch.manual_seed(seed); model.generate(do_sample=True, num_return_sequences=n, ...)`, prompt by prompt.
+Knows threads only in that a job may be cancelled from another one: between tokens and between layers.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from evaluation.engine.accounting import PHASES, EngineStats
+from evaluation.engine.engine import Engine
+from evaluation.engine.pager import PagedLayer
+from evaluation.server.choice import Choice
+from evaluation.server.metrics import Metrics
+from evaluation.server.work import Cancelled, Delta, Done, Job, Work
+
+
+class Generator:
+    """The model with all it takes to serve jobs, one at a time, always from the same thread."""
+
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, metrics: Metrics
+    ) -> None:
+        self._model, self._engine, self._tokenizer, self._metrics = model, engine, tokenizer, metrics
+        self._job: Job | None = None
+        for module in model.modules():
+            if isinstance(getattr(module, "paged", None), PagedLayer):
+                module.register_forward_pre_hook(self._end_if_cancelled)
+
+    def run(self, job: Job) -> None:
+        """Serve one job; its last event is `Done`.
+
+        Raises:
+            Cancelled: nobody waits for it any more.
+            UserError, OSError: an expert could not be read.
+        """
+        self._job, before, clock = job, self._engine.stats(), _Clock(job, self._metrics)
+        self._metrics.queue_seconds.observe(time.perf_counter() - job.submitted_seconds)
+        try:
+            with torch.random.fork_rng():
+                tokens = sum(self._answer(job, position, clock) for position in range(len(job.work.prompts)))
+        finally:
+            self._job = None
+        remoe = {**_what_the_engine_did(before, self._engine.stats()), **clock.figures()}
+        self._metrics.request_done(job.work.prompt_tokens, tokens, tpot_seconds=clock.tpot_seconds)
+        job.send(Done(job.work.prompt_tokens, tokens, remoe))
+
+    def reset_cache(self) -> None:
+        """Forget which experts are resident, after something went wrong."""
+        self._engine.reset_cache()
+
+    def _answer(self, job: Job, position: int, clock: "_Clock") -> int:
+        """Generate all choices of one prompt; returns how many tokens they have."""
+        work, limit = job.work, job.work.max_new_tokens[position]
+        choices = [
+            Choice(
+                position * work.n + i, self._tokenizer, work=work, max_new_tokens=limit, end_ids=self._end_ids()
+            )
+            for i in range(work.n)
+        ]  # fmt: skip
+        scores = _Scores()
+        watcher = _Watcher(choices, scores, clock=clock, send=job.send, check=self._end_if_cancelled)
+        torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
+        prompt_BT = torch.tensor([work.prompts[position]])
+        generate: Any = self._model.generate
+        generate(
+            input_ids=prompt_BT,
+            attention_mask=torch.ones_like(prompt_BT),
+            max_new_tokens=limit,
+            num_beams=1,
+            stopping_criteria=StoppingCriteriaList([watcher]),
+            logits_processor=LogitsProcessorList([scores] if work.top_logprobs is not None else []),
+            **self._sampling(work),
+        )
+        return sum(choice.tokens for choice in choices)
+
+    def _sampling(self, work: Work) -> dict[str, Any]:
+        """What `generate` is told; it takes from the model's generation_config what is not said."""
+        default = self._model.generation_config.temperature
+        temperature = (1.0 if default is None else default) if work.temperature is None else work.temperature
+        if temperature == 0:
+            return {"do_sample": False}
+        said = {"top_p": work.top_p, "top_k": work.top_k}
+        return {
+            "do_sample": True,
+            "temperature": float(temperature),
+            "num_return_sequences": work.n,
+            **{name: value for name, value in said.items() if value is not None},
+        }
+
+    def _end_ids(self) -> frozenset[int]:
+        ids: Any = self._model.generation_config.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    def _end_if_cancelled(self, *_: Any) -> None:
+        if self._job is not None and self._job.is_cancelled:
+            raise Cancelled
+
+
+class _Scores(LogitsProcessor):
+    """Looks at the scores of the token that is chosen next, before temperature, top_k and top_p; changes nothing."""
+
+    def __init__(self) -> None:
+        self.last_BV: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.last_BV = scores
+        return scores
+
+
+class _Watcher(StoppingCriteria):
+    """Called by `generate` after every step: gives the new tokens to their choices, tells which are over."""
+
+    def __init__(
+        self,
+        choices: list[Choice],
+        scores: _Scores,
+        *,
+        clock: "_Clock",
+        send: Callable[[Delta], None],
+        check: Callable[[], None],
+    ) -> None:
+        self._choices, self._scores, self._clock, self._send, self._check = choices, scores, clock, send, check
+        clock.next_prompt()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._check()
+        self._clock.step()
+        for row, (choice, token_id) in enumerate(zip(self._choices, input_ids[:, -1].tolist(), strict=True)):
+            if choice.finish_reason is not None:
+                continue  # padding
+            scores_V = None if self._scores.last_BV is None else self._scores.last_BV[row]
+            delta = choice.push(token_id, scores_V)
+            if delta is not None:
+                self._send(delta)
+        return torch.tensor([choice.finish_reason is not None for choice in self._choices], device=input_ids.device)
+
+
+@dataclass
+class _Clock:
+    """When the steps of a job were done."""
+
+    job: Job
+    metrics: Metrics
+    ttft_seconds: float | None = None
+    gaps: list[float] = field(default_factory=list)  # seconds between steps of the same prompt
+    _last: float | None = None
+
+    def next_prompt(self) -> None:
+        """What comes now is a prefill, no gap between tokens."""
+        self._last = None
+
+    def step(self) -> None:
+        now = time.perf_counter()
+        if self.ttft_seconds is None:
+            self.ttft_seconds = now - self.job.submitted_seconds
+            self.metrics.ttft_seconds.observe(self.ttft_seconds)
+        if self._last is not None:
+            self.gaps.append(now - self._last)
+            self.metrics.itl_seconds.observe(self.gaps[-1])
+        self._last = now
+
+    @property
+    def tpot_seconds(self) -> float | None:
+        """Mean time of the tokens after the first; None without any."""
+        return sum(self.gaps) / len(self.gaps) if self.gaps else None
+
+    def figures(self) -> dict[str, float | None]:
+        """Times in milliseconds, under vLLM's names."""
+        return {
+            "ttft_ms": None if self.ttft_seconds is None else 1e3 * self.ttft_seconds,
+            "tpot_ms": None if self.tpot_seconds is None else 1e3 * self.tpot_seconds,
+        }
+
+
+def _what_the_engine_did(before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    """The difference between two readings of the counters; None is what was not measured."""
+    accesses = {name: after.accesses_by_phase[name] - before.accesses_by_phase[name] for name in PHASES}
+    misses = {name: after.misses_by_phase[name] - before.misses_by_phase[name] for name in PHASES}
+    return {
+        "hit_rate": {name: 1 - misses[name] / accesses[name] if accesses[name] else None for name in PHASES},
+        "accesses": sum(accesses.values()),
+        "misses": sum(misses.values()),
+        "bytes_read": after.bytes_read - before.bytes_read,
+        "stall_seconds": {name: after.stall_seconds[name] - before.stall_seconds[name] for name in PHASES},
+    }

@@ -1,0 +1,130 @@
+"""From a request to work for this model: texts become token ids, lengths are checked against the context."""
+
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from evaluation.server.errors import ApiError
+from evaluation.server.protocol import ChatRequest, CompletionRequest, Sampled
+from evaluation.server.work import Work
+
+COMPLETION_TOKENS = 16
+"""Length of a completion if none is asked for, as OpenAI has it; a chat answer may fill the context."""
+
+
+class Intake:
+    """Tokenizer, name and context of the model that is served. To be called by one thread at a time."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, served_name: str, context_tokens: int, vocabulary: int
+    ) -> None:
+        self.served_name, self.context_tokens = served_name, context_tokens
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+
+    def completion(self, request: CompletionRequest) -> Work:
+        """Work for every prompt of a completion.
+
+        Raises:
+            ApiError: another model's name, an empty or too long prompt, a token the model does not have.
+        """
+        self._check_name(request)
+        prompts = self._prompts(request.prompt)
+        return self._work(
+            request,
+            prompts,
+            max_tokens=request.max_tokens,
+            default_tokens=COMPLETION_TOKENS,
+            top_logprobs=request.logprobs,
+        )
+
+    def chat(self, request: ChatRequest) -> Work:
+        """Work for a conversation.
+
+        Raises:
+            ApiError: as above; the tokenizer has no chat template, or it refuses these messages.
+        """
+        self._check_name(request)
+        prompt = self._conversation(request)
+        return self._work(
+            request,
+            [prompt],
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            default_tokens=self.context_tokens,
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+
+    def _work(
+        self,
+        request: Sampled,
+        prompts: list[list[int]],
+        *,
+        max_tokens: int | None,
+        default_tokens: int,
+        top_logprobs: int | None,
+    ) -> Work:
+        for prompt in prompts:
+            self._check_length(prompt, max_tokens)
+        return Work(
+            prompts,
+            [max_tokens or min(default_tokens, self.context_tokens - len(prompt)) for prompt in prompts],
+            n=request.n or 1,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            seed=request.seed,
+            stops=request.stops,
+            top_logprobs=top_logprobs,
+        )
+
+    def _check_name(self, request: Sampled) -> None:
+        if request.model not in (None, self.served_name):
+            raise ApiError(
+                f"model {request.model!r} is not served here, only {self.served_name!r}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check_length(self, prompt: list[int], max_tokens: int | None) -> None:
+        if not prompt:
+            raise ApiError("the prompt has no tokens; write some text", param="prompt")
+        wanted = len(prompt) + (max_tokens or 1)
+        if wanted > self.context_tokens:
+            raise ApiError(
+                f"the prompt has {len(prompt)} tokens and {max_tokens or 'at least 1'} are to come; the context of "
+                f"{self.served_name} holds {self.context_tokens}: shorten the prompt or lower max_tokens",
+                param="max_tokens" if len(prompt) < self.context_tokens else "prompt",
+                code="context_length_exceeded",
+            )
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        """One list of ids for every prompt, whichever of the four forms it comes in."""
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            prompt = [prompt]
+        return [self._encode(one) if isinstance(one, str) else self._checked(one) for one in prompt]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if max(ids) >= self._vocabulary:
+            raise ApiError(f"token id {max(ids)} is not in the vocabulary of {self._vocabulary}", param="prompt")
+        return ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+    def _conversation(self, request: ChatRequest) -> list[int]:
+        if not self._tokenizer.chat_template:
+            raise ApiError(
+                f"the tokenizer of {self.served_name} has no chat template, so it is not known how this model marks "
+                "turns; use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        roles = {"developer": "system"}
+        turns = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
+        try:
+            text: Any = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ApiError(f"the model's chat template refuses these messages: {error}", param="messages") from error
+        return self._encode(text, add_special_tokens=False)

@@ -1,0 +1,150 @@
+"""What clients may send: the part of OpenAI's API that is served, checked strictly.
+
+Every parameter is used, is listed as harmless, or is refused by name; none is dropped in silence. Names and meanings:
+https://platform.openai.com/docs/api-reference; `top_k` is an extension under the name vLLM gives it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Labels for whoever runs the server: accepted, and nothing follows from them."""
+NEUTRAL: dict[str, list[Any]] = {
+    "audio": [],
+    "best_of": [1],
+    "echo": [False],
+    "frequency_penalty": [0],
+    "function_call": ["none"],
+    "functions": [[]],
+    "logit_bias": [{}],
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True, False],
+    "prediction": [],
+    "presence_penalty": [0],
+    "reasoning_effort": [],
+    "response_format": [{"type": "text"}],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "suffix": [""],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "verbosity": [],
+    "web_search_options": [],
+}
+"""Parameters that are not supported, with the values that ask for nothing; so does null. Others are refused."""
+MOST_CHOICES = 16
+MOST_LOGPROBS = 20
+COOLEST = 0.01
+"""Temperatures above 0 and below this would overflow the scores they divide."""
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Prompt = (
+    str
+    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+)
+
+
+class Strict(BaseModel):
+    """No conversions, no unknown fields, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """How to stream."""
+
+    include_usage: bool | None = Field(None, description="one more event at the end, with usage and `remoe`")
+
+
+class Sampled(Strict):
+    """What both kinds of request have in common; null is the same as leaving a field out."""
+
+    model: str | None = Field(None, description="the served model's name; may be left out")
+    max_tokens: int | None = Field(None, ge=1, description="most new tokens of a choice")
+    temperature: float | None = Field(None, ge=0, le=2, description=f"0 is greedy; else {COOLEST} or more")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0 turns it off; else as in generation_config.json, or 50")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="torch's seed for each prompt of this request")
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="choices per prompt, sampled in one batch")
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=4, fail_fast=True)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_asks_for_nothing(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        return {
+            name: value
+            for name, value in sent.items()
+            if name not in HARMLESS and not (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
+        }
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Sampled":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only for stream=true")
+        if self.temperature is not None and 0 < self.temperature < COOLEST:
+            raise ValueError(f"temperature must be 0 (greedy) or at least {COOLEST}")
+        if self.n is not None and self.n > 1 and self.temperature == 0:
+            raise ValueError("n above 1 needs a temperature above 0: greedy choices would all be the same")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a list, whatever was sent."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with an event about usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(Sampled):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="so many alternatives beside each token")
+
+
+class TextPart(Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        """The content in one piece."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`; the model's own chat template makes the prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _says_everything_once(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; send one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only for logprobs=true")
+        return self

@@ -1,0 +1,92 @@
+"""What passes between the event loop, which talks HTTP, and the one thread that owns the model: jobs, and events back."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.server.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, as token ids; what is None is as the model's generation_config.json or transformers says."""
+
+    prompts: list[list[int]]
+    max_new_tokens: list[int]  # of each prompt
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None  # alternatives beside each token's own; None: no log probabilities at all
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and its log probability, in the model's distribution before temperature, top_k and top_p."""
+
+    token: str
+    logprob: float
+    top: list[tuple[str, float]]
+    text_offset: int  # characters of its choice before it
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What became certain of one choice."""
+
+    index: int
+    text: str
+    logprobs: list[TokenLogprob]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event of a request that worked."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    remoe: dict[str, Any]  # what the engine did for it
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The last event of one that did not."""
+
+    error: ApiError
+
+
+Event = Delta | Done | Failed
+
+
+class Cancelled(Exception):
+    """Nobody waits for this job any more."""
+
+
+class Job:
+    """Work, where its events go, and whether anybody still waits for them.
+
+    Args:
+        send: called from the worker's thread.
+    """
+
+    def __init__(self, work: Work, send: Callable[[Event], None]) -> None:
+        self.work, self.send = work, send
+        self.submitted_seconds = time.perf_counter()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """End it soon, wherever it is; does nothing when it is over."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()

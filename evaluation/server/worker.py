@@ -1,0 +1,129 @@
+"""The one thread that owns the model, and the bounded line of jobs before it. Knows neither HTTP nor tokens."""
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Protocol
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from configs.load import UserError
+from evaluation.server.errors import ApiError
+from evaluation.server.work import Cancelled, Failed, Job
+
+logger = logging.getLogger(__name__)
+
+
+class Server(Protocol):
+    """Whoever serves a job (`Generator`)."""
+
+    def run(self, job: Job) -> None: ...
+
+    def reset_cache(self) -> None: ...
+
+
+class Worker(Collector):
+    """A context manager: the thread runs inside it; leaving it cancels what is left and waits for the thread.
+
+    Args:
+        max_queue: how many jobs may wait while one is served.
+    """
+
+    def __init__(self, server: Server, *, max_queue: int) -> None:
+        self._server, self._max_queue = server, max_queue
+        self._waiting: deque[Job] = deque()
+        self._running: Job | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._last_seconds = 1.0  # how long the last job took
+        self._thread = threading.Thread(target=self._serve_all, name="model", daemon=True)
+
+    def __enter__(self) -> "Worker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        with self._changed:
+            self._closed = True
+            for job in (*self._waiting, *([self._running] if self._running else [])):
+                job.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the line.
+
+        Raises:
+            ApiError: the line is full, or the server is stopping.
+        """
+        with self._changed:
+            if self._closed:
+                raise _stopping()
+            self._forget_cancelled()
+            if len(self._waiting) + (self._running is not None) > self._max_queue:
+                raise ApiError(
+                    f"{len(self._waiting)} requests wait already, as many as --max-queue allows; try again later",
+                    status=429,
+                    code="queue_full",
+                    headers={"Retry-After": str(max(1, math.ceil(self._last_seconds)))},
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def collect(self) -> Iterator[Any]:
+        """For `/metrics`."""
+        with self._changed:
+            self._forget_cancelled()
+            running, waiting = int(self._running is not None), len(self._waiting)
+        yield GaugeMetricFamily("remoe_num_requests_running", "being served", running)
+        yield GaugeMetricFamily("remoe_num_requests_waiting", "waiting for the model", waiting)
+
+    def _serve_all(self) -> None:
+        while (job := self._next()) is not None:
+            started = time.perf_counter()
+            self._serve(job)
+            with self._changed:
+                self._running, self._last_seconds = None, time.perf_counter() - started
+
+    def _next(self) -> Job | None:
+        """Wait for a job; None when the server stops."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._closed:
+                while self._waiting:
+                    self._waiting.popleft().send(Failed(_stopping()))
+                return None
+            self._running = self._waiting.popleft()
+            return self._running
+
+    def _serve(self, job: Job) -> None:
+        """Whatever happens to one job, the next finds a working model."""
+        try:
+            if not job.is_cancelled:
+                self._server.run(job)
+        except Cancelled:
+            job.send(Failed(_stopping()))
+        except (UserError, OSError) as error:
+            logger.error("a request failed: %s", error)
+            self._server.reset_cache()
+            job.send(Failed(ApiError(f"the model cannot be read: {error}", status=500, code="read_error")))
+        except Exception:
+            logger.exception("a request failed")
+            self._server.reset_cache()
+            job.send(Failed(ApiError("internal error; the server's log says more", status=500)))
+
+    def _forget_cancelled(self) -> None:
+        self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
+
+
+def _stopping() -> ApiError:
+    return ApiError("the server is stopping", status=503, code="stopping", headers={"Retry-After": "10"})

@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "--expert-cache",
         required=True,
         metavar="SIZE",
-        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes; one spare expert's comes on top",
+        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes; a slot in eight, at most 8, comes on top",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")

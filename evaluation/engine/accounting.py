@@ -59,7 +59,8 @@ class CacheCounts:
 class ReadCounts:
     """What a live engine moved, by phase (see `PHASES`)."""
 
-    bytes_read: list[int] = field(default_factory=lambda: [0, 0])
+    bytes_read: list[int] = field(default_factory=lambda: [0, 0])  # of experts
+    device_bytes_read: list[int] = field(default_factory=lambda: [0, 0])  # of the pages they lie in
     stall_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # rows the model computed, padding included
 
@@ -78,6 +79,7 @@ class EngineStats:
     misses_by_layer: list[int]
     bytes_read: int
     bytes_read_by_phase: dict[str, int]
+    device_bytes_read: int  # with the rest of the pages that experts begin and end in
     tokens: dict[str, int]
     stall_seconds: dict[str, float]  # time in which computing waited for expert reads
 
@@ -101,6 +103,7 @@ def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
         misses_by_layer=[layer.misses for layer in counts.by_layer()],
         bytes_read=sum(reads.bytes_read),
         bytes_read_by_phase=dict(zip(PHASES, reads.bytes_read, strict=True)),
+        device_bytes_read=sum(reads.device_bytes_read),
         tokens=dict(zip(PHASES, reads.tokens, strict=True)),
         stall_seconds=dict(zip(PHASES, reads.stall_seconds, strict=True)),
     )

@@ -14,10 +14,14 @@ from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_c
 from evaluation.engine.cache import SCOPES, ExpertCache
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.policies import ONLINE
+from evaluation.engine.reader import READS_IN_FLIGHT, Reader
 from evaluation.engine.resident import compute_dtype, experts_modules, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace, TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory, record_bytes
 from evaluation.engine.store import ExpertStore
+
+PASSING_SHARE = 8
+"""One slot in so many is added for experts that do not stay, so that several of them are read at once."""
 
 
 class Engine:
@@ -50,15 +54,24 @@ class Engine:
         """Bytes of one expert on disk: what a miss reads."""
         return self._store.shape.expert_bytes
 
-    def attach(self, model: PreTrainedModel, *, record_trace: bool) -> None:
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory for experts on top of the pool: the slots of those that do not stay."""
+        return self._memory.passing_bytes
+
+    def attach(self, model: PreTrainedModel, reader: Reader, *, record_trace: bool) -> None:
         """Page the experts of `model`; called once, by `load`."""
         modules = experts_modules(model, self._store)
         layer_ids = [layer for layer, _ in modules]
         assert len(layer_ids) == self.demand.layers, f"experts in layers {layer_ids}, {self.demand.layers} were planned"
         self._layer_ids = tuple(layer_ids)
         self._recorder = TraceRecorder(len(layer_ids)) if record_trace else None
-        memory = SlotMemory(self._store.shape, self.cache.total_slots, self.dtype)
-        self._pager = Pager(self._store, self.cache, memory=memory, layer_ids=layer_ids, recorder=self._recorder)
+        slots = self.cache.total_slots
+        passing = max(1, min(reader.reads_in_flight, slots // PASSING_SHARE))
+        self._memory = SlotMemory(self._store.shape, slots, self.dtype, passing=passing)
+        self._pager = Pager(
+            self._store, self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
+        )
         for position, (_, experts) in enumerate(modules):
             attach(experts, PagedLayer(self._pager, position))
         register()
@@ -117,17 +130,19 @@ def load(
     cache_scope: str = "global",
     dtype: str | torch.dtype = "auto",
     record_trace: bool = False,
+    reads_in_flight: int = READS_IN_FLIGHT,
 ) -> Iterator[tuple[PreTrainedModel, Engine]]:
     """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
 
     Args:
         model_dir: a Hugging Face folder with safetensors weights, one tensor per expert matrix.
-        expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts; one spare slot comes on top of it.
+        expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts; `engine.buffer_bytes` come on top.
         router_delta: parameter name -> weight, copied into the routers and cast to their precision.
         cache_policy: a key of `ONLINE`: `lru`, `fifo`, `lfu`, `lfru` or `decayed`.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
         record_trace: keep the routing of every token, for `engine.trace()`.
+        reads_in_flight: reading threads.
 
     Yields:
         The transformers model, to be used as any other (inference only), and its engine.
@@ -141,7 +156,7 @@ def load(
         raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
     config = read_config(model_dir)
     store = ExpertStore(model_dir)
-    try:
+    with Reader(store.shards, reads_in_flight=reads_in_flight) as reader:
         chosen_dtype = compute_dtype(dtype, config=config, store=store)
         demand = _demand(store, config=config, dtype=chosen_dtype)
         budget_bytes = parse_size(expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)
@@ -151,10 +166,8 @@ def load(
         copy_into_routers(model, router_delta or {})
         cache = ExpertCache(slots, demand.layers, scope=cache_scope, make_policy=ONLINE[cache_policy])
         engine = Engine(store, cache, demand=demand, dtype=chosen_dtype)
-        engine.attach(model, record_trace=record_trace)
+        engine.attach(model, reader, record_trace=record_trace)
         yield model, engine
-    finally:
-        store.close()
 
 
 def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, torch.Tensor]) -> None:

@@ -2,13 +2,12 @@
 
 It computes what `transformers.integrations.moe.grouped_mm_experts_forward` (5.23) computes, in the same order and on
 matrices of the same shape, because the last bits depend on both: rows sorted by expert id, one product per expert over
-all its rows, the activation over the whole matrix (its vectorised part ends where the whole matrix says, not where a
-group of experts does), then the sum over a token's experts in routing order.
+all its rows, then the sum over a token's experts in routing order. Experts are computed in whatever order they land.
 Axes: T tokens, K chosen, R = T K rows, H hidden, J = 2 x intermediate (gate, then up).
 """
 
-import time
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from configs.load import UserError
 from evaluation.engine.accounting import DECODE, PREFILL, ReadCounts
 from evaluation.engine.cache import ExpertCache, Service, event_order
+from evaluation.engine.flight import Flight
 from evaluation.engine.policies import Key
+from evaluation.engine.reader import Reader
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ROLES, ExpertStore
+from evaluation.engine.store import ExpertStore
 
 IMPLEMENTATION = "remoe_paged"
+VECTOR = 64
+"""Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
+THREAD_GRAIN = 32768
+"""Numbers below which torch does not give an element-wise operation to several threads (at::internal::GRAIN_SIZE)."""
 
 
 class Pager:
@@ -43,10 +48,11 @@ class Pager:
         cache: ExpertCache,
         *,
         memory: SlotMemory,
+        reader: Reader,
         layer_ids: list[int],
         recorder: TraceRecorder | None,
     ) -> None:
-        self._store, self._cache, self._memory = store, cache, memory
+        self._store, self._cache, self._memory, self._reader = store, cache, memory, reader
         self._layer_ids, self._recorder = layer_ids, recorder
         self._phase: int | None = None
         self.reads = ReadCounts()
@@ -83,52 +89,82 @@ class Pager:
         event = [(layer, expert) for expert in event_order(ranked_TK)]
         rows = _Rows.of(expert_ids_TK)
         hidden_RH = hidden_TH[rows.order_R // expert_ids_TK.shape[1]].to(self._memory.dtype)
+        work = _Work(experts, self._memory, rows, hidden_RH)
         try:
-            work = _Work(experts, self._memory, rows, hidden_RH)
-            out_RH = self._compute(work, self._cache.serve(layer, event, phase=self._phase))
+            service = self._cache.serve(layer, event, phase=self._phase)
+            with Flight(self._store, self._memory, self._reader, layer_id=self._layer_ids[layer]) as flight:
+                (_compute if work.rows_are_independent() else _compute_in_two_parts)(work, service, flight)
         except BaseException:
             self._cache.reset()  # slots may lack what the cache believes is in them
             raise
-        return _combine(out_RH, rows.order_R, weights_TK).to(hidden_TH.dtype)
+        self._count(flight)
+        return _combine(work.out_RH, rows.order_R, weights_TK).to(hidden_TH.dtype)
 
-    def _compute(self, work: "_Work", service: Service) -> torch.Tensor:
-        """Output of every row, whatever order the experts come in."""
-        if service.leaving:  # done with first: what comes is read into their slots
-            work.up(service.leaving)
-            work.activate()
-            work.down(service.leaving)
-        work.up(service.staying)
-        for key, slot in service.coming.items():
-            self._read(key, slot)
-            work.up({key: slot})
-        spare = self._memory.spare_slot
-        for key in service.passing:  # in two parts, so that one activation does for all of them
-            self._read(key, spare, roles=("gate", "up"))
-            work.up({key: spare})
-        work.activate()
-        work.down(service.staying | service.coming)
-        for key in service.passing:
-            self._read(key, spare, roles=("down",))
-            work.down({key: spare})
-        return work.out_RH
-
-    def _read(self, key: Key, slot: int, *, roles: Sequence[str] = ROLES) -> None:
+    def _count(self, flight: Flight) -> None:
         assert self._phase is not None
-        layer, expert = key
-        start = time.perf_counter()
-        read_bytes = self._memory.fill(slot, self._store, self._layer_ids[layer], expert, roles=roles)
-        self.reads.bytes_read[self._phase] += read_bytes
-        self.reads.stall_seconds[self._phase] += time.perf_counter() - start
+        self.reads.bytes_read[self._phase] += flight.bytes_read
+        self.reads.device_bytes_read[self._phase] += flight.device_bytes
+        self.reads.stall_seconds[self._phase] += flight.stall_seconds
+
+
+def _compute(work: "_Work", service: Service, flight: Flight) -> None:
+    """Everything that is missing is on its way while what is resident is computed; each is used as it lands."""
+    taken = {slot: key for key, slot in service.coming.items() if slot in service.leaving.values()}
+    flight.start({key: slot for key, slot in service.coming.items() if slot not in taken})
+    flight.start(dict.fromkeys(service.passing))
+    for key, slot in service.leaving.items():
+        work.whole(key, slot)
+        if slot in taken:
+            flight.start({taken[slot]: slot})
+    for key, slot in service.staying.items():
+        work.whole(key, slot)
+    for key, slot in flight.landings():
+        work.whole(key, slot)
+
+
+def _compute_in_two_parts(work: "_Work", service: Service, flight: Flight) -> None:
+    """The same with one activation over all rows: what passes through is read in two parts, before and after it."""
+    if service.leaving:  # done with first: what comes is read into their slots
+        work.up(service.leaving)
+        work.activate()
+        work.down(service.leaving)
+    flight.start(service.coming)
+    flight.start(dict.fromkeys(service.passing), roles=("gate", "up"))
+    work.up(service.staying)
+    for key, slot in flight.landings():
+        work.up({key: slot})
+    work.activate()
+    flight.start(dict.fromkeys(service.passing), roles=("down",))
+    work.down(service.staying | service.coming)
+    for key, slot in flight.landings():
+        work.down({key: slot})
 
 
 class _Work:
-    """The products of one event; the activation runs over the matrix of all rows, see above."""
+    """The products of one event."""
 
     def __init__(self, experts: nn.Module, memory: SlotMemory, rows: "_Rows", hidden_RH: torch.Tensor) -> None:
         self._activation: Any = experts._apply_gate
         self._memory, self._rows, self._hidden_RH = memory, rows, hidden_RH
-        self._gate_up_RJ = hidden_RH.new_zeros(len(hidden_RH), memory.gate_up_columns)
+        self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
         self.out_RH = torch.empty_like(hidden_RH)
+
+    def rows_are_independent(self) -> bool:
+        """Whether the activation gives a row the same bits alone as in the matrix of all rows.
+
+        Its vectorised loop leaves the rest of a run of numbers to a scalar one that rounds differently (silu in fp32),
+        and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone.
+        """
+        columns = self._memory.gate_up_columns // 2
+        counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
+        return all(_share_of_a_thread(rows * columns) % VECTOR == 0 for rows in counts) and columns % VECTOR == 0
+
+    def whole(self, key: Key, slot: int) -> None:
+        """Everything for the rows of this expert, which lies in this slot."""
+        part = self._rows.of_expert[key[1]]
+        gate_up_JH, down_HI = self._memory.gate_up_JH(slot), self._memory.down_HI(slot)
+        gate_up_RJ = torch.mm(self._hidden_RH[part], gate_up_JH.T, out=self._gate_up_RJ[part])
+        torch.mm(self._activation(gate_up_RJ), down_HI.T, out=self.out_RH[part])
 
     def up(self, placed: Mapping[Key, int]) -> None:
         """Gate and up projection of the rows of these experts, which lie in these slots."""
@@ -137,6 +173,7 @@ class _Work:
             torch.mm(self._hidden_RH[part], self._memory.gate_up_JH(slot).T, out=self._gate_up_RJ[part])
 
     def activate(self) -> None:
+        """The activation over the matrix of all rows; rows that are not computed yet give rubbish."""
         self._activated_RI = self._activation(self._gate_up_RJ)
 
     def down(self, placed: Mapping[Key, int]) -> None:
@@ -144,6 +181,12 @@ class _Work:
         for (_, expert), slot in placed.items():
             part = self._rows.of_expert[expert]
             torch.mm(self._activated_RI[part], self._memory.down_HI(slot).T, out=self.out_RH[part])
+
+
+def _share_of_a_thread(numbers: int) -> int:
+    """How many of a matrix's numbers torch gives to one thread in an element-wise operation (ATen/Parallel.h)."""
+    threads = min(torch.get_num_threads(), math.ceil(numbers / THREAD_GRAIN))
+    return math.ceil(numbers / threads)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ An expert is three matrices, called by role whatever the family calls them: gate
 (I intermediate, H hidden). The store knows files and bytes; it knows no slots, no policies and no torch.
 """
 
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,12 +49,13 @@ class Extent(NamedTuple):
 
 
 class ExpertStore:
-    """Index over a checkpoint's experts. Reads may come from several threads at once.
+    """Index over a checkpoint's experts; `reader.py` reads what it points to.
 
     Attributes:
         layer_ids: the layers that have experts, ascending, as the checkpoint numbers them.
         modules: for each layer id, the checkpoint's name of the module its experts belong to.
         resident: the tensors that are no experts.
+        shards: the files that hold experts.
 
     Raises:
         UserError: see `read_index`; no experts; experts in a form that is not supported; an incomplete expert.
@@ -64,49 +64,19 @@ class ExpertStore:
     def __init__(self, model_dir: str | Path) -> None:
         tensors = read_index(model_dir)
         self.model_dir = Path(model_dir)
-        parts, self.modules = _expert_parts(tensors, self.model_dir)
-        self.layer_ids = sorted({layer for layer, _ in parts})
-        self.num_experts = 1 + max(expert for _, expert in parts)
-        self.shape = _common_shape(parts, self.layer_ids, self.num_experts)
-        self._parts = parts
-        self._whole = {key: _extents(roles) for key, roles in parts.items()}
+        self._parts, self.modules = _expert_parts(tensors, self.model_dir)
+        self.layer_ids = sorted({layer for layer, _ in self._parts})
+        self.num_experts = 1 + max(expert for _, expert in self._parts)
+        self.shape = _common_shape(self._parts, self.layer_ids, self.num_experts)
+        self._whole = {key: _extents(roles) for key, roles in self._parts.items()}
         self.resident = {name: tensor for name, tensor in tensors.items() if not EXPERT_TENSOR.fullmatch(name)}
-        shards = {tensor.shard for roles in parts.values() for tensor in roles.values()}
-        self._descriptors = {shard: os.open(shard, os.O_RDONLY) for shard in sorted(shards)}
+        self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
 
-    def close(self) -> None:
-        """Close the shards; nothing can be read afterwards. May be called again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def reads_per_expert(self, layer_id: int, expert: int) -> int:
-        """Ranged reads that bring this expert: 1 if its parts are adjacent."""
-        return len(self._whole[layer_id, expert])
-
-    def read(self, layer_id: int, expert: int, into: Mapping[str, memoryview]) -> int:
-        """Read one expert, or only some of its matrices, into writable buffers, by role, of `shape.part_bytes` each.
-
-        Returns the bytes read.
-
-        Raises:
-            UserError: the store is closed, or fewer bytes came than the header promised: the file changed meanwhile.
-        """
-        if not self._descriptors:
-            raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")
-        total_bytes = 0
-        key = layer_id, expert
-        some = len(into) < len(ROLES)
-        for extent in _extents({role: self._parts[key][role] for role in into}) if some else self._whole[key]:
-            buffers = [into[role] for role in extent.roles]
-            wanted_bytes = len(buffers) * self.shape.part_bytes
-            got_bytes = os.preadv(self._descriptors[extent.shard], buffers, extent.offset)
-            total_bytes += got_bytes
-            if got_bytes != wanted_bytes:
-                raise UserError(
-                    f"short read of layer {layer_id} expert {expert}: {extent.shard} at offset {extent.offset}, "
-                    f"wanted {wanted_bytes} bytes, got {got_bytes}: the shard changed while it was in use; {AGAIN}"
-                )
-        return total_bytes
+    def extents(self, layer_id: int, expert: int, roles: Collection[str] = ROLES) -> list[Extent]:
+        """The ranged reads that bring this expert, or only some of its matrices: one if they are adjacent."""
+        if len(roles) == len(ROLES):
+            return self._whole[layer_id, expert]
+        return _extents({role: self._parts[layer_id, expert][role] for role in roles})
 
 
 PartsByExpert = dict[tuple[int, int], dict[str, StoredTensor]]

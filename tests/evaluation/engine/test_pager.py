@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine import load
+from evaluation.engine import reader as reader_module
 from evaluation.engine.engine import Engine
 from evaluation.engine.pager import paged_experts_forward
 from evaluation.engine.policies import ONLINE
@@ -196,22 +197,24 @@ def test_each_expert_of_a_call_is_read_at_most_once(checkpoint: Checkpoint) -> N
     assert stats.bytes_read == stats.misses * engine.expert_bytes
 
 
-def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(checkpoint: Checkpoint) -> None:
+def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, inputs = checkpoint("olmoe"), prompts(1)
     expected_tokens, _ = generate(resident(folder), inputs)
     with loaded(folder, 4) as (model, engine):
-        store, reads = engine._store, 0
-        original = store.read
+        reads, original = 0, reader_module._PageBuffer.read
 
-        def failing_read(*args: Any, **kwargs: Any) -> int:
+        def failing_read(*args: Any) -> int:
             nonlocal reads
             reads += 1
             if reads == 20:
                 raise OSError("injected")
-            return original(*args, **kwargs)
+            return original(*args)
 
-        store.read = failing_read  # type: ignore[method-assign]
-        with pytest.raises(OSError, match="injected"):
+        monkeypatch.setattr(reader_module._PageBuffer, "read", failing_read)
+        monkeypatch.setattr(reader_module, "_read", failing_read)
+        with pytest.raises(UserError, match=r"layer \d expert \d cannot be read from .*: injected"):
             generate(model, inputs)
         assert not engine.cache.resident()
         tokens, _ = generate(model, inputs)

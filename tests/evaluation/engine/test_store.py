@@ -1,4 +1,4 @@
-"""The store: the bytes of every expert, in one read where they lie together, and what it refuses."""
+"""The store: where the bytes of every expert lie, in one range where they are together, and what it refuses."""
 
 import json
 from collections.abc import Callable
@@ -22,8 +22,14 @@ PARTS = {
 }
 
 
-def buffers(store: ExpertStore) -> dict[str, memoryview]:
-    return {role: memoryview(bytearray(store.shape.part_bytes)) for role in ("gate", "up", "down")}
+def read(store: ExpertStore, layer: int, expert: int) -> dict[str, bytes]:
+    """An expert's matrices by role, read where its extents say."""
+    parts = {}
+    for extent in store.extents(layer, expert):
+        with extent.shard.open("rb") as file:
+            file.seek(extent.offset)
+            parts |= {role: file.read(store.shape.part_bytes) for role in extent.roles}
+    return parts
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -37,14 +43,13 @@ def test_every_expert_is_read_whole_in_one_read(checkpoint: Checkpoint, family: 
     tensors, store = load_file(folder / "model.safetensors"), ExpertStore(folder)
     for layer in store.layer_ids:
         for expert in range(store.num_experts):
-            into = buffers(store)
-            assert store.read(layer, expert, into) == store.shape.expert_bytes
-            assert store.reads_per_expert(layer, expert) == 1
+            assert len(store.extents(layer, expert)) == 1
+            parts = read(store, layer, expert)
             for role, part in PARTS[family].items():
-                assert bytes(into[role]) == raw(tensors[NAMES[family].format(layer, expert, part)])
+                assert parts[role] == raw(tensors[NAMES[family].format(layer, expert, part)])
     assert not any("experts" in name for name in store.resident)
     assert len(store.resident) + 3 * len(store.layer_ids) * store.num_experts == len(tensors)
-    store.close()
+    assert store.shards == [folder / "model.safetensors"]
 
 
 def one_layer(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -70,12 +75,12 @@ def test_parts_that_are_not_adjacent_are_read_apart(tmp_path: Path) -> None:
     path = tmp_path / "m" / "model.safetensors"
     rewrite_in_order(path, sorted(tensors, key=lambda name: (".1.up_proj" in name, "norm" in name)))
     store = ExpertStore(tmp_path / "m")
-    assert (store.reads_per_expert(2, 0), store.reads_per_expert(2, 1)) == (1, 2)
-    into = buffers(store)
+    assert [extent.roles for extent in store.extents(2, 0)] == [("gate", "up", "down")]
+    assert [extent.roles for extent in store.extents(2, 1)] == [("gate", "down"), ("up",)]
+    assert [extent.roles for extent in store.extents(2, 0, ("gate", "up"))] == [("gate", "up")]
     for expert in range(2):
-        assert store.read(2, expert, into) == store.shape.expert_bytes
-        for role in ("gate", "up", "down"):
-            assert bytes(into[role]) == raw(tensors[f"model.layers.2.mlp.experts.{expert}.{role}_proj.weight"])
+        for role, part in read(store, 2, expert).items():
+            assert part == raw(tensors[f"model.layers.2.mlp.experts.{expert}.{role}_proj.weight"])
 
 
 def rewrite_in_order(path: Path, names: list[str]) -> None:
@@ -88,26 +93,6 @@ def rewrite_in_order(path: Path, names: list[str]) -> None:
         data += content
     encoded = json.dumps(header).encode()
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
-
-
-def test_a_shard_cut_while_in_use_is_an_error_with_all_particulars(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "m", one_layer())
-    store = ExpertStore(folder)
-    shard = folder / "model.safetensors"
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size - 130)
-    store.read(2, 0, buffers(store))
-    words = r"short read of layer 2 expert 1: .*model\.safetensors at offset \d+, wanted 288 bytes, got \d+"
-    with pytest.raises(UserError, match=words):
-        store.read(2, 1, buffers(store))
-
-
-def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = ExpertStore(saved(tmp_path / "m", one_layer()))
-    store.close()
-    store.close()
-    with pytest.raises(UserError, match="use the model inside the `with load"):
-        store.read(2, 0, buffers(store))
 
 
 @pytest.mark.parametrize(

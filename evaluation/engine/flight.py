@@ -1,0 +1,86 @@
+"""The reads of one event that are under way: started all at once, used as they land.
+
+Experts that stay go straight into their slots. Experts that pass through, and all experts if they must be converted
+after reading, take turns in the passing slots, so many at a time as there are of those.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from types import TracebackType
+
+from evaluation.engine.policies import Key
+from evaluation.engine.reader import Reader, Request
+from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.store import ROLES, ExpertStore
+
+
+class Flight:
+    """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
+
+    Attributes:
+        stall_seconds: time `landings` waited for a read.
+        bytes_read: of experts; `device_bytes` counts the whole pages they lie in.
+    """
+
+    def __init__(self, store: ExpertStore, memory: SlotMemory, reader: Reader, *, layer_id: int) -> None:
+        self._store, self._memory, self._reader, self._layer_id = store, memory, reader, layer_id
+        self._landed: SimpleQueue[Request] = SimpleQueue()
+        self._under_way: dict[Key, tuple[int, int | None]] = {}  # the slot read into, and the one it is meant for
+        self._waiting: deque[tuple[Key, int | None, Sequence[str]]] = deque()
+        self._free = deque(memory.passing_slots)
+        self.stall_seconds, self.bytes_read, self.device_bytes = 0.0, 0, 0
+
+    def __enter__(self) -> "Flight":
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._waiting.clear()
+        while self._under_way:
+            del self._under_way[self._landed.get().key]
+
+    def start(self, wanted: Mapping[Key, int | None], *, roles: Sequence[str] = ROLES) -> None:
+        """Read these experts, or some of their matrices, into these slots; None: into any passing slot."""
+        for key, slot in wanted.items():
+            if slot is None or self._memory.converts:
+                self._waiting.append((key, slot, roles))
+            else:
+                self._read(key, slot, slot, roles)
+        self._fill_passing_slots()
+
+    def landings(self) -> Iterator[tuple[Key, int]]:
+        """Every expert that was started and the slot it is in, as they land; a passing one only until the next.
+
+        Raises:
+            UserError: a read failed.
+        """
+        while self._under_way:
+            request = self._wait()
+            read_into, meant_for = self._under_way.pop(request.key)
+            if request.error is not None:
+                raise request.error
+            slot = self._memory.convert(read_into, meant_for) if self._memory.converts else read_into
+            yield request.key, slot
+            if read_into in self._memory.passing_slots:
+                self._free.append(read_into)
+                self._fill_passing_slots()
+
+    def _wait(self) -> Request:
+        started = time.perf_counter()
+        request = self._landed.get()
+        self.stall_seconds += time.perf_counter() - started
+        self.device_bytes += request.device_bytes
+        return request
+
+    def _fill_passing_slots(self) -> None:
+        while self._free and self._waiting:
+            key, slot, roles = self._waiting.popleft()
+            self._read(key, self._free.popleft(), slot, roles)
+
+    def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str]) -> None:
+        expert = key[1]
+        spans = self._memory.spans(read_into, self._store.extents(self._layer_id, expert, roles))
+        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
+        self._under_way[key] = read_into, meant_for
+        self.bytes_read += sum(len(span.target) for span in spans)

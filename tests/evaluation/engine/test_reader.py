@@ -1,0 +1,150 @@
+"""Reads in flight: every byte where it belongs, past the page cache or not, and every failure named."""
+
+import os
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.load import UserError
+from evaluation.engine import reader as module
+from evaluation.engine.reader import PAGE_BYTES, PIECE_BYTES, Reader, Request, Span
+
+SIZE = 3 * PIECE_BYTES + 777
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "model.safetensors"
+    np.random.default_rng(3).integers(0, 256, SIZE, dtype=np.uint8).tofile(path)
+    return path
+
+
+def spans_of(shard: Path, ranges: list[tuple[int, int]]) -> list[Span]:
+    return [Span(shard, offset, np.zeros(length, np.uint8)) for offset, length in ranges]
+
+
+def read(reader: Reader, spans: list[Span]) -> Request:
+    landed: SimpleQueue[Request] = SimpleQueue()
+    reader.start((1, 2), spans, landed, what="layer 1 expert 2")
+    return landed.get(timeout=30)
+
+
+RANGES = st.integers(0, SIZE - 1).flatmap(lambda a: st.tuples(st.just(a), st.integers(1, SIZE - a)))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_spans_hold_the_bytes_of_the_file(shard: Path, direct: bool) -> None:
+    content = np.fromfile(shard, dtype=np.uint8)
+    with Reader([shard], reads_in_flight=3, direct=direct) as reader:
+
+        @settings(max_examples=60, deadline=None)
+        @given(st.lists(RANGES, min_size=1, max_size=4))
+        def check(ranges: list[tuple[int, int]]) -> None:
+            spans = spans_of(shard, ranges)
+            request = read(reader, spans)
+            assert request.error is None
+            for offset, length in ranges:
+                span = next(s for s in spans if (s.offset, len(s.target)) == (offset, length))
+                assert np.array_equal(span.target, content[offset : offset + length])
+            wanted_bytes = sum(length for _, length in ranges)
+            pieces = sum(len(module._pieces(span)) for span in spans)
+            assert wanted_bytes <= request.device_bytes <= wanted_bytes + 2 * PAGE_BYTES * pieces
+
+        check()
+
+
+def test_many_requests_land_once_each_in_any_order(shard: Path) -> None:
+    content = np.fromfile(shard, dtype=np.uint8)
+    landed: SimpleQueue[Request] = SimpleQueue()
+    spans = spans_of(shard, [(offset, 5000) for offset in range(0, SIZE - 5000, 40_000)])
+    with Reader([shard], reads_in_flight=4) as reader:
+        for number, span in enumerate(spans):
+            reader.start((0, number), [span], landed, what="an expert")
+        keys = [landed.get(timeout=30).key for _ in spans]
+    assert sorted(keys) == [(0, number) for number in range(len(spans))]
+    assert all(np.array_equal(s.target, content[s.offset : s.offset + 5000]) for s in spans)
+
+
+def test_long_ranges_are_cut_at_page_boundaries_and_lose_nothing(shard: Path) -> None:
+    pieces = module._pieces(Span(shard, 5, np.zeros(2 * PIECE_BYTES, np.uint8)))
+    assert [(p.offset, len(p.target)) for p in pieces] == [
+        (5, PIECE_BYTES - 5),
+        (PIECE_BYTES, PIECE_BYTES),
+        (2 * PIECE_BYTES, 5),
+    ]
+    assert sum(len(p.target) for p in pieces) == 2 * PIECE_BYTES
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_shard_that_was_cut_is_named_with_all_particulars(tmp_path: Path, direct: bool) -> None:
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(bytes(3 * PAGE_BYTES))
+    with Reader([shard], direct=direct) as reader:
+        os.truncate(shard, PAGE_BYTES + 100)
+        request = read(reader, spans_of(shard, [(PAGE_BYTES + 50, 200)]))
+        words = r"short read of layer 1 expert 2: .*model\.safetensors at offset 4146, wanted 200 bytes, got 50: "
+        with pytest.raises(UserError, match=words):
+            raise request.error or AssertionError("no error")
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_shard_that_was_written_over_is_named(tmp_path: Path, direct: bool) -> None:
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(bytes(3 * PAGE_BYTES))
+    with Reader([shard], direct=direct) as reader:
+        assert read(reader, spans_of(shard, [(0, 10)])).error is None
+        with shard.open("r+b") as file:
+            file.write(b"other")
+        os.utime(shard, ns=(1, 1))
+        request = read(reader, spans_of(shard, [(0, 10)]))
+        with pytest.raises(UserError, match=r"layer 1 expert 2: .*model\.safetensors was changed while in use"):
+            raise request.error or AssertionError("no error")
+
+
+def test_a_file_system_without_direct_reads_is_read_through_the_page_cache(
+    shard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open = os.open
+
+    def refusing(path: Any, flags: int, *args: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real_open(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with Reader([shard]) as reader:
+        assert not reader.direct
+        spans = spans_of(shard, [(123, 456)])
+        assert read(reader, spans).error is None
+    assert np.array_equal(spans[0].target, np.fromfile(shard, dtype=np.uint8)[123:579])
+
+
+def test_a_read_error_lands_with_its_cause(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with Reader([shard], direct=False) as reader:
+        request = read(reader, spans_of(shard, [(0, 2 * PIECE_BYTES)]))
+    assert isinstance(request.error, UserError)
+    assert "layer 1 expert 2 cannot be read from" in str(request.error)
+    assert "Input/output error" in str(request.error)
+
+
+def test_a_closed_reader_ends_its_threads_and_says_so(shard: Path) -> None:
+    before = threading.active_count()
+    reader = Reader([shard], reads_in_flight=3)
+    assert threading.active_count() == before, "threads start with the first read"
+    read(reader, spans_of(shard, [(0, 10)]))
+    assert threading.active_count() == before + 3
+    reader.close()
+    reader.close()
+    assert threading.active_count() == before
+    with pytest.raises(UserError, match="use the model inside the `with load"):
+        read(reader, spans_of(shard, [(0, 10)]))

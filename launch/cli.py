@@ -15,12 +15,13 @@ COMMANDS = {
     "replay": ("evaluation.replay", "what a cache of each size and policy would miss on a trace"),
     "generate": ("evaluation.generate", "decode with experts paged from disk under a byte budget"),
     "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
+    "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
     "report": ("evaluation.report", "write the report of a results.json again"),
 }
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items())
     return (
         "usage: remoe COMMAND [arguments]\n\n"
         "Fine-tune mixture-of-experts routers for expert reuse; measure quality and cache of the same model.\n\n"

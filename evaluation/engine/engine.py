@@ -68,9 +68,9 @@ class Engine:
         self._recorder = TraceRecorder(len(layer_ids)) if record_trace else None
         slots = self.cache.total_slots
         passing = max(1, min(reader.reads_in_flight, slots // PASSING_SHARE))
-        self._memory = SlotMemory(self._store.shape, slots, self.dtype, passing=passing)
+        self._memory = SlotMemory(self._store, slots, self.dtype, passing=passing)
         self._pager = Pager(
-            self._store, self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
+            self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
         )
         for position, (_, experts) in enumerate(modules):
             attach(experts, PagedLayer(self._pager, position))
@@ -198,4 +198,4 @@ def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype)
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
         raise UserError(f"{store.model_dir}/config.json has {text_config.num_hidden_layers} layers, none with experts")
-    return Demand(len(layers), store.num_experts, top_k, record_bytes(store.shape, dtype))
+    return Demand(len(layers), store.num_experts, top_k, record_bytes(store, dtype))

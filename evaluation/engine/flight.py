@@ -9,11 +9,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
+from typing import NamedTuple
 
 from evaluation.engine.policies import Key
 from evaluation.engine.reader import Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ROLES, ExpertStore
+
+
+class _Reading(NamedTuple):
+    read_into: int  # a slot
+    meant_for: int | None  # the slot it stays in
+    roles: Sequence[str] | None  # the matrices; None: all
 
 
 class Flight:
@@ -24,11 +30,11 @@ class Flight:
         bytes_read: of experts; `device_bytes` counts the whole pages they lie in.
     """
 
-    def __init__(self, store: ExpertStore, memory: SlotMemory, reader: Reader, *, layer_id: int) -> None:
-        self._store, self._memory, self._reader, self._layer_id = store, memory, reader, layer_id
+    def __init__(self, memory: SlotMemory, reader: Reader, *, layer_id: int) -> None:
+        self._memory, self._reader, self._layer_id = memory, reader, layer_id
         self._landed: SimpleQueue[Request] = SimpleQueue()
-        self._under_way: dict[Key, tuple[int, int | None]] = {}  # the slot read into, and the one it is meant for
-        self._waiting: deque[tuple[Key, int | None, Sequence[str]]] = deque()
+        self._under_way: dict[Key, _Reading] = {}
+        self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
         self._free = deque(memory.passing_slots)
         self.stall_seconds, self.bytes_read, self.device_bytes = 0.0, 0, 0
 
@@ -40,7 +46,7 @@ class Flight:
         while self._under_way:
             del self._under_way[self._landed.get().key]
 
-    def start(self, wanted: Mapping[Key, int | None], *, roles: Sequence[str] = ROLES) -> None:
+    def start(self, wanted: Mapping[Key, int | None], *, roles: Sequence[str] | None = None) -> None:
         """Read these experts, or some of their matrices, into these slots; None: into any passing slot."""
         for key, slot in wanted.items():
             if slot is None or self._memory.converts:
@@ -57,10 +63,10 @@ class Flight:
         """
         while self._under_way:
             request = self._wait()
-            read_into, meant_for = self._under_way.pop(request.key)
+            read_into, meant_for, roles = self._under_way.pop(request.key)
             if request.error is not None:
                 raise request.error
-            slot = self._memory.convert(read_into, meant_for) if self._memory.converts else read_into
+            slot = self._memory.convert(read_into, meant_for, roles) if self._memory.converts else read_into
             yield request.key, slot
             if read_into in self._memory.passing_slots:
                 self._free.append(read_into)
@@ -78,9 +84,9 @@ class Flight:
             key, slot, roles = self._waiting.popleft()
             self._read(key, self._free.popleft(), slot, roles)
 
-    def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str]) -> None:
+    def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
         expert = key[1]
-        spans = self._memory.spans(read_into, self._store.extents(self._layer_id, expert, roles))
+        spans = self._memory.spans(read_into, self._layer_id, expert, roles)
         self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
-        self._under_way[key] = read_into, meant_for
+        self._under_way[key] = _Reading(read_into, meant_for, roles)
         self.bytes_read += sum(len(span.target) for span in spans)

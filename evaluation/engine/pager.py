@@ -25,7 +25,6 @@ from evaluation.engine.policies import Key
 from evaluation.engine.reader import Reader
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ExpertStore
 
 IMPLEMENTATION = "remoe_paged"
 VECTOR = 64
@@ -44,7 +43,6 @@ class Pager:
 
     def __init__(
         self,
-        store: ExpertStore,
         cache: ExpertCache,
         *,
         memory: SlotMemory,
@@ -52,7 +50,7 @@ class Pager:
         layer_ids: list[int],
         recorder: TraceRecorder | None,
     ) -> None:
-        self._store, self._cache, self._memory, self._reader = store, cache, memory, reader
+        self._cache, self._memory, self._reader = cache, memory, reader
         self._layer_ids, self._recorder = layer_ids, recorder
         self._phase: int | None = None
         self.reads = ReadCounts()
@@ -92,7 +90,7 @@ class Pager:
         work = _Work(experts, self._memory, rows, hidden_RH)
         try:
             service = self._cache.serve(layer, event, phase=self._phase)
-            with Flight(self._store, self._memory, self._reader, layer_id=self._layer_ids[layer]) as flight:
+            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer]) as flight:
                 (_compute if work.rows_are_independent() else _compute_in_two_parts)(work, service, flight)
         except BaseException:
             self._cache.reset()  # slots may lack what the cache believes is in them
@@ -129,7 +127,7 @@ def _compute_in_two_parts(work: "_Work", service: Service, flight: Flight) -> No
         work.activate()
         work.down(service.leaving)
     flight.start(service.coming)
-    flight.start(dict.fromkeys(service.passing), roles=("gate", "up"))
+    flight.start(dict.fromkeys(service.passing), roles=work.memory.roles_before_activation)
     work.up(service.staying)
     for key, slot in flight.landings():
         work.up({key: slot})
@@ -144,8 +142,9 @@ class _Work:
     """The products of one event."""
 
     def __init__(self, experts: nn.Module, memory: SlotMemory, rows: "_Rows", hidden_RH: torch.Tensor) -> None:
-        self._activation: Any = experts._apply_gate
-        self._memory, self._rows, self._hidden_RH = memory, rows, hidden_RH
+        self._experts: Any = experts
+        self._activation: Any = self._experts._apply_gate
+        self.memory, self._rows, self._hidden_RH = memory, rows, hidden_RH
         self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
         self.out_RH = torch.empty_like(hidden_RH)
 
@@ -155,22 +154,20 @@ class _Work:
         Its vectorised loop leaves the rest of a run of numbers to a scalar one that rounds differently (silu in fp32),
         and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone.
         """
-        columns = self._memory.gate_up_columns // 2
+        columns = self.memory.gate_up_columns // 2
         counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
         return all(_share_of_a_thread(rows * columns) % VECTOR == 0 for rows in counts) and columns % VECTOR == 0
 
     def whole(self, key: Key, slot: int) -> None:
         """Everything for the rows of this expert, which lies in this slot."""
         part = self._rows.of_expert[key[1]]
-        gate_up_JH, down_HI = self._memory.gate_up_JH(slot), self._memory.down_HI(slot)
-        gate_up_RJ = torch.mm(self._hidden_RH[part], gate_up_JH.T, out=self._gate_up_RJ[part])
-        torch.mm(self._activation(gate_up_RJ), down_HI.T, out=self.out_RH[part])
+        self._up(part, key[1], slot)
+        self._down(part, key[1], slot, self._activation(self._gate_up_RJ[part]))
 
     def up(self, placed: Mapping[Key, int]) -> None:
         """Gate and up projection of the rows of these experts, which lie in these slots."""
         for (_, expert), slot in placed.items():
-            part = self._rows.of_expert[expert]
-            torch.mm(self._hidden_RH[part], self._memory.gate_up_JH(slot).T, out=self._gate_up_RJ[part])
+            self._up(self._rows.of_expert[expert], expert, slot)
 
     def activate(self) -> None:
         """The activation over the matrix of all rows; rows that are not computed yet give rubbish."""
@@ -180,7 +177,17 @@ class _Work:
         """Down projection, after `up` and `activate`."""
         for (_, expert), slot in placed.items():
             part = self._rows.of_expert[expert]
-            torch.mm(self._activated_RI[part], self._memory.down_HI(slot).T, out=self.out_RH[part])
+            self._down(part, expert, slot, self._activated_RI[part])
+
+    def _up(self, part: slice, expert: int, slot: int) -> None:
+        out = torch.mm(self._hidden_RH[part], self.memory.gate_up_HJ(slot), out=self._gate_up_RJ[part])
+        if self._experts.has_bias:
+            out.add_(self._experts.gate_up_proj_bias[expert])
+
+    def _down(self, part: slice, expert: int, slot: int, activated_RI: torch.Tensor) -> None:
+        out = torch.mm(activated_RI, self.memory.down_IH(slot), out=self.out_RH[part])
+        if self._experts.has_bias:
+            out.add_(self._experts.down_proj_bias[expert])
 
 
 def _share_of_a_thread(numbers: int) -> int:

@@ -155,7 +155,7 @@ class _PageBuffer:
 
 
 def _read(descriptor: int, span: Span) -> int:
-    got_bytes = os.preadv(descriptor, [span.target], span.offset)
+    got_bytes = os.preadv(descriptor, [span.target.data], span.offset)
     if got_bytes < len(span.target):
         raise EOFError(got_bytes)
     return got_bytes

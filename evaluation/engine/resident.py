@@ -94,16 +94,16 @@ def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[in
     found = []
     for name, module in model.named_modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            _check_form(name, module)
+            _check_form(name, module, transposed=store.shape.transposed)
             found.append((next(layer for part, layer in layer_of.items() if part in f".{name}."), module))
     return found
 
 
-def _check_form(name: str, experts: nn.Module) -> None:
-    for flag in ("has_gate", "is_concatenated", "has_bias", "is_transposed", "has_post_expert_norm"):
-        wanted = flag in ("has_gate", "is_concatenated")
-        if getattr(experts, flag, None) != wanted:
-            raise UserError(f"experts module {name} has {flag} other than {wanted}; that form is not supported")
+def _check_form(name: str, experts: nn.Module, *, transposed: bool) -> None:
+    wanted = {"has_gate": True, "is_transposed": transposed, "has_post_expert_norm": False}
+    for flag, value in wanted.items():
+        if getattr(experts, flag, None) != value:
+            raise UserError(f"experts module {name} has {flag} other than {value}; that form is not supported")
 
 
 def _lazy_residents(store: ExpertStore) -> dict[str, Any]:
@@ -112,12 +112,7 @@ def _lazy_residents(store: ExpertStore) -> dict[str, Any]:
 
 
 def _meta_experts(store: ExpertStore) -> dict[str, "_StaysOnMeta"]:
-    experts, hidden, intermediate = store.num_experts, store.shape.hidden, store.shape.intermediate
-    stand_ins = {}
-    for module in store.modules.values():
-        stand_ins[f"{module}.gate_up_proj"] = _StaysOnMeta((experts, 2 * intermediate, hidden))
-        stand_ins[f"{module}.down_proj"] = _StaysOnMeta((experts, hidden, intermediate))
-    return stand_ins
+    return {name: _StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}
 
 
 class _StaysOnMeta:

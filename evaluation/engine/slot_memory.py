@@ -1,32 +1,45 @@
 """The memory of the slots: allocated once, one record per slot, and filled straight from disk.
 
-A record is [down | gate | up], each half on a 64-byte boundary: gate followed by up is the fused `gate_up` matrix
-transformers computes with, and a start off the boundary gives other last bits in fp32 (torch 2.13 on x86).
-Axes: H hidden, I intermediate, J = 2 I (gate, then up).
+A record is [down | gate | up]: gate followed by up is the fused `gate_up` matrix transformers computes with. In fp32 the
+last bits of a product depend on where its matrix starts (torch 2.13 on x86), so matrices start as far off a 64-byte
+boundary as they do in the resident model: on it, unless a checkpoint stores all experts of a layer in one tensor.
+Axes: S slots, H hidden, I intermediate, J = 2 I (gate and up).
 """
 
 import math
 import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from evaluation.engine.expert_layout import FUSED, ExpertShape
 from evaluation.engine.reader import Bytes, Span
-from evaluation.engine.store import ExpertShape, Extent
+from evaluation.engine.store import ExpertStore, Extent
 
 ALIGN_BYTES = 64
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def record_bytes(shape: ExpertShape, dtype: torch.dtype) -> int:
+class Leads(NamedTuple):
+    """Bytes between a 64-byte boundary and the start of an expert's matrices."""
+
+    down: int = 0
+    gate_up: int = 0
+
+
+NO_LEADS = Leads()
+
+
+def record_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
     """Bytes of one slot when computing in `dtype`."""
-    matrix = shape.hidden * shape.intermediate * dtype.itemsize
-    return _aligned(matrix) + _aligned(2 * matrix)
+    return _Form.of(store, dtype).record_bytes
 
 
 class SlotMemory:
-    """`slots` records for experts of one shape, in `dtype`, and `passing` more for experts that do not stay.
+    """`slots` records for the experts of a store, in `dtype`, and `passing` more for experts that do not stay.
 
     If the checkpoint's precision is another, experts are read into `passing` records of that precision and converted.
 
@@ -35,75 +48,126 @@ class SlotMemory:
         converts: whether what is read must be converted before it can be used.
     """
 
-    def __init__(self, shape: ExpertShape, slots: int, dtype: torch.dtype, *, passing: int = 1) -> None:
-        stored = TORCH_DTYPES[shape.dtype]
-        self.dtype, self.gate_up_columns, self.converts = dtype, 2 * shape.intermediate, stored != dtype
-        self._records = _Records(shape, slots + (1 if self.converts else passing), dtype)
-        self._landing = _Records(shape, passing, stored) if self.converts else self._records
+    def __init__(self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1) -> None:
+        stored = TORCH_DTYPES[store.shape.dtype]
+        self._store, self.dtype, self.converts = store, dtype, stored != dtype
+        self._records = _Records(_Form.of(store, dtype), slots + (1 if self.converts else passing))
+        self._landing = _Records(_Form.of(store, stored), passing) if self.converts else self._records
         self.passing_slots = range(slots, slots + passing)
         self._first_landing = slots if self.converts else 0
 
     @property
+    def gate_up_columns(self) -> int:
+        return 2 * self._store.shape.intermediate
+
+    @property
+    def roles_before_activation(self) -> list[str]:
+        return [role for role in self._store.shape.roles if role != "down"]
+
+    @property
     def passing_bytes(self) -> int:
         """Memory on top of the cache's slots."""
-        of_cache = self.passing_slots.start * self._records.record_bytes
+        of_cache = self.passing_slots.start * self._records.form.record_bytes
         return self._records.total_bytes - of_cache + (self._landing.total_bytes if self.converts else 0)
 
-    def gate_up_JH(self, slot: int) -> torch.Tensor:
-        """Gate and up of the expert in `slot`; a view."""
-        return self._records.gate_up_SJH[slot]
+    def gate_up_HJ(self, slot: int) -> torch.Tensor:
+        """Gate and up of the expert in `slot`, as hidden states are multiplied by it; a view."""
+        return self._records.matrix(slot, "gate_up")
 
-    def down_HI(self, slot: int) -> torch.Tensor:
-        """Down of the expert in `slot`; a view."""
-        return self._records.down_SHI[slot]
+    def down_IH(self, slot: int) -> torch.Tensor:
+        """Down of the expert in `slot`, as activations are multiplied by it; a view."""
+        return self._records.matrix(slot, "down")
 
-    def spans(self, slot: int, extents: Sequence[Extent]) -> list[Span]:
-        """Where in `slot` these parts of an expert go; if precisions differ, a passing slot is meant."""
-        return [span for extent in extents for span in self._landing.spans(slot - self._first_landing, extent)]
+    def spans(self, slot: int, layer_id: int, expert: int, roles: Sequence[str] | None = None) -> list[Span]:
+        """Where in `slot` an expert, or some of its matrices, goes; if precisions differ, a passing slot is meant."""
+        extents = self._store.extents(layer_id, expert, roles)
+        return self._landing.spans(slot - self._first_landing, extents, self._leads(layer_id, expert))
 
-    def convert(self, passing_slot: int, into: int | None) -> int:
+    def _leads(self, layer_id: int, expert: int) -> Leads:
+        """The resident model maps fused tensors as they lie in the file; all others it copies onto a boundary."""
+        if self._store.shape.roles != FUSED or self.converts:
+            return NO_LEADS
+        return Leads(*(self._store.offset(layer_id, expert, role) % ALIGN_BYTES for role in ("down", "gate_up")))
+
+    def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
         slot = self.passing_slots.start if into is None else into
-        source = passing_slot - self._first_landing
-        self._records.gate_up_SJH[slot].copy_(self._landing.gate_up_SJH[source])
-        self._records.down_SHI[slot].copy_(self._landing.down_SHI[source])
+        for role in (
+            ("gate_up", "down") if roles is None else {"down" if role == "down" else "gate_up" for role in roles}
+        ):
+            self._records.matrix(slot, role).copy_(self._landing.matrix(passing_slot - self._first_landing, role))
         return slot
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The sizes of a record."""
+
+    shape: ExpertShape
+    dtype: torch.dtype
+    slack_bytes: int  # before each matrix, where some may not start on a boundary
+
+    @classmethod
+    def of(cls, store: ExpertStore, dtype: torch.dtype) -> "_Form":
+        return cls(store.shape, dtype, ALIGN_BYTES if store.shape.roles == FUSED else 0)
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of down, of gate and of up."""
+        return self.shape.hidden * self.shape.intermediate * self.dtype.itemsize
+
+    @property
+    def gate_up_start(self) -> int:
+        return _aligned(self.matrix_bytes + self.slack_bytes)
+
+    @property
+    def record_bytes(self) -> int:
+        return self.gate_up_start + _aligned(2 * self.matrix_bytes + self.slack_bytes)
+
+    def place(self, role: str, leads: Leads) -> tuple[int, int]:
+        """Where in a record a matrix starts, and its length."""
+        down, gate_up = leads.down, self.gate_up_start + leads.gate_up
+        return {
+            "down": (down, self.matrix_bytes),
+            "gate": (gate_up, self.matrix_bytes),
+            "up": (gate_up + self.matrix_bytes, self.matrix_bytes),
+            "gate_up": (gate_up, 2 * self.matrix_bytes),
+        }[role]
 
 
 class _Records:
     """Raw records and the matrices in them as views."""
 
-    def __init__(self, shape: ExpertShape, slots: int, dtype: torch.dtype) -> None:
-        hidden, intermediate = shape.hidden, shape.intermediate
-        matrix_bytes = hidden * intermediate * dtype.itemsize
-        gate_start = _aligned(matrix_bytes)
-        self.record_bytes = record_bytes(shape, dtype)
-        self.total_bytes = slots * self.record_bytes
+    def __init__(self, form: _Form, slots: int) -> None:
+        self.form = form
+        self.total_bytes = slots * form.record_bytes
+        self.leads = [NO_LEADS] * slots
         self._memory = _huge_pages(self.total_bytes)
-        self._places = {  # of each role in a record: start and length
-            "down": (0, matrix_bytes),
-            "gate": (gate_start, matrix_bytes),
-            "up": (gate_start + matrix_bytes, matrix_bytes),
-        }
-        raw = torch.from_numpy(self._memory).view(slots, self.record_bytes)
-        down, gate_up = raw[:, :matrix_bytes], raw[:, gate_start : gate_start + 2 * matrix_bytes]
-        self.down_SHI = down.view(dtype).unflatten(1, (hidden, intermediate))
-        self.gate_up_SJH = gate_up.view(dtype).unflatten(1, (2 * intermediate, hidden))
+        self._raw = torch.from_numpy(self._memory)
 
-    def spans(self, slot: int, extent: Extent) -> list[Span]:
-        """The extent as one span, or as several if what is adjacent in the file is not so in a record."""
+    def matrix(self, slot: int, role: str) -> torch.Tensor:
+        """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
+        start, length = self.form.place(role, self.leads[slot])
+        start += slot * self.form.record_bytes
+        matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
+        return matrix if self.form.shape.transposed else matrix.T
+
+    def spans(self, slot: int, extents: Sequence[Extent], leads: Leads) -> list[Span]:
+        """Each extent as one span, or as several if what is adjacent in the file is not so in a record."""
+        self.leads[slot] = leads
         spans: list[Span] = []
-        offset, target_end = extent.offset, -1
-        for role in extent.roles:
-            start, length = self._places[role]
-            start += slot * self.record_bytes
-            if start == target_end:
-                first = spans.pop()
-                start, offset = target_end - len(first.target), first.offset
-                length += len(first.target)
-            target_end = start + length
-            spans.append(Span(extent.shard, offset, self._memory[start:target_end]))
-            offset += length
+        for extent in extents:
+            offset, target_end = extent.offset, -1
+            for role in extent.roles:
+                start, length = self.form.place(role, leads)
+                start += slot * self.form.record_bytes
+                if start == target_end:
+                    first = spans.pop()
+                    start, offset = target_end - len(first.target), first.offset
+                    length += len(first.target)
+                target_end = start + length
+                spans.append(Span(extent.shard, offset, self._memory[start:target_end]))
+                offset += length
         return spans
 
 

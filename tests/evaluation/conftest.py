@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    GptOssConfig,
+    GraniteMoeConfig,
     MixtralConfig,
     OlmoeConfig,
     PhimoeConfig,
@@ -59,6 +61,14 @@ def tiny_config(family: str) -> PretrainedConfig:
             **COMMON, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=24, num_experts=8,
             num_experts_per_tok=2, head_dim=16,
         )  # fmt: skip
+    if family == "gpt_oss":  # fused on disk, transposed, gate and up interleaved, biases
+        return GptOssConfig(
+            **COMMON, num_hidden_layers=2, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16,
+        )  # fmt: skip
+    if family == "granitemoe":  # fused on disk
+        return GraniteMoeConfig(
+            **COMMON, num_hidden_layers=2, intermediate_size=24, num_local_experts=6, num_experts_per_tok=2
+        )
     assert family == "deepseek_v2"
     return DeepseekV2Config(
         **{**COMMON, "num_key_value_heads": 2}, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=48,

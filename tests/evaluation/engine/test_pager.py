@@ -104,7 +104,7 @@ def test_the_trace_holds_what_the_routers_chose_heaviest_first(checkpoint: Check
         assert trace.expert_ids[:, layer].tolist() == ids_TK.tolist()
 
 
-@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "deepseek_v2"])
+@pytest.mark.parametrize("family", ["phimoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
 def test_other_families_are_exact_too(checkpoint: Checkpoint, family: str) -> None:
     folder, inputs = checkpoint(family, "float32"), prompts(2)
     expected_tokens, expected_logits = generate(resident(folder), inputs)
@@ -133,8 +133,8 @@ def test_slots_filled_with_rubbish_after_eviction_are_read_again(checkpoint: Che
         engine.reset_cache()
         memory = model.model.layers[0].mlp.experts.paged.pager._memory
         for slot in range(engine.cache.total_slots):
-            memory.gate_up_JH(slot).fill_(float("nan"))
-            memory.down_HI(slot).fill_(float("nan"))
+            memory.gate_up_HJ(slot).fill_(float("nan"))
+            memory.down_IH(slot).fill_(float("nan"))
         tokens, _ = generate(model, inputs)
     assert torch.equal(tokens, expected_tokens)
 

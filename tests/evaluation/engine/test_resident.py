@@ -34,7 +34,9 @@ def test_residents_are_what_from_pretrained_makes(checkpoint: Checkpoint, family
     assert model.config._attn_implementation == plain.config._attn_implementation
 
 
-@pytest.mark.parametrize(("flag", "value"), [("is_transposed", True), ("has_bias", True), ("has_gate", False)])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("is_transposed", True), ("has_gate", False), ("has_post_expert_norm", True)]
+)
 def test_experts_of_another_form_are_refused(checkpoint: Checkpoint, flag: str, value: bool) -> None:
     folder = checkpoint("olmoe")
     store = ExpertStore(folder)

@@ -1,15 +1,16 @@
 """Slots: aligned records that hold exactly what is on disk, or its conversion."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from evaluation.engine.slot_memory import ALIGN_BYTES, SlotMemory, record_bytes
-from evaluation.engine.store import ExpertShape, ExpertStore, Extent
+from evaluation.engine.store import ExpertStore
 
 Checkpoint = Callable[..., Path]
 
@@ -19,51 +20,58 @@ Checkpoint = Callable[..., Path]
 def test_a_slot_holds_the_fused_matrices_of_its_expert(checkpoint: Checkpoint, family: str, dtype: torch.dtype) -> None:
     folder = checkpoint(family)
     store, tensors = ExpertStore(folder), load_file(folder / "model.safetensors")
-    memory = SlotMemory(store.shape, 3, dtype, passing=2)
+    memory = SlotMemory(store, 3, dtype, passing=2)
     assert memory.converts == (dtype == torch.float32)
-    module = store.modules[1]
+    module = "model.layers.1.block_sparse_moe.experts" if family == "mixtral" else "model.layers.1.mlp.experts"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for slot, expert in ((2, 5), (0, 1), (2, 4), (1, 0)):
-        fill(memory, slot, store.extents(1, expert))
+        fill(memory, slot, expert)
         parts = [tensors[f"{module}.{expert}.{part}.weight"].to(dtype) for part in (gate, up, down)]
-        assert torch.equal(memory.gate_up_JH(slot), torch.cat(parts[:2]))
-        assert torch.equal(memory.down_HI(slot), parts[2])
-    assert torch.equal(memory.down_HI(0), tensors[f"{module}.1.{down}.weight"].to(dtype)), "other slots keep theirs"
+        assert torch.equal(memory.gate_up_HJ(slot), torch.cat(parts[:2]).T)
+        assert torch.equal(memory.down_IH(slot), parts[2].T)
+    assert torch.equal(memory.down_IH(0), tensors[f"{module}.1.{down}.weight"].to(dtype).T), "other slots keep theirs"
 
 
-def fill(memory: SlotMemory, slot: int, extents: Sequence[Extent]) -> None:
+def fill(memory: SlotMemory, slot: int, expert: int) -> None:
+    """Read an expert of layer 1 into a slot."""
     read_into = memory.passing_slots[-1] if memory.converts else slot
-    for span in memory.spans(read_into, extents):
+    for span in memory.spans(read_into, 1, expert):
         span.target[:] = np.fromfile(span.shard, dtype=np.uint8, count=len(span.target), offset=span.offset)
     if memory.converts:
         assert memory.convert(read_into, slot) == slot
 
 
-def test_what_is_adjacent_in_file_and_record_is_one_span() -> None:
-    extent = Extent(Path("shard"), 100, ("down", "gate", "up"))
-    even, odd = (
-        ExpertShape(hidden=32, intermediate=8, dtype="BF16"),
-        ExpertShape(hidden=10, intermediate=7, dtype="BF16"),
-    )
-    assert [(s.offset, len(s.target)) for s in SlotMemory(even, 2, torch.bfloat16).spans(1, [extent])] == [(100, 1536)]
-    assert [(s.offset, len(s.target)) for s in SlotMemory(odd, 2, torch.bfloat16).spans(1, [extent])] == [
-        (100, 140),
-        (240, 280),
-    ]
+def test_what_is_adjacent_in_file_and_record_is_one_span(checkpoint: Checkpoint) -> None:
+    separate, fused = (ExpertStore(checkpoint(family)) for family in ("olmoe", "granitemoe"))
+    assert len(SlotMemory(separate, 2, torch.bfloat16).spans(1, 1, 3)) == 1
+    spans = SlotMemory(fused, 2, torch.bfloat16).spans(1, 1, 3)
+    assert sorted(len(s.target) for s in spans) == sorted(fused.shape.role_bytes(r) for r in ("down", "gate_up"))
 
 
-def test_memory_on_top_of_the_slots_is_told() -> None:
-    shape = ExpertShape(hidden=32, intermediate=8, dtype="BF16")
-    record = record_bytes(shape, torch.bfloat16)
-    assert SlotMemory(shape, 5, torch.bfloat16, passing=3).passing_bytes == 3 * record
-    converting = SlotMemory(shape, 5, torch.float32, passing=3)
+def test_memory_on_top_of_the_slots_is_told(checkpoint: Checkpoint) -> None:
+    store = ExpertStore(checkpoint("olmoe"))
+    record = record_bytes(store, torch.bfloat16)
+    assert SlotMemory(store, 5, torch.bfloat16, passing=3).passing_bytes == 3 * record
+    converting = SlotMemory(store, 5, torch.float32, passing=3)
     assert converting.passing_bytes == 3 * record + 2 * record, "three as stored and one to compute with"
 
 
-def test_matrices_start_on_aligned_addresses_whatever_their_size() -> None:
-    shape = ExpertShape(hidden=10, intermediate=7, dtype="BF16")
-    memory = SlotMemory(shape, 5, torch.bfloat16)
-    assert record_bytes(shape, torch.bfloat16) == 192 + 320
-    for slot in range(5):
-        assert memory.gate_up_JH(slot).data_ptr() % ALIGN_BYTES == 0
-        assert memory.down_HI(slot).data_ptr() % ALIGN_BYTES == 0
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("olmoe", "bfloat16"), ("granitemoe", "float32"), ("gpt_oss", "bfloat16")]
+)
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_matrices_start_off_a_boundary_as_they_do_in_the_resident_model(
+    checkpoint: Checkpoint, family: str, dtype: str, computed: str
+) -> None:
+    folder, chosen = checkpoint(family, dtype), getattr(torch, computed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen)
+    experts = next(module for module in model.model.layers[1].modules() if hasattr(module, "gate_up_proj"))
+    memory = SlotMemory(ExpertStore(folder), 3, chosen)
+    for expert in range(4):
+        fill(memory, 2, expert)
+        for resident, paged in (
+            (experts.gate_up_proj[expert], memory.gate_up_HJ(2)),
+            (experts.down_proj[expert], memory.down_IH(2)),
+        ):
+            assert torch.equal(resident if experts.is_transposed else resident.T, paged)
+            assert resident.data_ptr() % ALIGN_BYTES == paged.data_ptr() % ALIGN_BYTES

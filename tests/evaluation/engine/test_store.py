@@ -28,7 +28,7 @@ def read(store: ExpertStore, layer: int, expert: int) -> dict[str, bytes]:
     for extent in store.extents(layer, expert):
         with extent.shard.open("rb") as file:
             file.seek(extent.offset)
-            parts |= {role: file.read(store.shape.part_bytes) for role in extent.roles}
+            parts |= {role: file.read(store.shape.role_bytes(role)) for role in extent.roles}
     return parts
 
 
@@ -95,18 +95,47 @@ def rewrite_in_order(path: Path, names: list[str]) -> None:
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
 
 
+def fused(*, gate_up: tuple[int, ...], down: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """One layer whose experts are in two tensors, with biases."""
+    module = "model.layers.0.mlp.experts"
+    return {
+        f"{module}.gate_up_proj": torch.randn(gate_up),
+        f"{module}.gate_up_proj_bias": torch.randn(gate_up[0], 3),
+        f"{module}.down_proj": torch.randn(down),
+    }
+
+
+@pytest.mark.parametrize(
+    ("transposed", "gate_up", "down"), [(False, (2, 12, 4), (2, 4, 6)), (True, (2, 4, 12), (2, 6, 4))]
+)
+def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
+    tmp_path: Path, transposed: bool, gate_up: tuple[int, ...], down: tuple[int, ...]
+) -> None:
+    tensors = fused(gate_up=gate_up, down=down)
+    store = ExpertStore(saved(tmp_path / "m", tensors))
+    assert (store.shape.hidden, store.shape.intermediate, store.shape.transposed) == (4, 6, transposed)
+    assert list(store.resident) == ["model.layers.0.mlp.experts.gate_up_proj_bias"]
+    for expert in range(2):
+        assert len(store.extents(0, expert)) == 2
+        parts = read(store, 0, expert)
+        assert parts["gate_up"] == raw(tensors["model.layers.0.mlp.experts.gate_up_proj"][expert])
+        assert parts["down"] == raw(tensors["model.layers.0.mlp.experts.down_proj"][expert])
+
+
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
         ({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, "has no experts: no tensor is named .*gate,up,down"),
         (
             {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 4)},
-            "in one tensor .*gate_up_proj.*not supported yet",
+            "of gate_up and down there is only .*gate_up_proj",
         ),
         (
-            {"model.layers.0.block_sparse_moe.input_linear.weight": torch.ones(2, 4, 4)},
-            "in one tensor .*input_linear.*not supported yet",
+            {"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.ones(2, 4, 4, dtype=torch.uint8)},
+            r"expert tensor .*gate_up_proj_blocks \(U8 \[2, 4, 4\]\) is not supported",
         ),
+        (fused(gate_up=(2, 4, 4), down=(2, 4, 4)), r"gate_up_proj\[0\] \[4, 4\] and .*do not belong to a gated expert"),
+        (fused(gate_up=(3, 12, 4), down=(2, 4, 6)), "layer 0 expert 2 has no down matrix"),
         (
             one_layer(model__layers__2__mlp__experts__0__gate_proj__bias=torch.ones(6)),
             "expert tensor .*gate_proj.bias .* is not supported",

@@ -19,14 +19,9 @@ def reuse_rate_per_layer(trace: RouteTrace) -> npt.NDArray[np.floating]:
     return common_TL.mean(0) / trace.top_k if len(common_TL) else np.full(trace.layers, np.nan)
 
 
-def expert_load(trace: RouteTrace) -> npt.NDArray[np.integer]:
-    """How often each expert was chosen, [L, E]."""
-    return _chosen(trace).sum(0)
-
-
 def routing_summary(trace: RouteTrace) -> dict[str, Any]:
     """EOR per layer and mean beside its chance level K/E; entropy (nats) and variation of the load; dead experts."""
-    reuse_L, load_LE = reuse_rate_per_layer(trace), expert_load(trace)
+    reuse_L, load_LE = reuse_rate_per_layer(trace), trace.expert_uses
     share_LE = load_LE / load_LE.sum(-1, keepdims=True)
     entropy_L = -np.where(share_LE > 0, share_LE * np.log(np.where(share_LE > 0, share_LE, 1)), 0).sum(-1)
     return {

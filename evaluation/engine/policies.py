@@ -14,6 +14,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+
+from configs.load import UserError
+from evaluation.engine.route_trace import RouteTrace
+
 Key = tuple[int, int]
 """(layer, expert): the layer counted among the MoE layers, from 0; the expert id inside that layer."""
 
@@ -113,6 +118,21 @@ class Lfu(Ranked):
         return 1 if before is None else before + 1
 
 
+class Static(Ranked):
+    """The one used least in a profile leaves; among equals the least recently used.
+
+    Once they have come in, the experts the profile uses most stay; what else is used passes through the slots that an
+    event needs, since its experts are resident together.
+    """
+
+    def __init__(self, uses: Mapping[Key, int]) -> None:
+        super().__init__()
+        self._uses = uses
+
+    def rank(self, key: Key, before: float | None) -> float:
+        return self._uses.get(key, 0)
+
+
 class Decayed(Ranked):
     """Like `Lfu`, but a use counts half after every `HALF_LIFE` calls (LRFU: Lee et al., IEEE ToC 50:12, 2001).
 
@@ -208,4 +228,39 @@ class Belady:
 ONLINE: Mapping[str, Callable[[], Policy]] = {
     "lru": Lru, "fifo": Fifo, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed,
 }  # fmt: skip
-"""The policies that need no future: the live engine's choice and `replay`'s; `belady` is `replay`'s alone."""
+"""The policies that need to know nothing; `static` needs a profile, `belady` the future, which only `replay` has."""
+
+LIVE = (*ONLINE, "static")
+"""What a live engine can run."""
+
+
+def make_policy(name: str, *, layers: int, num_experts: int, profile: RouteTrace | None = None) -> Callable[[], Policy]:
+    """What makes fresh policies of this name, for `ExpertCache`.
+
+    Args:
+        name: one of `LIVE`.
+        layers: MoE layers of the model the cache is for.
+        num_experts: of each of them.
+        profile: a trace of the same model; `static` needs it, the others take none.
+
+    Raises:
+        UserError: unknown name, a profile that is missing, not wanted or of another model.
+    """
+    if name not in LIVE:
+        raise UserError(f"unknown cache policy {name!r}; known: {', '.join(LIVE)}")
+    if name != "static":
+        if profile is not None:
+            raise UserError(f"cache policy {name!r} takes no profile, only 'static' does; leave the profile out")
+        return ONLINE[name]
+    if profile is None:
+        raise UserError(
+            "cache policy 'static' keeps the experts that a profile uses most and was given none; "
+            "write one with `remoe trace` on text like yours and pass it as the profile"
+        )
+    if (profile.layers, profile.num_experts) != (layers, num_experts):
+        raise UserError(
+            f"the profile is of a model with {profile.layers} MoE layers of {profile.num_experts} experts, this one has "
+            f"{layers} of {num_experts}; write a trace of this model with `remoe trace`"
+        )
+    uses = {(layer, expert): int(count) for (layer, expert), count in np.ndenumerate(profile.expert_uses)}
+    return lambda: Static(uses)

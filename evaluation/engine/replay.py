@@ -13,10 +13,10 @@ import numpy as np
 from configs.load import UserError
 from evaluation.engine.accounting import DECODE, PREFILL, CacheCounts, Counts
 from evaluation.engine.cache import SCOPES, ExpertCache, event_order
-from evaluation.engine.policies import NEVER, ONLINE, Belady, Key, Policy
+from evaluation.engine.policies import LIVE, NEVER, Belady, Key, Policy, make_policy
 from evaluation.engine.route_trace import RouteTrace
 
-POLICIES = (*ONLINE, "belady")
+POLICIES = (*LIVE, "belady")
 
 
 class Event(NamedTuple):
@@ -63,23 +63,27 @@ class ReplayResult:
 
 
 def replay(
-    trace: RouteTrace, *, policy: str, cache_scope: str, slots: int, requests: list[Request] | None = None
-) -> ReplayResult:
+    trace: RouteTrace, *, policy: str, cache_scope: str, slots: int, profile: RouteTrace | None = None,
+    requests: list[Request] | None = None,
+) -> ReplayResult:  # fmt: skip
     """Run a trace through one policy and one size.
 
     Args:
         policy: one of `POLICIES`. `belady` evicts what is used farthest in the future, among the experts outside the
             event; it is the optimum as long as every event fits its pool.
         cache_scope: `per_layer` (`slots` for each layer) or `global` (one pool of `slots` for all layers).
+        profile: for `static`, a trace of the same model; see `make_policy`. Not for the others.
         requests: `requests_of(trace)`, to share it between several replays.
 
     Raises:
-        UserError: unknown policy or scope, or fewer slots than one token needs in one layer.
+        UserError: unknown policy or scope, fewer slots than one token needs in one layer, or a profile that is missing
+            or does not fit.
     """
-    check_choice(trace, policy=policy, cache_scope=cache_scope, slots=slots)
+    check_choice(trace, policy=policy, cache_scope=cache_scope, slots=slots, profile=profile)
+    online = None if policy == "belady" else _online(trace, policy, profile)
     counts = CacheCounts(trace.layers)
     for request in requests_of(trace) if requests is None else requests:
-        cache = ExpertCache(slots, trace.layers, scope=cache_scope, make_policy=_maker(policy, request))
+        cache = ExpertCache(slots, trace.layers, scope=cache_scope, make_policy=online or _belady(request))
         cache.counts = counts
         for layer, phase, keys in request:
             cache.serve(layer, keys, phase=phase)
@@ -95,7 +99,9 @@ def replay(
     )
 
 
-def check_choice(trace: RouteTrace, *, policy: str, cache_scope: str, slots: int) -> None:
+def check_choice(
+    trace: RouteTrace, *, policy: str, cache_scope: str, slots: int, profile: RouteTrace | None = None
+) -> None:
     """Refuse what `replay` cannot do, before any long work."""
     if policy not in POLICIES:
         raise UserError(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
@@ -106,6 +112,10 @@ def check_choice(trace: RouteTrace, *, policy: str, cache_scope: str, slots: int
             f"{slots} slots cannot hold the {trace.top_k} experts that one token uses in a layer at the same time; "
             f"the smallest that works is {trace.top_k}"
         )
+    if policy != "belady":
+        _online(trace, policy, profile)
+    elif profile is not None:
+        raise UserError("policy 'belady' takes no profile, only 'static' does; leave the profile out")
 
 
 def requests_of(trace: RouteTrace) -> list[Request]:
@@ -129,9 +139,11 @@ def _call_events(trace: RouteTrace, start: int, end: int, phase: int) -> Iterato
         yield Event(layer, phase, [(layer, expert) for expert in experts])
 
 
-def _maker(policy: str, request: Request) -> Callable[[], Policy]:
-    if policy != "belady":
-        return ONLINE[policy]
+def _online(trace: RouteTrace, policy: str, profile: RouteTrace | None) -> Callable[[], Policy]:
+    return make_policy(policy, layers=trace.layers, num_experts=trace.num_experts, profile=profile)
+
+
+def _belady(request: Request) -> Callable[[], Policy]:
     next_uses = _next_uses(request)
     return lambda: Belady(next_uses)
 

@@ -21,6 +21,7 @@ from evaluation.engine.output import writing_aside
 
 FORMAT, VERSION = "remoe-route-trace", "1"
 TENSORS = ("expert_ids", "phase", "request_id", "call")
+TOGETHER = 1024  # tokens checked in one go
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class RouteTrace:
     """A checked trace; the fields are described at the top of this file.
 
     Raises:
-        UserError: empty, axes that do not fit together, ids out of range, calls or requests that are not contiguous.
+        UserError: empty, axes that do not fit together, ids out of range or repeated, calls or requests that are not
+            contiguous.
     """
 
     expert_ids: npt.NDArray[np.integer]  # TLK
@@ -56,6 +58,14 @@ class RouteTrace:
     @property
     def top_k(self) -> int:
         return self.expert_ids.shape[2]
+
+    @property
+    def expert_uses(self) -> npt.NDArray[np.int64]:
+        """[layer, expert]: how many tokens chose it."""
+        uses_LE = np.zeros((self.layers, self.num_experts), np.int64)
+        for layer in range(self.layers):
+            uses_LE[layer] = np.bincount(self.expert_ids[:, layer].ravel(), minlength=self.num_experts)
+        return uses_LE
 
     def save(self, path: str | Path) -> None:
         """Write the file, aside and renamed."""
@@ -141,9 +151,21 @@ def _problem(trace: RouteTrace) -> str | None:
         return f"{len(trace.layer_ids)} layer ids for {ids.shape[1]} layers"
     if ids.min() < 0 or ids.max() >= trace.num_experts:
         return f"expert ids from {ids.min()} to {ids.max()}, but there are {trace.num_experts} experts"
+    token = _first_with_repeats(ids)
+    if token is not None:
+        return f"token {token} chose an expert twice in one layer; the experts of a token in a layer must be distinct"
     if trace.phase.min() < 0 or trace.phase.max() > 1:
         return "phase holds values other than 0 (prefill) and 1 (decode)"
     return _order_problem(trace)
+
+
+def _first_with_repeats(ids_TLK: npt.NDArray[np.integer]) -> int | None:
+    for start in range(0, len(ids_TLK), TOGETHER):
+        sorted_TLK = np.sort(ids_TLK[start : start + TOGETHER], axis=2)
+        repeats_T = (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]).any(axis=(1, 2))
+        if repeats_T.any():
+            return start + int(repeats_T.argmax())
+    return None
 
 
 def _order_problem(trace: RouteTrace) -> str | None:

@@ -10,25 +10,13 @@ from hypothesis import strategies as st
 
 from evaluation.engine.accounting import DECODE
 from evaluation.engine.cache import ExpertCache, Pool, event_order
-from evaluation.engine.policies import NEVER, ONLINE, Belady, Decayed, Key, Policy
-
-PLAIN_POLICIES = (*ONLINE, "belady")
-Events = list[list[int]]
-
-
-def make_policy(name: str, events: Events) -> Policy:
-    if name != "belady":
-        return ONLINE[name]()
-    times: dict[Key, list[int]] = {}
-    for time, event in enumerate(events):
-        for expert in event:
-            times.setdefault((0, expert), []).append(time)
-    return Belady({key: iter([*uses[1:], NEVER]) for key, uses in times.items()})
+from evaluation.engine.policies import ONLINE, Decayed
+from tests.evaluation.engine.made_traces import POLICY_NAMES, PROFILE, Events, events_of, policy_for
 
 
 def simulate(name: str, events: Events, slots: int) -> list[list[int]]:
     """Misses of every event, in event order, through the cache under test."""
-    pool = Pool(slots, make_policy(name, events))
+    pool = Pool(slots, policy_for(name, events))
     misses = []
     for event in events:
         missing = set(pool.serve([(0, expert) for expert in event]).misses)
@@ -54,7 +42,7 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
         pinned = event if len(event) <= slots else []
         while len(resident) > slots:
             candidates = [expert for expert in resident if expert not in pinned]
-            rank = {e: plain_rank(name, uses[e], [number - n for n in calls[e]]) for e in candidates}
+            rank = {e: plain_rank(name, e, uses[e], [number - n for n in calls[e]]) for e in candidates}
             if name == "belady":
                 rank = {e: (-next_use(e, events[number + 1 :]),) for e in candidates}
             victim = min(candidates, key=rank.__getitem__)
@@ -62,7 +50,7 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
     return all_misses
 
 
-def plain_rank(name: str, uses: list[int], ages: list[int]) -> tuple[float, ...]:
+def plain_rank(name: str, expert: int, uses: list[int], ages: list[int]) -> tuple[float, ...]:
     """The lowest leaves; `uses` are times, `ages` how many events ago."""
     return {
         "lru": (uses[-1],),
@@ -70,6 +58,7 @@ def plain_rank(name: str, uses: list[int], ages: list[int]) -> tuple[float, ...]
         "lfu": (len(uses), uses[-1]),
         "lfru": (len(uses) / (ages[-1] + 1), uses[-1]),
         "decayed": (sum(2 ** (-age / Decayed.HALF_LIFE) for age in ages), uses[-1]),
+        "static": (PROFILE.get((0, expert), 0), uses[-1]),
         "belady": (),
     }[name]
 
@@ -82,12 +71,7 @@ def count(misses: Sequence[Sequence[int]]) -> int:
     return sum(len(event) for event in misses)
 
 
-def events_of(experts: int, largest: int) -> st.SearchStrategy[Events]:
-    event = st.lists(st.integers(0, experts - 1), min_size=1, max_size=largest, unique=True)
-    return st.lists(event, min_size=1, max_size=40)
-
-
-@pytest.mark.parametrize("name", PLAIN_POLICIES)
+@pytest.mark.parametrize("name", POLICY_NAMES)
 @given(events=events_of(7, 3), slots=st.integers(3, 7))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_misses_are_those_of_the_plain_simulation(name: str, events: Events, slots: int) -> None:
@@ -98,7 +82,7 @@ def test_misses_are_those_of_the_plain_simulation(name: str, events: Events, slo
         assert found == expected
 
 
-@pytest.mark.parametrize("name", PLAIN_POLICIES)
+@pytest.mark.parametrize("name", POLICY_NAMES)
 @given(events=events_of(9, 9), slots=st.integers(2, 5))
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_events_larger_than_the_pool_are_seen_whole_before_anything_leaves(
@@ -115,7 +99,7 @@ def test_events_larger_than_the_pool_are_seen_whole_before_anything_leaves(
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_belady_is_never_above_a_policy(events: Events, slots: int) -> None:
     optimum = count(simulate("belady", events, slots))
-    assert all(optimum <= count(simulate(name, events, slots)) for name in ONLINE)
+    assert all(optimum <= count(simulate(name, events, slots)) for name in POLICY_NAMES)
 
 
 @given(events=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=2, unique=True), min_size=1, max_size=8))
@@ -143,27 +127,6 @@ def test_more_slots_never_cost_misses(name: str, largest: int, smallest: int, da
     events = data.draw(events_of(9, largest))
     by_size = [count(simulate(name, events, slots)) for slots in range(smallest, 10)]
     assert by_size == sorted(by_size, reverse=True)
-
-
-@pytest.mark.parametrize("name", list(ONLINE))
-@given(events=events_of(12, 9), slots=st.integers(2, 6))
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_expert_of_an_event_has_one_place_and_no_two_share_a_slot(name: str, events: Events, slots: int) -> None:
-    pool = Pool(slots, ONLINE[name](), first_slot=100)
-    for event in events:
-        before = pool.resident
-        keys = [(0, expert) for expert in event]
-        leaving, staying, coming, passing = pool.serve(keys)
-        assert sorted([*leaving, *staying, *coming, *passing]) == sorted(keys)
-        assert before & set(keys) == {*leaving, *staying}
-        assert pool.resident & set(keys) == {*staying, *coming}
-        assert len(pool.resident) == min(slots, len(before | set(keys)))
-        if len(event) <= slots:
-            assert not leaving
-            assert not passing
-        for together in (leaving | staying, staying | coming):
-            assert len(set(together.values())) == len(together)
-            assert all(100 <= slot < 100 + slots for slot in together.values())
 
 
 def test_lookups_are_against_the_cache_before_the_event() -> None:

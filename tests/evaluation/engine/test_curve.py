@@ -5,7 +5,6 @@ import tracemalloc
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from configs.load import UserError
 from evaluation.engine import curve, stacks
@@ -13,25 +12,7 @@ from evaluation.engine.accounting import DECODE, PREFILL
 from evaluation.engine.curve import LruCurve, lru_curve
 from evaluation.engine.replay import replay, requests_of
 from evaluation.engine.route_trace import RouteTrace
-
-
-@st.composite
-def traces(draw: st.DrawFn) -> RouteTrace:
-    """Some requests, each a call of several tokens (its prompt) or none, then calls of one token."""
-    layers, experts = draw(st.integers(1, 3)), draw(st.integers(2, 9))
-    top_k = draw(st.integers(1, min(3, experts)))
-    calls = draw(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=30))
-    lengths = [length for length, _ in calls]
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    scores = random.random((sum(lengths), layers, experts)) + draw(st.sampled_from([0.0, 1.0])) * random.random(experts)
-    return RouteTrace(
-        np.argsort(scores, axis=-1)[..., :top_k].astype(np.uint8),
-        phase=np.repeat([PREFILL if length > 1 else DECODE for length in lengths], lengths),
-        request_id=np.repeat(np.cumsum([starts for _, starts in calls]), lengths),
-        call=np.repeat(np.arange(len(calls)), lengths),
-        num_experts=experts,
-        layer_ids=tuple(range(layers)),
-    )
+from tests.evaluation.engine.made_traces import traces
 
 
 def smallest_sizes(trace: RouteTrace, found: LruCurve) -> range:

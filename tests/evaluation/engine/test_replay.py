@@ -5,43 +5,14 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs.load import UserError
-from evaluation.engine.replay import POLICIES, replay, requests_of
+from evaluation.engine.curve import lru_curve
+from evaluation.engine.replay import POLICIES, Request, replay, requests_of
 from evaluation.engine.route_trace import RouteTrace
-
-
-def teacher_forced(
-    expert_ids: list[list[list[int]]], *, requests: list[int] | None = None, experts: int = 8
-) -> RouteTrace:
-    tokens = len(expert_ids)
-    return RouteTrace(
-        np.array(expert_ids, dtype=np.uint8),
-        phase=np.ones(tokens, np.uint8),
-        request_id=np.array(requests or [0] * tokens, np.int32),
-        call=np.arange(tokens, dtype=np.int32),
-        num_experts=experts,
-        layer_ids=tuple(range(len(expert_ids[0]))),
-        expert_bytes=100,
-    )
-
-
-def fixed_trace() -> RouteTrace:
-    """600 tokens, 3 layers, 3 of 12 experts, 2 requests, drifting preferences; integer arithmetic only."""
-    state, tokens = 12345, []
-    for token in range(600):
-        layers = []
-        for layer in range(3):
-            chosen: list[int] = []
-            while len(chosen) < 3:
-                state = (1103515245 * state + 12345) % 2**31
-                expert = (token // 40 + layer + min((state >> 16) % 12, (state >> 8) % 12)) % 12
-                if expert not in chosen:
-                    chosen.append(expert)
-            layers.append(chosen)
-        tokens.append(layers)
-    return teacher_forced(tokens, requests=[0] * 300 + [1] * 300, experts=12)
-
+from tests.evaluation.engine.made_traces import fixed_trace, teacher_forced, traces
 
 GOLDEN = {  # scope -> policy -> misses with 3, 4, 6, 9 slots for each layer; the plain simulation of test_cache agrees
     "per_layer": {
@@ -50,6 +21,7 @@ GOLDEN = {  # scope -> policy -> misses with 3, 4, 6, 9 slots for each layer; th
         "lfu": [3682, 3264, 2534, 1209],
         "lfru": [3682, 3125, 2131, 851],
         "decayed": [3682, 3151, 2103, 786],
+        "static": [3682, 3185, 2261, 1065],
         "belady": [3682, 2518, 1302, 410],
     },
     "global": {
@@ -58,6 +30,7 @@ GOLDEN = {  # scope -> policy -> misses with 3, 4, 6, 9 slots for each layer; th
         "lfu": [4578, 4071, 3044, 1457],
         "lfru": [4459, 3714, 2596, 995],
         "decayed": [4496, 3813, 2520, 912],
+        "static": [4322, 3781, 2815, 1268],
         "belady": [2600, 1955, 1078, 352],
     },
 }
@@ -66,10 +39,39 @@ GOLDEN = {  # scope -> policy -> misses with 3, 4, 6, 9 slots for each layer; th
 @pytest.mark.parametrize("scope", ["per_layer", "global"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_golden_misses_of_the_fixed_trace(policy: str, scope: str) -> None:
-    trace = fixed_trace()
+    trace, profile = fixed_trace(), fixed_trace(300) if policy == "static" else None
     sizes = [slots * (3 if scope == "global" else 1) for slots in (3, 4, 6, 9)]
-    misses = [replay(trace, policy=policy, cache_scope=scope, slots=slots).misses for slots in sizes]
+    misses = [replay(trace, policy=policy, cache_scope=scope, slots=slots, profile=profile).misses for slots in sizes]
     assert misses == GOLDEN[scope][policy]
+
+
+def misses(trace: RouteTrace, policy: str, scope: str, slots: int, requests: list[Request]) -> int:
+    profile = trace if policy == "static" else None
+    return replay(trace, policy=policy, cache_scope=scope, slots=slots, profile=profile, requests=requests).misses
+
+
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
+@given(trace=traces(longest_call=3), spare=st.integers(0, 5))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_belady_is_never_above_a_policy(scope: str, trace: RouteTrace, spare: int) -> None:
+    """At any size that holds the largest event; a smaller pool lets experts of it pass, in an order of its own."""
+    requests = requests_of(trace)
+    slots = spare + max(len(event.keys) for request in requests for event in request)
+    optimum = misses(trace, "belady", scope, slots, requests)
+    for policy in POLICIES:
+        assert optimum <= misses(trace, policy, scope, slots, requests), policy
+
+
+@pytest.mark.parametrize("scope", ["per_layer", "global"])
+@given(trace=traces())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_lru_never_gains_misses_with_size(scope: str, trace: RouteTrace) -> None:
+    """Also where events are larger than the pool."""
+    requests = requests_of(trace)
+    everything = trace.num_experts * (trace.layers if scope == "global" else 1)
+    by_size = [misses(trace, "lru", scope, slots, requests) for slots in range(trace.top_k, everything + 1)]
+    assert by_size == sorted(by_size, reverse=True)
+    assert by_size[-1] == lru_curve(trace, cache_scope=scope).first_touches.sum()
 
 
 def test_counts_of_a_trace_that_can_be_followed_by_hand() -> None:
@@ -119,16 +121,22 @@ def test_shared_requests_give_the_same_counts() -> None:
     trace = fixed_trace()
     requests = requests_of(trace)
     for policy in POLICIES:
-        alone = replay(trace, policy=policy, cache_scope="per_layer", slots=4)
-        assert replay(trace, policy=policy, cache_scope="per_layer", slots=4, requests=requests) == alone
+        profile = trace if policy == "static" else None
+        alone = replay(trace, policy=policy, cache_scope="per_layer", slots=4, profile=profile)
+        shared = replay(trace, policy=policy, cache_scope="per_layer", slots=4, profile=profile, requests=requests)
+        assert shared == alone
 
 
 def test_what_cannot_be_replayed_is_refused() -> None:
     trace = teacher_forced([[[0, 1]]])
-    with pytest.raises(UserError, match="unknown policy 'mru'; known: lru, fifo, lfu, lfru, decayed, belady"):
+    with pytest.raises(UserError, match="unknown policy 'mru'; known: lru, fifo, lfu, lfru, decayed, static, belady"):
         replay(trace, policy="mru", cache_scope="global", slots=2)
     with pytest.raises(UserError, match="unknown cache scope 'both'; known: global, per_layer"):
         replay(trace, policy="lru", cache_scope="both", slots=2)
+    with pytest.raises(UserError, match="'static' keeps the experts that a profile uses most and was given none"):
+        replay(trace, policy="static", cache_scope="global", slots=2)
+    with pytest.raises(UserError, match="'belady' takes no profile"):
+        replay(trace, policy="belady", cache_scope="global", slots=2, profile=trace)
     with pytest.raises(UserError, match=r"1 slots cannot hold the 2 experts .* the smallest that works is 2"):
         replay(trace, policy="lru", cache_scope="global", slots=1)
 

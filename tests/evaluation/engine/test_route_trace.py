@@ -56,6 +56,7 @@ def test_unknown_expert_bytes_stay_unknown(tmp_path: Path) -> None:
         ({"phase": np.zeros(5, int)}, r"phase has shape \[5\], expert_ids has 4 tokens"),
         ({"layer_ids": (1,)}, "1 layer ids for 2 layers"),
         ({"num_experts": 8}, "expert ids from 0 to 8, but there are 8 experts"),
+        ({"expert_ids": np.array([[[1, 2, 0]] * 2] * 3 + [[[1, 2, 0], [1, 2, 1]]])}, "token 3 chose an expert twice"),
         ({"phase": np.array([0, 0, 2, 1])}, "phase holds values other than 0"),
         ({"call": np.array([0, 0, 2, 1])}, "call goes down"),
         ({"phase": np.array([0, 1, 1, 1])}, "tokens of one call differ in phase"),
@@ -76,7 +77,7 @@ def write(path: Path, metadata: dict[str, str] | None, **tensors: Any) -> Path:
 
 
 ONE_TOKEN = {
-    "expert_ids": np.zeros((1, 1, 2), np.uint8),
+    "expert_ids": np.array([[[3, 0]]], np.uint8),
     **{name: np.zeros(1, np.int32) for name in ("phase", "request_id", "call")},
 }
 
@@ -108,14 +109,14 @@ def test_the_recorder_numbers_calls_and_requests_and_drops_what_was_cut_off() ->
     recorder.begin_request()  # nothing came yet: the first request keeps number 0
     for phase, tokens in ((0, 3), (1, 1)):
         recorder.begin_call(phase)
-        recorder.add_layer(np.full((tokens, 2), 4))
-        recorder.add_layer(np.full((tokens, 2), 5))
+        recorder.add_layer(np.tile([4, 0], (tokens, 1)))
+        recorder.add_layer(np.tile([5, 0], (tokens, 1)))
     recorder.begin_call(1)
-    recorder.add_layer(np.full((1, 2), 8))  # this call fails before its second layer
+    recorder.add_layer(np.array([[8, 0]]))  # this call fails before its second layer
     recorder.begin_request()
     recorder.begin_call(1)
-    recorder.add_layer(np.full((1, 2), 6))
-    recorder.add_layer(np.full((1, 2), 7))
+    recorder.add_layer(np.array([[6, 0]]))
+    recorder.add_layer(np.array([[7, 0]]))
     trace = recorder.trace(num_experts=9, layer_ids=(0, 1), expert_bytes=None, model="")
     assert trace.call.tolist() == [0, 0, 0, 1, 2]
     assert trace.phase.tolist() == [0, 0, 0, 1, 1]

@@ -10,11 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
 from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, engine_stats
+from evaluation.engine.bandwidth import reads_in_flight_for
 from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_cliff
 from evaluation.engine.cache import SCOPES, ExpertCache
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.policies import ONLINE
-from evaluation.engine.reader import READS_IN_FLIGHT, Reader
+from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, experts_modules, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace, TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory, record_bytes
@@ -130,7 +131,7 @@ def load(
     cache_scope: str = "global",
     dtype: str | torch.dtype = "auto",
     record_trace: bool = False,
-    reads_in_flight: int = READS_IN_FLIGHT,
+    reads_in_flight: int | None = None,
 ) -> Iterator[tuple[PreTrainedModel, Engine]]:
     """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
 
@@ -142,7 +143,7 @@ def load(
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
         record_trace: keep the routing of every token, for `engine.trace()`.
-        reads_in_flight: reading threads.
+        reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
 
     Yields:
         The transformers model, to be used as any other (inference only), and its engine.
@@ -154,9 +155,12 @@ def load(
         raise UserError(f"unknown cache policy {cache_policy!r}; known: {', '.join(ONLINE)}")
     if cache_scope not in SCOPES:
         raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
+    if reads_in_flight is not None and reads_in_flight < 1:
+        raise UserError(f"reads_in_flight is {reads_in_flight}; write at least 1, or None for what suits the device")
     config = read_config(model_dir)
     store = ExpertStore(model_dir)
-    with Reader(store.shards, reads_in_flight=reads_in_flight) as reader:
+    in_flight = reads_in_flight_for(store.shards) if reads_in_flight is None else reads_in_flight
+    with Reader(store.shards, reads_in_flight=in_flight) as reader:
         chosen_dtype = compute_dtype(dtype, config=config, store=store)
         demand = _demand(store, config=config, dtype=chosen_dtype)
         budget_bytes = parse_size(expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)

@@ -1,6 +1,7 @@
 """`remoe serve`: a checkpoint whose experts stay on disk behind OpenAI's HTTP API, one request at a time."""
 
 import argparse
+import asyncio
 import copy
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -44,19 +46,29 @@ GRACE_SECONDS = 20
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, take the port, load, serve until SIGINT or SIGTERM."""
     arguments = parser().parse_args(argv)
-    with listener(arguments.host, arguments.port) as sock, application(arguments) as (app, engine):
+    with listener(arguments.host, arguments.port) as sock, application(arguments) as loaded:
+        engine = loaded.engine
         print(
             f"serving {_name(arguments)} at {_url(sock)}/v1 with {engine.cache.total_slots} of "
             f"{engine.demand.all_experts} experts in {readable(engine.pool_bytes)}; Ctrl-C stops",
             flush=True,
         )
         with _signals_only_stop_the_server():
-            server_of(app).run(sockets=[sock])
+            HttpServer(loaded).run(sockets=[sock])
+
+
+@dataclass(frozen=True)
+class Application:
+    """The ASGI application and what is behind it."""
+
+    app: FastAPI
+    engine: Engine
+    worker: Worker
 
 
 @contextmanager
-def application(arguments: argparse.Namespace) -> Iterator[tuple[FastAPI, Engine]]:
-    """The ASGI application with all that is behind it, and the engine at the bottom.
+def application(arguments: argparse.Namespace) -> Iterator[Application]:
+    """Everything but the HTTP server.
 
     Raises:
         UserError: values that make no sense, or whatever `load` refuses.
@@ -79,7 +91,8 @@ def application(arguments: argparse.Namespace) -> Iterator[tuple[FastAPI, Engine
         with Worker(generator, max_queue=arguments.max_queue) as worker:
             metrics.show(worker)
             service = Service(intake, worker, metrics, created=int(time.time()))
-            yield create_app(service, api_key=api_key, max_request_bytes=arguments.max_request_bytes), engine
+            app = create_app(service, api_key=api_key, max_request_bytes=arguments.max_request_bytes)
+            yield Application(app, engine, worker)
 
 
 @contextmanager
@@ -89,10 +102,12 @@ def listener(host: str, port: int) -> Iterator[socket.socket]:
     Raises:
         UserError: the address cannot be had.
     """
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port is {port}; it must be between 0 and {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot listen at {host} port {port}: {error}") from error
     with sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -105,12 +120,25 @@ def listener(host: str, port: int) -> Iterator[socket.socket]:
         yield sock
 
 
-def server_of(app: FastAPI) -> uvicorn.Server:
-    """The HTTP server, not started yet."""
-    config = uvicorn.Config(
-        app, lifespan="off", ws="none", log_level="info", timeout_graceful_shutdown=GRACE_SECONDS, server_header=False
-    )
-    return uvicorn.Server(config)
+class HttpServer(uvicorn.Server):
+    """uvicorn's server. When it stops, requests have `GRACE_SECONDS` to finish; then each is told that it is over."""
+
+    def __init__(self, loaded: Application) -> None:
+        super().__init__(
+            uvicorn.Config(
+                loaded.app,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS + 10,  # for clients that do not even read the end
+            )
+        )
+        self._worker = loaded.worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(GRACE_SECONDS, self._worker.stop)
+        await super().shutdown(sockets)
+        timer.cancel()
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Service:
 
 def create_app(service: Service, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
     """The ASGI application; the worker must be running while it is used."""
-    app = FastAPI(title="remoe serve", docs_url=None, redoc_url=None, responses=ERRORS)
+    app = FastAPI(title="remoe serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)
     app.add_middleware(Gate, metrics=service.metrics, api_key=api_key, max_request_bytes=max_request_bytes)
     _add_error_handlers(app)
     _add_status_routes(app, service)

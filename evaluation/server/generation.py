@@ -35,8 +35,8 @@ class Generator:
             if isinstance(getattr(module, "paged", None), PagedLayer):
                 module.register_forward_pre_hook(self._end_if_cancelled)
 
-    def run(self, job: Job) -> None:
-        """Serve one job; its last event is `Done`.
+    def run(self, job: Job) -> Done:
+        """Serve one job; returns its last event, which the caller sends.
 
         Raises:
             Cancelled: nobody waits for it any more.
@@ -51,7 +51,7 @@ class Generator:
             self._job = None
         remoe = {**_what_the_engine_did(before, self._engine.stats()), **clock.figures()}
         self._metrics.request_done(job.work.prompt_tokens, tokens, tpot_seconds=clock.tpot_seconds)
-        job.send(Done(job.work.prompt_tokens, tokens, remoe))
+        return Done(job.work.prompt_tokens, tokens, remoe)
 
     def reset_cache(self) -> None:
         """Forget which experts are resident, after something went wrong."""

@@ -6,7 +6,7 @@ https://platform.openai.com/docs/api-reference; `top_k` is an extension under th
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Labels for whoever runs the server: accepted, and nothing follows from them."""
@@ -38,12 +38,19 @@ MOST_LOGPROBS = 20
 COOLEST = 0.01
 """Temperatures above 0 and below this would overflow the scores they divide."""
 
-NonEmpty = Annotated[str, Field(min_length=1)]
+
+def _whole_characters(text: str) -> str:
+    text.encode("utf-8")  # raises what is a ValueError where JSON escaped only half of a character
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+NonEmpty = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = (
-    str
-    | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+    Text
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
@@ -118,14 +125,14 @@ class TextPart(Strict):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
     @property
     def text(self) -> str:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from configs.load import UserError
 from evaluation.server.errors import ApiError
-from evaluation.server.work import Cancelled, Failed, Job
+from evaluation.server.work import Cancelled, Done, Event, Failed, Job
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Server(Protocol):
     """Whoever serves a job (`Generator`)."""
 
-    def run(self, job: Job) -> None: ...
+    def run(self, job: Job) -> Done: ...
 
     def reset_cache(self) -> None: ...
 
@@ -48,12 +48,16 @@ class Worker(Collector):
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.stop()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """Break off what runs and what waits, all with an error that says why; take no more."""
         with self._changed:
             self._closed = True
             for job in (*self._waiting, *([self._running] if self._running else [])):
                 job.cancel()
             self._changed.notify()
-        self._thread.join()
 
     @property
     def is_alive(self) -> bool:
@@ -71,7 +75,7 @@ class Worker(Collector):
             self._forget_cancelled()
             if len(self._waiting) + (self._running is not None) > self._max_queue:
                 raise ApiError(
-                    f"{len(self._waiting)} requests wait already, as many as --max-queue allows; try again later",
+                    f"the queue is full: --max-queue lets {self._max_queue} requests wait; try again later",
                     status=429,
                     code="queue_full",
                     headers={"Retry-After": str(max(1, math.ceil(self._last_seconds)))},
@@ -90,9 +94,10 @@ class Worker(Collector):
     def _serve_all(self) -> None:
         while (job := self._next()) is not None:
             started = time.perf_counter()
-            self._serve(job)
+            last_event = self._serve(job)
             with self._changed:
                 self._running, self._last_seconds = None, time.perf_counter() - started
+            job.send(last_event)  # only now: who hears it finds a place in the queue
 
     def _next(self) -> Job | None:
         """Wait for a job; None when the server stops."""
@@ -105,21 +110,22 @@ class Worker(Collector):
             self._running = self._waiting.popleft()
             return self._running
 
-    def _serve(self, job: Job) -> None:
+    def _serve(self, job: Job) -> Event:
         """Whatever happens to one job, the next finds a working model."""
         try:
-            if not job.is_cancelled:
-                self._server.run(job)
+            if job.is_cancelled:
+                raise Cancelled
+            return self._server.run(job)
         except Cancelled:
-            job.send(Failed(_stopping()))
+            return Failed(_stopping())
         except (UserError, OSError) as error:
             logger.error("a request failed: %s", error)
             self._server.reset_cache()
-            job.send(Failed(ApiError(f"the model cannot be read: {error}", status=500, code="read_error")))
+            return Failed(ApiError(f"the model cannot be read: {error}", status=500, code="read_error"))
         except Exception:
             logger.exception("a request failed")
             self._server.reset_cache()
-            job.send(Failed(ApiError("internal error; the server's log says more", status=500)))
+            return Failed(ApiError("internal error; the server's log says more", status=500))
 
     def _forget_cancelled(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.is_cancelled)

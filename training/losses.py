@@ -135,13 +135,18 @@ def miss_loss_sum(
     """L_miss: the miss rate of a cache that holds `held_BSE`, made soft, over valid positions; ours, not published.
 
     An expert counts as chosen by c = sigmoid((z - threshold) / temperature), the threshold midway between the last
-    logit that is chosen and the first that is not; the term is 1/2 + (sum of c outside the cache - inside) / 2K. So the
-    gradient acts on close calls alone: it leaves clear choices and their mixing weights as they are. No gradient
-    through the threshold or the set.
+    logit that is chosen and the first that is not; the term is the sum of c outside the cache / K. When logits move the
+    threshold moves along, so that the sum of all c stays: one expert can only come in for another. So there is no
+    gradient where all close calls are held or none is, and clear choices and their mixing weights stay as they are. No
+    gradient through the set.
     """
-    edge_BS2 = logits_BSE.detach().topk(top_k + 1, dim=-1).values[..., -2:]
-    chosen_BSE = torch.sigmoid((logits_BSE - edge_BS2.mean(-1, keepdim=True)) / temperature)
-    miss_BS = 0.5 + torch.where(held_BSE, -chosen_BSE, chosen_BSE).sum(-1) / (2 * top_k)
+    z_BSE = logits_BSE.detach()
+    threshold_BS1 = z_BSE.topk(top_k + 1, dim=-1).values[..., -2:].mean(-1, keepdim=True)
+    closeness_BSE = torch.sigmoid((z_BSE - threshold_BS1) / temperature)
+    closeness_BSE = closeness_BSE * (1 - closeness_BSE)
+    moves_BSE = closeness_BSE / closeness_BSE.sum(-1, keepdim=True) * (logits_BSE - z_BSE)  # of value 0
+    chosen_BSE = torch.sigmoid((logits_BSE - threshold_BS1 - moves_BSE.sum(-1, keepdim=True)) / temperature)
+    miss_BS = chosen_BSE.masked_fill(held_BSE, 0.0).sum(-1) / top_k
     return miss_BS[document_ids_BS >= 0].sum()
 
 

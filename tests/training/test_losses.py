@@ -196,28 +196,55 @@ def test_reuse_loss_over_cache_content_is_that_of_the_simulated_cache(case: Case
     assert_equal(found, slow_reuse(case, content))
 
 
-def test_the_miss_loss_counts_soft_choices_outside_the_cache_against_those_inside(case: Case) -> None:
+def soft_choices(z: list[float], threshold: float, temperature: float) -> list[float]:
+    return [1 / (1 + math.exp((threshold - value) / temperature)) for value in z]
+
+
+def test_the_miss_loss_is_the_share_of_soft_choices_outside_the_cache(case: Case) -> None:
     held, temperature = losses.lru_content(case.ids, case.documents, E, 3), 0.7
     expected = 0.0
     for at in (at for positions in sequences(case.documents) for at in positions):
         z = case.logits[at].tolist()
-        threshold = sum(sorted(z)[-K - 1 : -K + 1]) / 2
-        chosen = [1 / (1 + math.exp((threshold - value) / temperature)) for value in z]
-        expected += 0.5 + sum(-c if h else c for c, h in zip(chosen, held[at].tolist(), strict=True)) / (2 * K)
+        chosen = soft_choices(z, sum(sorted(z)[-K - 1 : -K + 1]) / 2, temperature)
+        expected += sum(c for c, h in zip(chosen, held[at].tolist(), strict=True) if not h) / K
     assert_equal(losses.miss_loss_sum(case.logits, held, case.documents, K, temperature), expected)
 
 
-def test_a_cold_miss_loss_is_the_miss_rate_and_moves_close_calls_only() -> None:
+def test_the_gradient_of_the_miss_loss_is_that_of_choices_whose_sum_stays() -> None:
+    """Against finite differences, the threshold found anew by bisection after each nudge."""
+    z, held, temperature, nudge = [1.3, 0.9, 0.7, 0.2, -0.4, 0.8], [True, False, True, False, False, False], 0.4, 1e-5
+    logits = torch.tensor([[z]], dtype=torch.double).requires_grad_()
+    losses.miss_loss_sum(logits, torch.tensor([[held]]), torch.zeros(1, 1, dtype=torch.long), K, temperature).backward()
+    total = sum(soft_choices(z, sum(sorted(z)[-K - 1 : -K + 1]) / 2, temperature))
+
+    def misses(values: list[float]) -> float:
+        low, high = -20.0, 20.0
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(soft_choices(values, middle, temperature)) > total else (low, middle)
+        return sum(c for c, h in zip(soft_choices(values, low, temperature), held, strict=True) if not h) / K
+
+    assert logits.grad is not None
+    for expert, found in enumerate(logits.grad.flatten().tolist()):
+        up, down = ([*z[:expert], z[expert] + step, *z[expert + 1 :]] for step in (nudge, -nudge))
+        assert found == pytest.approx((misses(up) - misses(down)) / (2 * nudge), abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("held", "rate"), [([0, 0, 0, 0, 0, 0], 1), ([1, 1, 1, 1, 0, 0], 0), ([1, 0, 1, 0, 0, 0], 0.5)]
+)
+def test_the_miss_loss_moves_close_calls_between_held_and_other_experts_only(held: list[int], rate: float) -> None:
     logits = torch.tensor([[[9.0, 5.1, 4.9, 0.0, -1.0, -9.0]]]).requires_grad_()
-    held = torch.tensor([[[False, False, True, True, False, False]]])
-    found = losses.miss_loss_sum(logits, held, torch.zeros(1, 1, dtype=torch.long), K, 0.05)
-    assert found.item() == pytest.approx(1, abs=0.1)  # neither of the two that are chosen is there
+    mask = torch.tensor([[held]]).bool()
+    found = losses.miss_loss_sum(logits, mask, torch.zeros(1, 1, dtype=torch.long), K, 0.05)
+    assert found.item() == pytest.approx(rate, abs=0.1)
     found.backward()
     assert logits.grad is not None
     pushed = logits.grad.flatten().tolist()
-    assert pushed[1] > 0.1
-    assert pushed[2] < -0.1
-    assert max(abs(pushed[n]) for n in (0, 3, 4, 5)) < 1e-6
+    if rate == 0.5:
+        assert pushed[1] > 0.1
+        assert pushed[2] < -0.1
+    assert max(abs(pushed[n]) for n in ((0, 3, 4, 5) if rate == 0.5 else range(6))) < 1e-4
 
 
 @pytest.mark.parametrize("lag", LAGS)

@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import copy
+import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -42,12 +44,15 @@ served: POST /v1/completions and /v1/chat/completions (both also with "stream": 
 GRACE_SECONDS = 20
 """How long a stopping server lets requests finish before it breaks them off."""
 
+logger = logging.getLogger(__name__)
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, take the port, load, serve until SIGINT or SIGTERM."""
     arguments = parser().parse_args(argv)
     with listener(arguments.host, arguments.port) as sock, application(arguments) as loaded:
         engine = loaded.engine
+        _warn_if_open(sock, arguments)
         print(
             f"serving {_name(arguments)} at {_url(sock)}/v1 with {engine.cache.total_slots} of "
             f"{engine.demand.all_experts} experts in {readable(engine.pool_bytes)}; Ctrl-C stops",
@@ -164,6 +169,12 @@ def _signals_only_stop_the_server() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _warn_if_open(sock: socket.socket, arguments: argparse.Namespace) -> None:
+    host = sock.getsockname()[0]
+    if arguments.api_key_env is None and not ipaddress.ip_address(host).is_loopback:
+        logger.warning("whoever reaches %s may use this server; --api-key-env asks for a key", _url(sock))
 
 
 def _context_tokens(config: PretrainedConfig, asked: int | None) -> int:

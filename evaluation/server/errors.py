@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 LONGEST_ECHO = 200
 """Characters of what a client sent that are repeated to it."""
 SHAPES = {
-    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists, none of them empty",
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists; none empty, at most 128 prompts",
     "stop": "a text or a list of at most four, none of them empty",
     "messages": "a list of objects with a role (system, developer, user or assistant) and a content that is text",
 }

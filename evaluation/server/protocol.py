@@ -34,6 +34,7 @@ NEUTRAL: dict[str, list[Any]] = {
 }
 """Parameters that are not supported, with the values that ask for nothing; so does null. Others are refused."""
 MOST_CHOICES = 16
+MOST_PROMPTS = 128
 MOST_LOGPROBS = 20
 COOLEST = 0.01
 """Temperatures above 0 and below this would overflow the scores they divide."""
@@ -50,9 +51,9 @@ TokenId = Annotated[int, Field(ge=0)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = (
     Text
-    | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     | TokenIds
-    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
 )
 
 

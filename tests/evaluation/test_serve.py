@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from configs.load import UserError
-from evaluation.serve import application, main, parser
+from evaluation.serve import HttpServer, application, main, parser
 from evaluation.server.choice import Choice
 from evaluation.server.work import Job
 from tests.evaluation.server.running import our_threads, serve
@@ -63,6 +63,21 @@ def test_mistakes_are_named(model_dir: Callable[[str], Path], flags: list[str], 
         given = [flag.replace("{taken}", taken) for flag in flags]
         with pytest.raises(UserError, match=words):
             main(["--model", str(model_dir("olmoe")), "--expert-cache", "50%", "--port", "0", *given])
+
+
+@pytest.mark.parametrize(
+    ("host", "flags", "warned"),
+    [("0.0.0.0", [], True), ("0.0.0.0", ["--api-key-env", "SOME_KEY"], False), ("127.0.0.1", [], False)],
+)
+def test_a_server_that_is_open_to_others_says_so(
+    model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str], host: str, flags: list[str], warned: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SOME_KEY", "x")
+    monkeypatch.setattr(HttpServer, "run", lambda *_, **__: None)
+    main(["--model", str(model_dir("olmoe")), "--expert-cache", "50%", "--port", "0", "--host", host, *flags])
+    assert ("whoever reaches http://" in caplog.text) is warned
+    assert f"at http://{host}:" in capsys.readouterr().out
 
 
 def test_a_server_that_stops_breaks_off_what_does_not_end(

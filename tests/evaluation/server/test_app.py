@@ -259,6 +259,7 @@ def test_labels_and_values_that_ask_for_nothing_are_accepted(served: Served) -> 
         ({"prompt": None}, "prompt must be a text, a list of texts, a list of token ids", "prompt"),
         ({"prompt": ""}, "the prompt has no tokens", "prompt"),
         ({"prompt": ["a", ""]}, "the prompt has no tokens", "prompt"),
+        ({"prompt": ["a"] * 129}, "none empty, at most 128 prompts", "prompt"),
         ({"prompt": ["a", 3]}, "prompt must be", "prompt"),
         ({"prompt": [True]}, "prompt must be", "prompt"),
         ({"prompt": [[1], []]}, "prompt must be", "prompt"),

@@ -53,7 +53,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, cls: type, method: str) -> thread
 def test_a_client_that_leaves_stops_its_generation_and_the_next_is_served(
     chat_model: Path, plain: Plain, before_token: BeforeToken, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    threads = our_threads()
+    threads, files = our_threads(), len(os.listdir("/proc/self/fd"))
     started, left = threading.Event(), signalled(monkeypatch, Job, "cancel")
     before_token(3, lambda: (started.set(), waiting_for(left)()))
     with serve(chat_model) as served:
@@ -66,6 +66,7 @@ def test_a_client_that_leaves_stops_its_generation_and_the_next_is_served(
         )
         assert served.metric("remoe_generation_tokens_total") == 20
     assert our_threads() == threads, "no thread is left"
+    assert len(os.listdir("/proc/self/fd")) == files, "no file or connection is left"
 
 
 def _leave_after(url: httpx2.URL, body: dict[str, Any], started: threading.Event) -> None:

@@ -1,0 +1,74 @@
+"""A job through the model: cancelled between layers, unseeded ones draw anew, the model's own defaults hold."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from evaluation.engine import load
+from evaluation.engine.engine import Engine
+from evaluation.server.generation import Generator
+from evaluation.server.metrics import Metrics
+from evaluation.server.work import Cancelled, Delta, Job, Work
+
+
+@contextmanager
+def generator(folder: Path) -> Iterator[tuple[Generator, PreTrainedModel, Engine]]:
+    with load(folder, "100%") as (model, engine):
+        yield Generator(model, engine, AutoTokenizer.from_pretrained(folder), metrics=Metrics(engine)), model, engine
+
+
+def run(made: Generator, **work: Any) -> str:
+    events: list[Any] = []
+    made.run(Job(Work([[9, 8, 7]], [12], **work), events.append))
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+class CancelledAfter(Job):
+    """Found cancelled when it is asked for the `checks`-th time."""
+
+    def __init__(self, checks: int) -> None:
+        super().__init__(Work([[9, 8, 7]], [12], temperature=0), lambda _: None)
+        self._checks = checks
+
+    @property
+    def is_cancelled(self) -> bool:
+        self._checks -= 1
+        return self._checks <= 0
+
+
+def test_a_prompt_is_broken_off_between_layers(model_dir: Callable[[str], Path]) -> None:
+    with generator(model_dir("olmoe")) as (made, model, engine):
+        with pytest.raises(Cancelled):
+            made.run(CancelledAfter(2))
+        misses = engine.stats().misses_by_layer
+        assert misses[0] > 0
+        assert misses[1] == 0
+        assert run(made, temperature=0), "the next is served"
+        model.generate(torch.tensor([[1]]), max_new_tokens=1, do_sample=False)  # nothing of a job is left in the model
+
+
+def test_what_is_not_said_is_as_the_model_says(model_dir: Callable[[str], Path]) -> None:
+    with generator(model_dir("olmoe")) as (made, model, _):
+        greedy = run(made, temperature=0)
+        assert run(made, seed=1) != greedy, "temperature 1"
+        model.generation_config.top_k = 1
+        assert run(made, seed=1) == greedy
+        assert run(made, seed=1, top_k=0) != greedy
+        model.generation_config.top_k, model.generation_config.temperature = None, 0.01
+        assert run(made, seed=1) == greedy
+
+
+def test_every_prompt_of_a_request_begins_with_its_seed(model_dir: Callable[[str], Path]) -> None:
+    with generator(model_dir("olmoe")) as (made, _, _):
+        alone = run(made, seed=4)
+        events: list[Any] = []
+        done = made.run(Job(Work([[9, 8, 7]] * 2, [12, 5], seed=4), events.append))
+        texts = ["".join(e.text for e in events if isinstance(e, Delta) and e.index == i) for i in (0, 1)]
+        assert texts[0] == alone
+        assert texts[0].startswith(texts[1].rstrip("\N{REPLACEMENT CHARACTER}"))
+        assert (done.prompt_tokens, done.completion_tokens) == (6, 17)

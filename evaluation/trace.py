@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +20,16 @@ from data.batches import IGNORE_LABEL, tokenize
 from data.sources import read_text
 from evaluation.engine.output import prepare
 from evaluation.engine.route_trace import RouteTrace
+from evaluation.engine.trace_formats import EXTENSIONS, check_extension, write_trace
 from evaluation.reuse import routing_summary
 from training import losses, router_delta
 from training.model import load_pretrained, load_tokenizer, local_folder
 from training.routers import RouterObserver
 
-EXAMPLE = """example:
-  remoe trace --model data/embedded/model --text-file README.md --output runs/readme.trace.safetensors
-  remoe replay runs/readme.trace.safetensors --policy lru,belady --slots 4,6,8,12
+EXAMPLE = """examples:
+  remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
+  remoe replay runs/readme.safetensors --slots 4,6,8,12
+  remoe trace --model data/embedded/model --text-file README.md --output runs/readme.csv   # request,call,phase,token,...
 """
 
 
@@ -88,17 +89,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or hub name of the model")
     parser.add_argument("--router-delta", metavar="DIR", help="use the routers of this delta")
     parser.add_argument("--text-file", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the trace, a .safetensors file")
+    parser.add_argument("--output", required=True, metavar="FILE", help=f"the trace: {', '.join(EXTENSIONS)}")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a request (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32 or bfloat16")
     args = parser.parse_args(argv)
     output, text = prepare(args.output), read_text(args.text_file)
+    check_extension(output)
     model = load_pretrained(args.model, dtype=args.dtype)
     if args.router_delta is not None:
         router_delta.apply(model, router_delta.load_for(local_folder(args.model), args.router_delta))
     documents = tokenize([text], load_tokenizer(args.model))
     trace, nll = teacher_forced_trace(model, documents, max_length=args.max_length, progress="trace")
-    trace.save(Path(output))
+    write_trace(trace, output)
     summary = routing_summary(trace)
     print(json.dumps({"trace": str(output), "nll": nll, **summary}, indent=2))
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from configs.command import run
+from configs.load import UserError
 from data.batches import tokenize
 from evaluation import trace as trace_module
-from evaluation.engine.route_trace import RouteTrace
+from evaluation.engine.trace_formats import read_trace
 from evaluation.trace import teacher_forced_trace
 from training.model import load_pretrained, load_tokenizer
 from training.routers import find_routers
@@ -67,10 +68,11 @@ def test_nll_is_the_mean_over_predicted_tokens(model_dir: MakeModelDir, text: Pa
     assert nll == pytest.approx(total / predicted, rel=1e-5)
 
 
+@pytest.mark.parametrize("extension", ["safetensors", "npz", "csv"])
 def test_command_writes_a_trace_that_can_be_read(
-    model_dir: MakeModelDir, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: MakeModelDir, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], extension: str
 ) -> None:
-    out = tmp_path / "deep" / "t.safetensors"
+    out = tmp_path / "deep" / f"t.{extension}"
     arguments = [
         "--model",
         str(model_dir("qwen2_moe")),
@@ -82,10 +84,15 @@ def test_command_writes_a_trace_that_can_be_read(
         "40",
     ]
     assert run(trace_module.main, arguments) == 0
-    trace = RouteTrace.read(out)
+    trace = read_trace(out, num_experts=12)
     printed = json.loads(capsys.readouterr().out)
     assert printed["n_tokens"] == trace.tokens
     assert printed["chance_reuse_rate"] == trace.top_k / trace.num_experts
+
+
+def test_an_unknown_format_is_refused_before_the_model_is_loaded(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"extension '\.pt' names no format; use one of \.safetensors, \.npz"):
+        trace_module.main(["--model", "none", "--text-file", str(text), "--output", str(tmp_path / "t.pt")])
 
 
 @pytest.mark.parametrize(
@@ -100,8 +107,8 @@ def test_text_that_cannot_be_traced_is_one_clear_message(
         path.write_bytes(content)
     code = run(
         trace_module.main,
-        ["--model", str(model_dir("qwen2_moe")), "--text-file", str(path), "--output", str(tmp_path / "o")],
+        ["--model", str(model_dir("qwen2_moe")), "--text-file", str(path), "--output", str(tmp_path / "o.csv")],
     )
     assert code == 2
     assert words in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o.csv").exists()

@@ -16,6 +16,7 @@ from configs.command import run
 from configs.load import UserError
 from evaluation.engine import load
 from evaluation.engine.accounting import peak_rss_bytes
+from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache_scope=arguments.cache_scope,
         dtype=arguments.dtype,
         record_trace=trace_path is not None,
+        cache_prior=_cache_prior(arguments),
     ) as (model, engine):
         tokenizer = load_tokenizer(model_dir)
         prompt_ids = tokenizer(prompt)["input_ids"]
@@ -69,6 +71,7 @@ def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
     stats, timing = result.stats, result.timing
     return {
         "token_ids": result.token_ids,
+        "outputs_are_exact": engine.is_exact,
         "accesses": stats.accesses,
         "hits": stats.hits,
         "misses": stats.misses,
@@ -103,6 +106,14 @@ def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict
     }
 
 
+def _cache_prior(arguments: argparse.Namespace) -> CachePrior | None:
+    if arguments.cache_prior is None:
+        if arguments.cache_prior_keep is not None:
+            raise UserError("--cache-prior-keep says nothing without --cache-prior; write --cache-prior 0.1 too")
+        return None
+    return CachePrior(arguments.cache_prior, 1 if arguments.cache_prior_keep is None else arguments.cache_prior_keep)
+
+
 def _prompt(arguments: argparse.Namespace) -> str:
     prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(Path(arguments.prompt_file))
     if not prompt.strip():
@@ -124,6 +135,8 @@ def _read_prompt(path: Path) -> str:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(report["text"], markup=False, highlight=False)
+    if not report["outputs_are_exact"]:
+        console.print("routed with a cache prior: not the text of the model as it was trained", style="bold")
     table = Table(show_header=False)
     hit_rate = report["hit_rate"]
     for name, value in {
@@ -164,6 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
     parser.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
     parser.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
+    parser.add_argument(
+        "--cache-prior",
+        type=float,
+        metavar="LAMBDA",
+        help="CHANGES THE TEXT: while decoding, routers prefer experts that are in the cache, by LAMBDA times the spread "
+        "of their logits; 0.1 is mild (arXiv 2412.00099)",
+    )
+    parser.add_argument(
+        "--cache-prior-keep",
+        type=int,
+        metavar="J",
+        help="the router's own J best experts are preferred as much (default 1)",
+    )
     parser.add_argument("--route-trace", metavar="PATH", help="write the routing of this run, for `remoe replay`")
     parser.add_argument("--seed", type=int, default=0, help="seed of torch; greedy decoding itself draws nothing")
     return parser

@@ -114,6 +114,10 @@ class ExpertCache:
         """The experts that are in a slot now."""
         return frozenset().union(*(pool.resident for pool in self._pools))
 
+    def resident_experts(self, layer: int) -> list[int]:
+        """The experts of `layer` that are in a slot now."""
+        return [expert for at, expert in self._pools[layer].resident if at == layer]
+
     def serve(self, layer: int, event: Sequence[Key], *, phase: int) -> Service:
         """Serve and count one event of `layer` (position among the MoE layers); see `Pool.serve`."""
         service = self._pools[layer].serve(event)

@@ -13,6 +13,7 @@ from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, e
 from evaluation.engine.bandwidth import reads_in_flight_for
 from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_cliff
 from evaluation.engine.cache import SCOPES, ExpertCache
+from evaluation.engine.cache_prior import CachePrior, attach_cache_prior
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.policies import ONLINE
 from evaluation.engine.reader import Reader
@@ -32,11 +33,13 @@ class Engine:
         demand: layers, experts, top_k and the bytes of a slot.
         dtype: the precision that is computed in.
         cache: slots and who is in them.
+        is_exact: whether outputs are those of the resident model; False with a cache prior.
     """
 
     def __init__(self, store: ExpertStore, cache: ExpertCache, *, demand: Demand, dtype: torch.dtype) -> None:
         self.demand, self.dtype, self.cache = demand, dtype, cache
         self._store = store
+        self.is_exact = True
         self._recorder: TraceRecorder | None = None
         self._pager: Pager | None = None
 
@@ -78,6 +81,13 @@ class Engine:
         register()
         model.set_experts_implementation(IMPLEMENTATION)
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
+
+    def prefer_residents(self, model: PreTrainedModel, prior: CachePrior) -> None:
+        """Route with a cache prior from now on: outputs are no longer those of the resident model."""
+        pager = self._pager
+        assert pager is not None, "a prior for an engine that serves no model"
+        attach_cache_prior(model, prior, resident=self.cache.resident_experts, is_decode=lambda: pager.is_decode)
+        self.is_exact = False
 
     def stats(self) -> EngineStats:
         """Counters since `load` or the last `reset_stats`."""
@@ -132,6 +142,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     record_trace: bool = False,
     reads_in_flight: int | None = None,
+    cache_prior: CachePrior | None = None,
 ) -> Iterator[tuple[PreTrainedModel, Engine]]:
     """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
 
@@ -144,6 +155,7 @@ def load(
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
         record_trace: keep the routing of every token, for `engine.trace()`.
         reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
+        cache_prior: let routers prefer resident experts while decoding; this changes what the model says.
 
     Yields:
         The transformers model, to be used as any other (inference only), and its engine.
@@ -171,6 +183,8 @@ def load(
         cache = ExpertCache(slots, demand.layers, scope=cache_scope, make_policy=ONLINE[cache_policy])
         engine = Engine(store, cache, demand=demand, dtype=chosen_dtype)
         engine.attach(model, reader, record_trace=record_trace)
+        if cache_prior is not None:
+            engine.prefer_residents(model, cache_prior)
         yield model, engine
 
 

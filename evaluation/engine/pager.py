@@ -62,6 +62,11 @@ class Pager:
         if self._recorder is not None:
             self._recorder.begin_call(self._phase)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether the running call is one more token of known sequences."""
+        return self._phase == DECODE
+
     def forward(
         self,
         experts: nn.Module,

@@ -2,7 +2,8 @@
 
 transformers' loader is given a state dict of lazy slices of the shards, as it makes for itself, without the experts;
 in their place stand tensors that never leave the meta device. So names, precisions, tied weights and even the memory
-alignment of every resident weight are what `from_pretrained` would have made, and no expert is ever read.
+alignment of every resident weight are what `from_pretrained` would have made, and no expert is ever read. Residents are
+copied out of the mapped shards, one after the other.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from configs.load import UserError
-from evaluation.engine.slot_memory import TORCH_DTYPES
+from evaluation.engine.slot_memory import ALIGN_BYTES, TORCH_DTYPES
 from evaluation.engine.store import ExpertStore
 
 
@@ -78,10 +79,26 @@ def load_resident(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise UserError(f"{model_dir}: the checkpoint lacks {missing}; copy the model again")
+    _copy_out_of_files(model)
     model.config.name_or_path = str(model_dir)
     if (Path(model_dir) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
     return model
+
+
+def _copy_out_of_files(model: PreTrainedModel) -> None:
+    """transformers maps weights from the shards: a file that is cut later would take the process with it (SIGBUS)."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta and tensor.is_contiguous():
+            tensor.data = _copy_with_alignment(tensor.data)
+
+
+def _copy_with_alignment(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that starts as far off a 64-byte boundary: last bits of products depend on it."""
+    memory = torch.empty(tensor.nbytes + ALIGN_BYTES, dtype=torch.uint8)
+    start = (tensor.data_ptr() - memory.data_ptr()) % ALIGN_BYTES
+    copy = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[int, nn.Module]]:

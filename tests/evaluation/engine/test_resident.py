@@ -1,5 +1,8 @@
 """Resident weights are those `from_pretrained` makes, down to flags and alignment; other forms are refused."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +35,22 @@ def test_residents_are_what_from_pretrained_makes(checkpoint: Checkpoint, family
     for (name, buffer), (_, other) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(buffer, other), name
     assert model.config._attn_implementation == plain.config._attn_implementation
+
+
+def test_a_shard_that_is_cut_later_does_not_reach_the_residents(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A mapped page beyond the end of its file ends the process with SIGBUS, so another one tries."""
+    folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "m")
+    code = f"""
+import os, torch
+from evaluation.engine import load
+with torch.no_grad(), load({str(folder)!r}, "100%") as (model, _):
+    model(torch.arange(2, 250).unsqueeze(0))  # every expert is read
+    before = model(torch.tensor([[5, 6]])).logits
+    os.truncate({str(folder / "model.safetensors")!r}, 4096)
+    assert torch.equal(model(torch.tensor([[5, 6]])).logits, before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
     "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
-    "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.15},
+    "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
 }
 
 

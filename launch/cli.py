@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("evaluation.generate", "decode with experts paged from disk under a byte budget"),
     "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
     "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
+    "bench": ("evaluation.bench", "decode speed beside peers at equal memory, and beside the machine's bound"),
     "report": ("evaluation.report", "write the report of a results.json again"),
 }
 

@@ -1,0 +1,96 @@
+"""What the machine can do: reads of expert size from the model's own files at several depths, and memory reads."""
+
+import mmap
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+DEPTHS = (1, 2, 4, 8, 16)
+SECONDS = 1.0  # for each depth
+BLOCK = 4096  # what O_DIRECT wants offsets and lengths to be multiples of
+MEMORY_BYTES = 1 << 29  # far beyond any cache of a processor
+MEMORY_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class ReadBandwidth:
+    """Bytes per second of random reads of `read_bytes` each, by how many are in flight; past the page cache or not."""
+
+    read_bytes: int
+    direct: bool
+    by_depth: dict[int, float]
+
+    @property
+    def best(self) -> float:
+        return max(self.by_depth.values())
+
+
+def read_bandwidth(
+    files: Sequence[Path], read_bytes: int, *, depths: Sequence[int] = DEPTHS, seconds: float = SECONDS
+) -> ReadBandwidth:
+    """Measure on files that are there already. Where O_DIRECT is refused, through the page cache, and it says so."""
+    length = -(-read_bytes // BLOCK) * BLOCK
+    direct = _takes_direct(files[0])
+    descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
+    try:
+        by_depth = {depth: _rate(descriptors, length, depth, seconds) for depth in depths}
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return ReadBandwidth(length, direct, by_depth)
+
+
+def _takes_direct(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        os.preadv(descriptor, [mmap.mmap(-1, BLOCK)], 0)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -> float:
+    start = time.perf_counter()
+    with ThreadPoolExecutor(depth) as pool:
+        done = list(pool.map(lambda n: _read_until(descriptors, length, start + seconds, seed=n), range(depth)))
+    return sum(done) / (time.perf_counter() - start)
+
+
+def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: int) -> int:
+    """Read random places until `end`; returns the bytes that came."""
+    draw, buffer, total = random.Random(seed), mmap.mmap(-1, length), 0
+    sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
+    while True:
+        number = draw.choices(range(len(descriptors)), weights=sizes)[0]
+        offset = draw.randrange(max(1, (sizes[number] - length) // BLOCK)) * BLOCK
+        total += os.preadv(descriptors[number], [buffer], offset)
+        if time.perf_counter() >= end:
+            return total
+
+
+def memory_bandwidth(threads: int, *, size_bytes: int = MEMORY_BYTES, rounds: int = MEMORY_ROUNDS) -> float:
+    """Bytes per second at which `threads` threads read memory: the best of several sums over a large array."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        numbers = torch.ones(size_bytes // 4)
+        return size_bytes / min(_seconds_to_sum(numbers) for _ in range(rounds))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds_to_sum(numbers: torch.Tensor) -> float:
+    start = time.perf_counter()
+    numbers.sum()
+    return time.perf_counter() - start

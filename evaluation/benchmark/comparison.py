@@ -1,0 +1,140 @@
+"""From runs to figures: medians and spreads over repeats, ratios within repeats, and the machine's bound.
+
+Ratios are taken inside one repeat, where the sides ran right after each other, and only then summarised: a machine
+that is slower for an hour slows both.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from evaluation.benchmark.order import LONG
+from evaluation.benchmark.processes import SideRun
+
+MEASURES: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
+    "mean_ttft_ms": lambda leg: leg["ttft_ms"],
+    "mean_tpot_ms": lambda leg: leg["tpot_ms"],
+    "output_throughput": lambda leg: leg["output_throughput"],
+    "bytes_read_per_token": lambda leg: leg["bytes_read_per_token"],
+    "hit_rate_decode": lambda leg: _engine(leg, "hit_rate", "decode"),
+    "reuse_rate_mean": lambda leg: _engine(leg, "reuse_rate_mean"),
+}
+"""What is summarised of a leg; `bytes_read_per_token` is the device's, see `meter.py`."""
+
+
+def _engine(leg: dict[str, Any], *keys: str) -> Any:
+    value: Any = leg["engine"]
+    for key in keys:
+        value = None if value is None else value[key]
+    return value
+
+
+def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+    """Median, least, most and how many; None when nothing was measured."""
+    known = [value for value in values if value is not None]
+    return {"median": median(known), "min": min(known), "max": max(known), "n": len(known)} if known else None
+
+
+def summarise(runs: Sequence[SideRun]) -> dict[str, Any]:
+    """By contender and leg: every measure's spread over the repeats; failures and peaks by contender."""
+    summary = {}
+    for contender in dict.fromkeys(run.contender for run in runs):
+        own = [run for run in runs if run.contender == contender]
+        legs = list(dict.fromkeys(name for run in own for name in run.legs))
+        summary[contender] = {
+            "legs": {
+                leg: {
+                    name: spread(read(run.legs[leg]) for run in own if leg in run.legs)
+                    for name, read in MEASURES.items()
+                }
+                for leg in legs
+            },
+            "limit_bytes": own[0].limit_bytes,
+            "peak_rss_bytes": max((r.peak_rss_bytes for r in own if r.peak_rss_bytes is not None), default=None),
+            "peak_memory_bytes": max(
+                (r.peak_memory_bytes for r in own if r.peak_memory_bytes is not None), default=None
+            ),
+            "load_seconds": spread(run.load_seconds for run in own),
+            "settings": next((run.settings for run in own if run.settings), {}),
+            "failures": sorted({run.failure for run in own if run.failure}),
+        }
+    return summary
+
+
+def ratios(runs: Sequence[SideRun], *, of: str, to: str, leg: str) -> dict[str, dict[str, float] | None]:
+    """`of`'s figures divided by `to`'s in the same repeat: TPOT and TTFT."""
+    return {
+        f"{name}_ratio": spread(
+            _divide(MEASURES[name](a.legs[leg]), MEASURES[name](b.legs[leg])) for a, b in _pairs(runs, of, to, leg)
+        )
+        for name in ("mean_tpot_ms", "mean_ttft_ms")
+    }
+
+
+def _pairs(runs: Sequence[SideRun], of: str, to: str, leg: str) -> list[tuple[SideRun, SideRun]]:
+    by_repeat = {(run.contender, run.repeat): run for run in runs if leg in run.legs}
+    return [
+        (by_repeat[of, repeat], by_repeat[to, repeat])
+        for contender, repeat in by_repeat
+        if contender == of and (to, repeat) in by_repeat
+    ]
+
+
+def equal_tokens(runs: Sequence[SideRun], *, of: str, to: str) -> float | None:
+    """Share of tokens, over all legs and repeats, up to the first that differs; None without a common leg."""
+    shares = [
+        (_common(a.legs[leg]["token_ids"], b.legs[leg]["token_ids"]), min(_lengths(a, b, leg)))
+        for leg in dict.fromkeys(name for run in runs for name in run.legs)
+        for a, b in _pairs(runs, of, to, leg)
+    ]
+    return sum(common for common, _ in shares) / sum(most for _, most in shares) if shares else None
+
+
+def _lengths(a: SideRun, b: SideRun, leg: str) -> tuple[int, int]:
+    return len(a.legs[leg]["token_ids"]), len(b.legs[leg]["token_ids"])
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = list(zip(a, b, strict=False))
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+
+
+def decode_bound(
+    runs: Sequence[SideRun], contender: str, leg: str, *, read_rate: float, memory_rate: float, active_bytes: int
+) -> dict[str, Any] | None:
+    """What a token costs at least, and the share of it that was reached: bound / TPOT.
+
+    The bound of a token is the slower of reading its missing experts and of reading all weights it needs from memory.
+    """
+    own = [run.legs[leg] for run in runs if run.contender == contender and leg in run.legs]
+    rows = [row for row in own if row["tpot_ms"] is not None]
+    if not rows:
+        return None
+    memory_ms = 1e3 * active_bytes / memory_rate
+    bounds = [max(1e3 * row["engine"]["counted_bytes_read_per_token"] / read_rate, memory_ms) for row in rows]
+    return {
+        "bound_ms": spread(bounds),
+        "memory_ms": memory_ms,
+        "share": spread(bound / row["tpot_ms"] for bound, row in zip(bounds, rows, strict=True)),
+        "stall_share": spread(row["engine"]["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]) for row in rows),
+    }
+
+
+def prompt_bound(runs: Sequence[SideRun], contender: str, *, resident: str, read_rate: float) -> dict[str, Any] | None:
+    """The long prompt: one pass over the experts it touches plus the resident model's time, and TTFT over that."""
+    pairs = _pairs(runs, contender, resident, LONG)
+    rows = [(a.legs[LONG], b.legs[LONG]["ttft_ms"]) for a, b in pairs]
+    touched = [row["engine"]["first_touches"] * row["engine"]["expert_bytes"] for row, _ in rows]
+    expected = [1e3 * size / read_rate + compute for size, (_, compute) in zip(touched, rows, strict=True)]
+    if not rows:
+        return None
+    return {
+        "touched_bytes": spread(touched),
+        "resident_ttft_ms": spread(compute for _, compute in rows),
+        "expected_ms": spread(expected),
+        "ratio": spread(row["ttft_ms"] / ms for (row, _), ms in zip(rows, expected, strict=True)),
+    }
+
+
+def _divide(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b

@@ -1,0 +1,41 @@
+"""What the benchmark asks of one side's process: which side, which requests, with which settings."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+COLD, WARM, LONG = "cold", "warm", "long_prompt"
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One request. Cold and long-prompt legs start from dropped page caches and empty expert caches; warm ones do not."""
+
+    name: str
+    prompt_ids: list[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """One process of one side: it loads once and serves the legs one after the other."""
+
+    side: str  # a key of `side.SIDES`
+    model_dir: str
+    legs: list[Leg]
+    threads: int
+    expert_cache: str | None = None  # ours
+    cache_policy: str = "lru"  # ours
+    gguf: str | None = None  # llamacpp
+    resident_bytes: int | None = None  # accelerate: weights to keep in memory
+    offload_dir: str | None = None  # accelerate
+    settings: dict[str, Any] = field(default_factory=dict)  # what a side adds: written into the result
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "Order":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "legs": [Leg(**leg) for leg in values["legs"]]})

@@ -1,0 +1,45 @@
+"""Bandwidths: of the size and depths asked for, and honest about O_DIRECT."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.benchmark.bandwidth import memory_bandwidth, read_bandwidth
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def test_every_depth_is_measured_and_the_best_is_known(file: Path) -> None:
+    found = read_bandwidth([file], 5000, depths=(1, 3), seconds=0.05)
+    assert found.read_bytes == 8192
+    assert set(found.by_depth) == {1, 3}
+    assert found.best == max(found.by_depth.values()) > 0
+
+
+def test_a_refused_o_direct_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_open = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return plain_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = read_bandwidth([file], 4096, depths=(1,), seconds=0.01)
+    assert not found.direct
+    assert found.best > 0
+
+
+def test_a_file_smaller_than_an_expert_is_read_as_it_is(file: Path) -> None:
+    assert read_bandwidth([file], 4 << 20, depths=(1,), seconds=0.01).best > 0
+
+
+def test_memory_bandwidth_is_a_rate() -> None:
+    assert memory_bandwidth(1, size_bytes=1 << 22, rounds=2) > 1e8

@@ -29,6 +29,8 @@ from evaluation.engine.slot_memory import SlotMemory
 IMPLEMENTATION = "remoe_paged"
 VECTOR = 64
 """Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
+COMBINED_TOKENS = 64
+"""Tokens whose weighted rows exist at once, in the wider precision of the weights."""
 THREAD_GRAIN = 32768
 """Numbers below which torch does not give an element-wise operation to several threads (at::internal::GRAIN_SIZE)."""
 
@@ -252,8 +254,13 @@ def _heaviest_first(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> np
 
 
 def _combine(out_RH: torch.Tensor, order_R: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-    """Weight the rows, put them back into routing order and add up each token's."""
-    weighted_RH = out_RH * weights_TK.reshape(-1)[order_R].unsqueeze(-1)
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(len(order_R))
-    return weighted_RH[inverse_R].view(*weights_TK.shape, -1).sum(dim=1)
+    """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
+    tokens, top_k = weights_TK.shape
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(len(order_R))
+    sums = []
+    for first in range(0, tokens, COMBINED_TOKENS):
+        weights_tK = weights_TK[first : first + COMBINED_TOKENS]
+        rows_rH = out_RH[place_R[first * top_k : (first + COMBINED_TOKENS) * top_k]]
+        sums.append((rows_rH * weights_tK.reshape(-1, 1)).view(*weights_tK.shape, -1).sum(dim=1))
+    return torch.cat(sums)

@@ -30,6 +30,7 @@ from evaluation.benchmark.synthetic import Shape
 from evaluation.engine import load
 from evaluation.engine.accounting import DECODE
 from evaluation.engine.budget import readable
+from evaluation.engine.curve import lru_curve
 from evaluation.engine.decoding import decode
 from evaluation.engine.output import write_json
 from evaluation.engine.route_trace import RouteTrace
@@ -46,6 +47,7 @@ CONTEXT_TOKENS = 4096
 INTERMEDIATE_STEP = 16  # rows of whole cache lines in 16 bit
 CHECK_CACHE = "30%"  # of the experts, while the finished checkpoint is measured
 CHECK_PROMPT_TOKENS = 256
+MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, at which LRU misses are told
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,8 +138,8 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int
         trace = engine.trace()
     return {
         "split": "test",
-        "teacher_forced": routing_summary(_of_phase(trace, decoded=False)),
-        "greedy": routing_summary(_of_phase(trace, decoded=True)) if new_tokens > 1 else None,
+        "teacher_forced": _routing(_of_phase(trace, decoded=False)),
+        "greedy": _routing(_of_phase(trace, decoded=True)) if new_tokens > 1 else None,
         "distinct_tokens": _distinct(generated),
         "distinct_tokens_in_text": _distinct([row[:new_tokens] for row in rows]),
         "most_common_share": _most_common_share(generated) if new_tokens else None,
@@ -145,9 +147,23 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int
 
 
 def _of_phase(trace: RouteTrace, *, decoded: bool) -> RouteTrace:
+    """The tokens of one phase, each as a call of its own."""
     kept_T = (trace.phase == DECODE) == decoded
-    fields = {name: getattr(trace, name)[kept_T] for name in ("expert_ids", "phase", "request_id", "call")}
-    return replace(trace, **fields)
+    return replace(
+        trace, expert_ids=trace.expert_ids[kept_T], request_id=trace.request_id[kept_T],
+        phase=np.full(kept_T.sum(), DECODE), call=np.arange(kept_T.sum()),
+    )  # fmt: skip
+
+
+def _routing(trace: RouteTrace) -> dict[str, Any]:
+    """EOR, load, and what an LRU cache of a share of a layer's experts would miss, cold for every prompt."""
+    curve = lru_curve(trace, cache_scope="per_layer")
+    misses, accesses = curve.misses.sum((0, 1)), int(curve.accesses.sum())
+    slots = {share: round(share * trace.num_experts) for share in MISS_SHARES}
+    return {
+        **routing_summary(trace),
+        "lru_miss_rate": {str(share): int(misses[count]) / accesses for share, count in slots.items()},
+    }
 
 
 def _distinct(rows: Sequence[Sequence[int]]) -> float:
@@ -177,17 +193,24 @@ def _facts(made: dict[str, Any]) -> dict[str, str]:
         f"{shape['hidden']}, intermediate {shape['intermediate']}",
         "EOR asked for": f"{made['eor']:.3f}; chance is {forced['chance_reuse_rate']:.3f}",
         "EOR on test text": f"{forced['reuse_rate_mean']:.3f} ({_range(forced['reuse_rate_per_layer'])} by layer)",
+        "LRU misses on test text": _misses(forced),
         "load CV on test text": f"{_range(forced['load_cv_per_layer'])} by layer",
     }
     if greedy is not None:
         facts["EOR of greedy decoding"] = (
             f"{greedy['reuse_rate_mean']:.3f} ({_range(greedy['reuse_rate_per_layer'])} by layer)"
         )
+        facts["LRU misses of greedy decoding"] = _misses(greedy)
         facts["distinct greedy tokens"] = (
             f"{measured['distinct_tokens']:.0f} of {greedy['n_tokens'] // len(DOMAINS)}; in real text "
             f"{measured['distinct_tokens_in_text']:.0f}; the commonest is {100 * measured['most_common_share']:.1f} %"
         )
     return facts
+
+
+def _misses(routing: dict[str, Any]) -> str:
+    rates = ", ".join(f"{100 * rate:.0f}" for rate in routing["lru_miss_rate"].values())
+    return f"{rates} % with {', '.join(f'{100 * share:g}' for share in MISS_SHARES)} % of a layer's experts"
 
 
 def _range(values: Sequence[float]) -> str:
@@ -218,7 +241,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--intermediate", type=int, metavar="I", help="rows of an expert; instead of --size")
     parser.add_argument("--shared-intermediate", type=int, default=64, metavar="I", help="shared expert (default 64)")
     parser.add_argument(
-        "--eor", type=float, default=0.35, help="share of experts that neighbouring tokens have in common"
+        "--eor",
+        type=float,
+        default=0.37,
+        help="share of its experts that a token of real text has in common with the one before (default 0.37; in the "
+        "model's own greedy text it is a little less)",
     )
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default bfloat16)")
     parser.add_argument("--seed", type=int, default=0)

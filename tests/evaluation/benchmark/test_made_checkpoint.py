@@ -73,6 +73,9 @@ def test_reuse_is_what_was_asked_for(make: Callable[..., Made], tokenizer: Any, 
     assert measured["teacher_forced"]["reuse_rate_mean"] == pytest.approx(eor, abs=0.04)
     assert measured["teacher_forced"]["dead_experts_per_layer"] == [0, 0]
     assert measured["greedy"] is None
+    rates = list(measured["teacher_forced"]["lru_miss_rate"].values())
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] == pytest.approx(1 - measured["teacher_forced"]["reuse_rate_mean"], abs=0.01)  # a quarter: K of 8
 
 
 @pytest.mark.parametrize("eor", [0.05, 0.97])

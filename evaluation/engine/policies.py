@@ -133,26 +133,63 @@ class Static(Ranked):
         return self._uses.get(key, 0)
 
 
-class Decayed(Ranked):
-    """Like `Lfu`, but a use counts half after every `HALF_LIFE` calls (LRFU: Lee et al., IEEE ToC 50:12, 2001).
+class Decayed:
+    """The one of least decayed use leaves, used ones of layers whose turn is far away before others.
 
-    The sum of 2 ** (-age / HALF_LIFE) over an expert's uses keeps its order among experts while time passes, so ranks are
-    the logarithm of that sum with ages counted from the start.
+    A use counts half after every `HALF_LIFE` calls, also of an expert that was out in between (LRFU: Lee et al., IEEE ToC
+    50:12, 2001, but for that memory). The sum of 2 ** (-age / HALF_LIFE) over an expert's uses keeps its order in a
+    layer while time passes, so each layer has a heap by the logarithm of that sum with ages counted from the start.
+    In a pool of several layers an expert can next be of use when its layer comes, in at most one call: the sum is
+    multiplied by 1 - `TURN` x that part of a call. Both constants: see the table in the engine's README.
     """
 
-    HALF_LIFE = 16
+    HALF_LIFE, TURN = 32, 0.9
 
     def __init__(self) -> None:
-        super().__init__()
+        self._worth: dict[Key, tuple[float, int]] = {}  # logarithm, time of the last use; also of those that left
+        self._resident: set[Key] = set()
+        self._heaps: dict[int, list[tuple[float, int, Key]]] = {}  # residents by layer; outdated entries are too low
         self._calls: Counter[int] = Counter()  # events so far, by layer: every call brings one to each
+        self._layer, self._time = 0, 0
 
     def touch(self, event: Sequence[Key]) -> None:
-        self._calls[event[0][0]] += 1
-        super().touch(event)
+        self._layer = event[0][0]
+        self._calls[self._layer] += 1
+        now = self._calls[self._layer] / self.HALF_LIFE
+        for key in event:
+            self._time += 1
+            worth, _ = self._worth.get(key, (-math.inf, 0))
+            self._worth[key] = (now + math.log2(1 + 2 ** (worth - now)), self._time)
+            if key not in self._resident:
+                self._resident.add(key)
+                heapq.heappush(self._heaps.setdefault(self._layer, []), (*self._worth[key], key))
 
-    def rank(self, key: Key, before: float | None) -> float:
-        now = self._calls[key[0]] / self.HALF_LIFE
-        return now if before is None else now + math.log2(1 + 2 ** (before - now))
+    def evict(self, pinned: Collection[Key]) -> Key:
+        held = [entry for heap in self._heaps.values() for entry in self._set_aside(heap, pinned)]
+        layer = min((layer for layer, heap in self._heaps.items() if heap), key=self._lowest)
+        victim = heapq.heappop(self._heaps[layer])[2]
+        for entry in held:
+            heapq.heappush(self._heaps[entry[2][0]], entry)
+        self._resident.remove(victim)
+        return victim
+
+    def _set_aside(self, heap: list[tuple[float, int, Key]], pinned: Collection[Key]) -> Iterator[tuple[float, int, Key]]:
+        """Bring an entry to the top that is up to date and not pinned; yield those that are in its way."""
+        while heap:
+            current = (*self._worth[heap[0][2]], heap[0][2])
+            if heap[0] != current:
+                heapq.heapreplace(heap, current)
+            elif current[2] in pinned:
+                yield heapq.heappop(heap)
+            else:
+                return
+
+    def _lowest(self, layer: int) -> tuple[float, int]:
+        """What the lowest of a layer is worth now."""
+        worth, time, _ = self._heaps[layer][0]
+        layers = max(self._calls) + 1
+        turn = ((layer - self._layer - 1) % layers + 1) / layers
+        return worth - self._calls[layer] / self.HALF_LIFE + math.log2(1 - self.TURN * turn), time
 
 
 class Lfru:

@@ -28,7 +28,7 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
     """The rules of the README, written down without any thought of speed."""
     resident: dict[int, int] = {}  # expert -> when it came in
     uses: dict[int, list[int]] = {}  # expert -> times of its uses since it came in
-    calls: dict[int, list[int]] = {}  # the same, as numbers of events
+    calls: dict[int, list[int]] = {}  # of all its uses, as numbers of events
     clock = itertools.count()
     all_misses: list[list[int]] = []
     for number, event in enumerate(events):
@@ -36,9 +36,9 @@ def plain(name: str, events: Events, slots: int) -> list[list[int]]:
         for expert in event:
             time = next(clock)
             if expert not in resident:
-                resident[expert], uses[expert], calls[expert] = time, [], []
+                resident[expert], uses[expert] = time, []
             uses[expert].append(time)
-            calls[expert].append(number)
+            calls.setdefault(expert, []).append(number)
         pinned = event if len(event) <= slots else []
         while len(resident) > slots:
             candidates = [expert for expert in resident if expert not in pinned]

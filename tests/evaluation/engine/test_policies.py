@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from configs.load import UserError
 from evaluation.engine.cache import Pool
-from evaluation.engine.policies import LIVE, ONLINE, Policy, Static, make_policy
+from evaluation.engine.policies import LIVE, ONLINE, Decayed, Key, Policy, Static, make_policy
 from tests.evaluation.engine.made_traces import POLICY_NAMES, Events, events_of, fixed_trace, policy_for
 
 every_policy = pytest.mark.parametrize("name", POLICY_NAMES)
@@ -91,10 +91,10 @@ def test_what_was_just_used_hits(name: str, events: Events, slots: int) -> None:
             assert pool.resident == before
 
 
-@every_policy
+@pytest.mark.parametrize("name", [name for name in POLICY_NAMES if name != "decayed"])
 @given(before=events_of(7, 4), after=events_of(7, 4))
 @many
-def test_what_left_is_forgotten(name: str, before: Events, after: Events) -> None:
+def test_what_left_is_forgotten_by_all_but_decayed(name: str, before: Events, after: Events) -> None:
     def victims(policy: Policy, events: Events) -> list[tuple[int, int]]:
         for event in events:
             policy.touch(keys(event))
@@ -117,6 +117,57 @@ def test_static_keeps_its_experts_but_for_the_slots_an_event_needs() -> None:
     pool = Pool(4, Static({(0, expert): expert for expert in range(4)}))
     misses = [len(pool.serve(keys(event)).misses) for event in [[3, 2], [1, 0], [8, 9], [6, 7], [3, 2], [9, 3]]]
     assert misses == [2, 2, 2, 2, 0, 1]
+
+
+def test_decayed_remembers_what_left_and_forgets_with_time() -> None:
+    """0 was used three times before it left, 1 twice since; after some half-lives the old uses count for nothing."""
+    victims = []
+    for calls_between in (1, 5 * Decayed.HALF_LIFE):
+        policy = Decayed()
+        for _ in range(3):
+            policy.touch(keys([0]))
+        assert policy.evict(()) == (0, 0)
+        for _ in range(calls_between):
+            policy.touch(keys([5]))
+        for event in [[0], [1], [1]]:
+            policy.touch(keys(event))
+        order = [policy.evict(()) for _ in range(3)]
+        victims.append(next(victim for victim in order if victim != (0, 5)))
+    assert victims == [(0, 1), (0, 0)]
+
+
+layers_of_calls = st.lists(st.tuples(*[events_of(5, 3).map(lambda events: events[0])] * 3), min_size=2, max_size=12)
+
+
+@given(calls=layers_of_calls, slots=st.integers(3, 12))
+@many
+def test_decayed_counts_uses_for_less_the_further_away_their_layers_turn_is(
+    calls: list[tuple[list[int], ...]], slots: int
+) -> None:
+    """Three layers share the slots, all of them known from the first call on; worth by the definition, from all uses."""
+    policy, resident = Decayed(), {(layer, 9) for layer in range(3)}
+    uses: dict[Key, list[int]] = {key: [0] for key in sorted(resident)}
+    for key in uses:
+        policy.touch([key])
+    for number, call in enumerate(calls, start=1):
+        for layer, experts in enumerate(call):
+            event = [(layer, expert) for expert in experts]
+            policy.touch(event)
+            resident |= set(event)
+            for key in event:
+                uses.setdefault(key, []).append(number)
+            while len(resident) > slots:
+                victim = policy.evict(event)
+                worth = {key: plain_worth(key, uses[key], number, layer) for key in resident - set(event)}
+                assert worth[victim] == pytest.approx(min(worth.values()))
+                resident.remove(victim)
+
+
+def plain_worth(key: Key, uses: list[int], now: int, layer: int) -> float:
+    """`now` is the call being served; layers that come after `layer` were last served in the call before."""
+    calls = now if key[0] <= layer else now - 1
+    until_turn = {0: 3, 1: 1, 2: 2}[(key[0] - layer) % 3] / 3
+    return sum(2 ** -((calls - use) / Decayed.HALF_LIFE) for use in uses) * (1 - Decayed.TURN * until_turn)
 
 
 @pytest.mark.parametrize("name", LIVE)

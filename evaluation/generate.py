@@ -21,6 +21,7 @@ from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
 from evaluation.engine.policies import ONLINE
+from evaluation.engine.resident import read_config
 from evaluation.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from training.model import load_tokenizer, local_folder
 from training.router_delta import load_for
@@ -40,9 +41,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir = local_folder(arguments.model)
     torch.manual_seed(arguments.seed)
     transformers.utils.logging.disable_progress_bar()
+    read_config(model_dir)  # a folder without a model is named before its tokenizer is missed
+    tokenizer = load_tokenizer(model_dir)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    if not prompt_ids:
+        raise UserError(f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?")
     with load(
         model_dir,
         arguments.expert_cache,
+        memory_budget=arguments.memory_budget,
+        context_tokens=len(prompt_ids) + max(1, arguments.max_new_tokens),
         router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
         cache_policy=arguments.cache_policy,
         cache_scope=arguments.cache_scope,
@@ -50,12 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         record_trace=trace_path is not None,
         cache_prior=_cache_prior(arguments),
     ) as (model, engine):
-        tokenizer = load_tokenizer(model_dir)
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        if not prompt_ids:
-            raise UserError(
-                f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?"
-            )
         result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=arguments.max_new_tokens)
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
         report = {**result_json(result, engine), "text": text, "config": _resolved(arguments, engine, model)}
@@ -95,6 +97,7 @@ def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict
         **vars(arguments),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "expert_cache_bytes": engine.pool_bytes,
+        "division": None if engine.division is None else asdict(engine.division),
         "slots": engine.cache.total_slots,
         **asdict(engine.demand),
         "expert_bytes": engine.expert_bytes,
@@ -163,11 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
     parser.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
-    parser.add_argument(
-        "--expert-cache",
-        required=True,
+    memory = parser.add_mutually_exclusive_group(required=True)
+    memory.add_argument(
+        "--memory-budget",
         metavar="SIZE",
-        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes; a slot in eight, at most 8, comes on top",
+        help="memory for everything: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB, or 25%% of the machine",
+    )
+    memory.add_argument(
+        "--expert-cache",
+        metavar="SIZE",
+        help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes; room for some that do not stay comes on top",
     )
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")

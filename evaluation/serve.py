@@ -24,6 +24,7 @@ from configs.command import run
 from configs.load import UserError
 from evaluation.engine import load
 from evaluation.engine.budget import readable
+from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
 from evaluation.engine.policies import ONLINE
 from evaluation.server.app import Service, create_app
@@ -151,6 +152,8 @@ def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[Pre
     with load(
         model_dir,
         arguments.expert_cache,
+        memory_budget=arguments.memory_budget,
+        context_tokens=arguments.max_model_len or CONTEXT_TOKENS,
         router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
         cache_policy=arguments.cache_policy,
         cache_scope=arguments.cache_scope,
@@ -230,11 +233,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_engine_flags(group: Any) -> None:
-    group.add_argument(
-        "--expert-cache",
-        required=True,
+    memory = group.add_mutually_exclusive_group(required=True)
+    memory.add_argument(
+        "--memory-budget",
         metavar="SIZE",
-        help="memory for experts: 512KiB, 2MiB, 8GiB, 25%% or bytes",
+        help="memory for everything: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB, or 25%% of the machine",
+    )
+    memory.add_argument(
+        "--expert-cache", metavar="SIZE", help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes"
     )
     group.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
     group.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")

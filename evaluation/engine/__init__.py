@@ -6,14 +6,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluation.engine.engine import load
+    from evaluation.engine.loading import load
 
 __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from evaluation.engine.engine import load
+        from evaluation.engine.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

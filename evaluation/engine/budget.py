@@ -40,13 +40,13 @@ def parse_size(text: int | str, *, whole_bytes: int) -> int:
     match = SIZE.fullmatch(str(text).strip())
     if match is None or match["unit"] not in (*UNIT_BYTES, "%"):
         raise UserError(
-            f"expert cache size {text!r} is not understood; write bytes as 2097152, 512KiB, 2MiB or 8GiB, "
-            "or a share of all expert bytes as 25%"
+            f"size {text!r} is not understood; write bytes as 2097152, 512KiB, 2MiB or 8GiB, "
+            "or a share as 25% (of all experts, or of the machine's memory)"
         )
     number = float(match["number"])
     size_bytes = whole_bytes * number / 100 if match["unit"] == "%" else number * UNIT_BYTES[match["unit"]]
     if match["unit"] == "%" and number > 100:
-        raise UserError(f"expert cache size {text!r} is more than all experts; write at most 100%")
+        raise UserError(f"size {text!r} is more than there is; write at most 100%")
     return int(size_bytes)
 
 

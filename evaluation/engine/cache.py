@@ -53,6 +53,27 @@ class Pool:
         self._policy = policy
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(first_slot + slots - 1, first_slot - 1, -1))
+        self._retired: list[int] = []
+
+    def emptied(self, policy: Policy) -> "Pool":
+        """The same slots, empty, under a new policy."""
+        pool = Pool(0, policy)
+        pool.slots, pool._retired = self.slots, self._retired
+        pool._free = [*self._free, *self._slot_of.values()]
+        return pool
+
+    def resize(self, slots: int) -> list[int]:
+        """Use so many slots, at most as many as there were at first; returns those that are not used from now on."""
+        kept = len(self._retired)
+        while self.slots < slots and self._retired:
+            self._free.append(self._retired.pop())
+            self.slots += 1
+        while self.slots > slots:
+            if not self._free:
+                self._free.append(self._slot_of.pop(self._policy.evict(())))
+            self._retired.append(self._free.pop())
+            self.slots -= 1
+        return self._retired[kept:]
 
     @property
     def resident(self) -> frozenset[Key]:
@@ -93,7 +114,11 @@ class ExpertCache:
         self.slots, self.layers, self.scope = slots, layers, scope
         self._make_policy = make_policy
         self.counts = CacheCounts(layers)
-        self.reset()
+        self._seen: set[Key] = set()
+        if scope == "global":
+            self._pools = [Pool(slots, make_policy())] * layers
+        else:
+            self._pools = [Pool(slots, make_policy(), first_slot=layer * slots) for layer in range(layers)]
 
     @property
     def total_slots(self) -> int:
@@ -102,13 +127,15 @@ class ExpertCache:
 
     def reset(self) -> None:
         """Empty the cache: a cold start. Counters stay."""
-        self._seen: set[Key] = set()
-        if self.scope == "global":
-            self._pools = [Pool(self.slots, self._make_policy())] * self.layers
-        else:
-            self._pools = [
-                Pool(self.slots, self._make_policy(), first_slot=layer * self.slots) for layer in range(self.layers)
-            ]
+        self._seen = set()
+        fresh = {id(pool): pool.emptied(self._make_policy()) for pool in self._pools}
+        self._pools = [fresh[id(pool)] for pool in self._pools]
+
+    def resize(self, slots: int) -> list[int]:
+        """Use so many slots of each pool, at most as many as at first; returns those that are not used from now on."""
+        unused = [slot for pool in dict.fromkeys(self._pools) for slot in pool.resize(slots)]
+        self.slots = self._pools[0].slots
+        return unused
 
     def resident(self) -> frozenset[Key]:
         """The experts that are in a slot now."""

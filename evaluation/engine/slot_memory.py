@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from evaluation.engine.expert_layout import FUSED, ExpertShape
-from evaluation.engine.reader import Bytes, Span
+from evaluation.engine.reader import PAGE_BYTES, Bytes, Span
 from evaluation.engine.store import ExpertStore, Extent
 
 ALIGN_BYTES = 64
@@ -89,6 +89,10 @@ class SlotMemory:
             return NO_LEADS
         return Leads(*(self._store.offset(layer_id, expert, role) % ALIGN_BYTES for role in ("down", "gate_up")))
 
+    def release(self, slot: int) -> None:
+        """Give the memory of a slot back to the system; the slot may be used again."""
+        self._records.release(slot)
+
     def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
         slot = self.passing_slots.start if into is None else into
@@ -142,7 +146,8 @@ class _Records:
         self.form = form
         self.total_bytes = slots * form.record_bytes
         self.leads = [NO_LEADS] * slots
-        self._memory = _huge_pages(self.total_bytes)
+        self._map = _huge_pages(self.total_bytes)
+        self._memory: Bytes = np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes)
         self._raw = torch.from_numpy(self._memory)
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
@@ -151,6 +156,13 @@ class _Records:
         start += slot * self.form.record_bytes
         matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
         return matrix if self.form.shape.transposed else matrix.T
+
+    def release(self, slot: int) -> None:
+        """Whole pages only: what a slot shares with its neighbours stays."""
+        start = -(-slot * self.form.record_bytes // PAGE_BYTES) * PAGE_BYTES
+        end = (slot + 1) * self.form.record_bytes // PAGE_BYTES * PAGE_BYTES
+        if end > start:
+            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def spans(self, slot: int, extents: Sequence[Extent], leads: Leads) -> list[Span]:
         """Each extent as one span, or as several if what is adjacent in the file is not so in a record."""
@@ -171,12 +183,12 @@ class _Records:
         return spans
 
 
-def _huge_pages(size_bytes: int) -> Bytes:
+def _huge_pages(size_bytes: int) -> mmap.mmap:
     """Zeroed memory on a page boundary, in 2 MiB pages where the kernel has them to give."""
     memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8, count=size_bytes)
+    return memory
 
 
 def _aligned(size_bytes: int) -> int:

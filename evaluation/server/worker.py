@@ -13,6 +13,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from configs.load import UserError
+from evaluation.engine.division import ContextTooLong
 from evaluation.server.errors import ApiError
 from evaluation.server.work import Cancelled, Done, Event, Failed, Job
 
@@ -118,6 +119,8 @@ class Worker(Collector):
             return self._server.run(job)
         except Cancelled:
             return Failed(_stopping())
+        except ContextTooLong as error:
+            return Failed(ApiError(str(error), status=400, code="context_length_exceeded"))
         except (UserError, OSError) as error:
             logger.error("a request failed: %s", error)
             self._server.reset_cache()

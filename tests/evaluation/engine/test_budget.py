@@ -25,7 +25,7 @@ def test_other_sizes_are_refused_with_what_to_write(text: int | str) -> None:
 
 
 def test_more_than_everything_is_refused_as_a_share() -> None:
-    with pytest.raises(UserError, match="more than all experts; write at most 100%"):
+    with pytest.raises(UserError, match="more than there is; write at most 100%"):
         parse_size("101%", whole_bytes=32000)
 
 

@@ -37,9 +37,9 @@ class Served:
 
 
 @contextmanager
-def serve(folder: Path, *flags: str) -> Iterator[Served]:
+def serve(folder: Path, *flags: str, memory: tuple[str, str] = ("--expert-cache", "20%")) -> Iterator[Served]:
     """The server that `remoe serve` runs, but for the process around it."""
-    arguments = parser().parse_args(["--model", str(folder), "--expert-cache", "20%", *flags])
+    arguments = parser().parse_args(["--model", str(folder), *memory, *flags])
     with listener("127.0.0.1", 0) as sock, application(arguments) as loaded:
         sock.listen()  # who connects before the server runs, waits
         server = HttpServer(loaded)

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ def signalled(monkeypatch: pytest.MonkeyPatch, cls: type, method: str) -> thread
 
     monkeypatch.setattr(cls, method, signalling)
     return done
+
+
+def test_a_request_that_the_memory_budget_does_not_hold_is_refused_and_the_next_is_served(chat_model: Path) -> None:
+    with serve(chat_model, "--max-model-len", "60", memory=("--memory-budget", "300MiB")) as served:
+        expected = greedy(served).choices[0].text
+        division = served.engine.division
+        assert division is not None
+        assert division.context_tokens == 60
+        dear = replace(division.needs, kv_bytes_per_token=2**20)
+        served.engine.division = replace(division, needs=dear, kv_bytes=dear.kv_bytes(4))
+        with pytest.raises(openai.BadRequestError, match="tokens need .* shorten the request") as refused:
+            greedy(served)
+        assert refused.value.code == "context_length_exceeded"
+        served.engine.division = division
+        assert greedy(served).choices[0].text == expected
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -1,0 +1,107 @@
+"""A memory budget divided: residents, read buffers, KV cache and activations are what they are, experts get the rest.
+
+The KV cache has a floor: the tokens that were announced when the model was loaded. When a request needs more, slots of
+the expert cache make room, one call at a time, and come back when the request is over; when no more can, the request is
+refused before it computes anything. So the total stays what it was.
+"""
+
+from dataclasses import dataclass
+
+from configs.load import UserError
+from evaluation.engine.budget import Demand, readable
+from evaluation.engine.needs import Needs
+from evaluation.engine.reader import PAGE_BYTES, PIECE_BYTES
+
+CONTEXT_TOKENS = 2048
+"""Tokens of prompt and answer that have memory of their own unless told otherwise."""
+PASSING_SHARE = 8
+"""One slot in so many is added for experts that do not stay, so that several of them are read at once."""
+
+
+class ContextTooLong(UserError):
+    """A request needs more memory than a budget leaves."""
+
+
+def passing_slots(slots: int, reads_in_flight: int) -> int:
+    """Slots on top of the cache's, for experts that only pass through."""
+    return max(1, min(reads_in_flight, slots // PASSING_SHARE))
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a budget is divided into, in bytes where nothing else is said."""
+
+    budget_bytes: int
+    resident_bytes: int  # everything of the model but experts, and what loading it left behind
+    buffer_bytes: int  # of the reading threads, and slots for experts that pass through
+    kv_bytes: int  # of `context_tokens`
+    activation_bytes: int  # of a prompt of `context_tokens`
+    context_tokens: int
+    slots: int  # of the one pool, or of each layer's
+    pools: int
+    smallest_slots: int
+    slot_bytes: int
+    needs: Needs
+
+    @property
+    def expert_bytes(self) -> int:
+        """The expert cache."""
+        return self.slots * self.pools * self.slot_bytes
+
+    def slots_beside(self, *, batch: int, rows: int, context_tokens: int) -> int:
+        """Slots that a call leaves: `rows` new tokens in `batch` sequences of `context_tokens` each.
+
+        Raises:
+            ContextTooLong: too few; nothing was computed yet.
+        """
+        needed_bytes = self.needs.kv_bytes(batch * context_tokens)
+        needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)
+        lacking_bytes = max(0, needed_bytes - self.kv_bytes - self.activation_bytes)
+        slots = self.slots - -(-lacking_bytes // (self.slot_bytes * self.pools))
+        if slots < self.smallest_slots:
+            missing = (self.smallest_slots - slots) * self.pools
+            more_bytes = (missing + missing // PASSING_SHARE + 1) * self.slot_bytes
+            raise ContextTooLong(
+                f"{batch} x {context_tokens} tokens need {readable(needed_bytes)} for keys, values and activations, more "
+                f"than a memory budget of {readable(self.budget_bytes)} leaves; shorten the request, or give "
+                f"{readable(self.budget_bytes + more_bytes)}"
+            )
+        return slots
+
+
+def divide(
+    budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reads_in_flight: int, context_tokens: int,
+    scope: str,
+) -> Division:  # fmt: skip
+    """Divide a budget; experts get what the rest leaves, at most all of them.
+
+    Raises:
+        UserError: it is too small; names the smallest that works.
+    """
+    if context_tokens < 1:
+        raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
+    pools = 1 if scope == "global" else demand.layers
+    threads_bytes = reads_in_flight * (PIECE_BYTES + 2 * PAGE_BYTES)
+    kv_bytes = needs.kv_bytes(context_tokens)
+    activation_bytes = needs.activation_bytes(rows=context_tokens, context_tokens=context_tokens)
+    fixed_bytes = resident_bytes + threads_bytes + kv_bytes + activation_bytes
+
+    def total_bytes(slots: int) -> int:
+        return fixed_bytes + (slots * pools + passing_slots(slots * pools, reads_in_flight)) * demand.slot_bytes
+
+    slots = min((budget_bytes - fixed_bytes) // demand.slot_bytes, demand.all_experts) // pools
+    while slots >= demand.top_k and total_bytes(slots) > budget_bytes:
+        slots -= 1
+    if slots < demand.top_k:
+        raise UserError(
+            f"a memory budget of {readable(budget_bytes)} is too small: the model without its experts takes "
+            f"{readable(resident_bytes)}, {context_tokens} tokens of context {readable(kv_bytes + activation_bytes)}, and "
+            f"{demand.top_k} experts{' of every layer' if pools > 1 else ''} must fit beside them; the smallest that works "
+            f"is {readable(total_bytes(demand.top_k))}"
+        )
+    return Division(
+        budget_bytes=budget_bytes, resident_bytes=resident_bytes,
+        buffer_bytes=threads_bytes + passing_slots(slots * pools, reads_in_flight) * demand.slot_bytes,
+        kv_bytes=kv_bytes, activation_bytes=activation_bytes, context_tokens=context_tokens, slots=slots, pools=pools,
+        smallest_slots=demand.top_k, slot_bytes=demand.slot_bytes, needs=needs,
+    )  # fmt: skip

@@ -1,0 +1,149 @@
+"""`load`: a stock checkpoint as a transformers model whose experts are paged, within a budget of bytes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from configs.load import UserError
+from evaluation.engine.accounting import private_bytes, total_memory_bytes
+from evaluation.engine.bandwidth import reads_in_flight_for
+from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_cliff
+from evaluation.engine.cache import SCOPES, ExpertCache
+from evaluation.engine.cache_prior import CachePrior
+from evaluation.engine.division import CONTEXT_TOKENS, divide
+from evaluation.engine.engine import Engine
+from evaluation.engine.needs import needs_of
+from evaluation.engine.policies import make_policy
+from evaluation.engine.reader import Reader
+from evaluation.engine.resident import compute_dtype, load_resident, read_config
+from evaluation.engine.route_trace import RouteTrace
+from evaluation.engine.slot_memory import record_bytes
+from evaluation.engine.store import ExpertStore
+
+KERNELS = 16
+"""Compiled matrix products that are kept under a memory budget: those of decoding, and some of a prompt's."""
+
+
+@contextmanager
+def load(
+    model_dir: str | Path,
+    expert_cache: int | str | None = None,
+    *,
+    memory_budget: int | str | None = None,
+    context_tokens: int = CONTEXT_TOKENS,
+    router_delta: Mapping[str, torch.Tensor] | None = None,
+    cache_policy: str = "lru",
+    profile: RouteTrace | None = None,
+    cache_scope: str = "global",
+    dtype: str | torch.dtype = "auto",
+    record_trace: bool = False,
+    reads_in_flight: int | None = None,
+    cache_prior: CachePrior | None = None,
+) -> Iterator[tuple[PreTrainedModel, Engine]]:
+    """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
+
+    Args:
+        model_dir: a Hugging Face folder with safetensors weights, one tensor per expert matrix.
+        expert_cache: memory for experts: bytes, `2MiB`, or `25%` of all experts; `engine.buffer_bytes` come on top.
+        memory_budget: instead: memory for everything that loading and using the model takes; see `division.py`.
+        context_tokens: with a memory budget: tokens whose keys and values have memory of their own, over all sequences
+            of a batch. A longer context takes from the experts and is refused when they have no more to give.
+        router_delta: parameter name -> weight, copied into the routers and cast to their precision.
+        cache_policy: `lru`, `fifo`, `lfu`, `lfru`, `decayed`, or `static`.
+        profile: a trace whose most used experts `static` keeps.
+        cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
+        dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
+        record_trace: keep the routing of every token, for `engine.trace()`.
+        reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
+        cache_prior: let routers prefer resident experts while decoding; this changes what the model says.
+
+    Yields:
+        The transformers model, to be used as any other (inference only), and its engine.
+
+    Raises:
+        UserError: nothing to page, damaged shards, a cache too small for one token in one layer, unknown values.
+    """
+    if cache_scope not in SCOPES:
+        raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
+    if reads_in_flight is not None and reads_in_flight < 1:
+        raise UserError(f"reads_in_flight is {reads_in_flight}; write at least 1, or None for what suits the device")
+    if (expert_cache is None) == (memory_budget is None):
+        raise UserError(
+            "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
+        )
+    if memory_budget is not None:
+        bound_kernel_caches()
+    before_bytes = private_bytes()
+    config = read_config(model_dir)
+    store = ExpertStore(model_dir)
+    chosen_dtype = compute_dtype(dtype, config=config, store=store)
+    demand = _demand(store, config=config, dtype=chosen_dtype)
+    make = make_policy(cache_policy, layers=demand.layers, num_experts=demand.num_experts, profile=profile)
+    in_flight = reads_in_flight_for(store.shards) if reads_in_flight is None else reads_in_flight
+    division = None
+    if memory_budget is None:
+        assert expert_cache is not None, "one of the two was given"
+        budget_bytes = parse_size(expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)
+        slots = slots_for(budget_bytes, demand, scope=cache_scope)
+    with Reader(store.shards, reads_in_flight=in_flight) as reader:
+        model = load_resident(model_dir, store, config=config, dtype=chosen_dtype)
+        copy_into_routers(model, router_delta or {})
+        if memory_budget is not None:
+            needs = needs_of(config, chosen_dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
+            division = divide(
+                parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,
+                resident_bytes=private_bytes() - before_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
+                scope=cache_scope,
+            )  # fmt: skip
+            slots = division.slots
+        warn_below_cliff(slots, demand, scope=cache_scope, policy=cache_policy)
+        cache = ExpertCache(slots, demand.layers, scope=cache_scope, make_policy=make)
+        engine = Engine(store, cache, demand=demand, dtype=chosen_dtype, division=division)
+        engine.attach(model, reader, record_trace=record_trace)
+        if cache_prior is not None:
+            engine.prefer_residents(model, cache_prior)
+        yield model, engine
+
+
+def bound_kernel_caches() -> None:
+    """Let oneDNN keep few compiled products: it keeps a thousand, 0.6 MB for each number of rows it meets (torch 2.13).
+
+    Both variables are read when a process multiplies in 16-bit precision for the first time; what the user set stays.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, str(KERNELS))
+
+
+def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite parameters by name, in memory; the checkpoint's file is mapped privately and stays as it is.
+
+    Raises:
+        UserError: a name the model does not have or that is an expert's, or another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, weight in router_delta.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.is_meta:
+            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
+        if parameter.shape != weight.shape:
+            raise UserError(
+                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(parameter.shape)}; "
+                "use the model it was made for"
+            )
+        with torch.no_grad():
+            parameter.copy_(weight.to(parameter.dtype))
+
+
+def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:
+    text_config = config.get_text_config()
+    top_k = getattr(text_config, "num_experts_per_tok", None)
+    if not isinstance(top_k, int):
+        raise UserError(f"{store.model_dir}/config.json names no num_experts_per_tok: the cache cannot be sized")
+    layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
+    if not layers:
+        raise UserError(f"{store.model_dir}/config.json has {text_config.num_hidden_layers} layers, none with experts")
+    return Demand(len(layers), store.num_experts, top_k, record_bytes(store, dtype))

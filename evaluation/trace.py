@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configs.command import run
+from configs.load import UserError
 from data.batches import IGNORE_LABEL, tokenize
 from data.sources import read_text
 from evaluation.engine.output import prepare
@@ -42,9 +43,16 @@ def teacher_forced_trace(
 
     Returns:
         The trace, and the mean cross entropy in nats per predicted token.
+
+    Raises:
+        UserError: no document has two tokens.
     """
     requests = [d[i : i + max_length] for d in documents for i in range(0, len(d), max_length)]
     requests = [request for request in requests if len(request) >= 2]
+    if not requests:
+        raise UserError(
+            f"no text of two tokens to trace among {len(documents)}; give more text or a larger --max-length"
+        )
     observer = RouterObserver(model)
     chosen_TLK, nll, predicted = [], 0.0, 0
     for start in tqdm(range(0, len(requests), batch_size), desc=progress, disable=progress is None, unit="batch"):

@@ -97,7 +97,13 @@ def test_an_unknown_format_is_refused_before_the_model_is_loaded(text: Path, tmp
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "is empty"), (b"  \n", "is empty"), (b"\xff\xfe", "not UTF-8"), (None, "does not exist")],
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b"a", "no text of two tokens to trace"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "does not exist"),
+    ],
 )
 def test_text_that_cannot_be_traced_is_one_clear_message(
     model_dir: MakeModelDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, words: str

@@ -90,6 +90,12 @@ def test_command_writes_a_trace_that_can_be_read(
     assert printed["chance_reuse_rate"] == trace.top_k / trace.num_experts
 
 
+def test_nothing_to_trace_is_refused(model_dir: MakeModelDir) -> None:
+    model = load_pretrained(str(model_dir("qwen2_moe")))
+    with pytest.raises(UserError, match="no text of two tokens to trace among 1; give more text"):
+        teacher_forced_trace(model, [np.array([5])], max_length=8)
+
+
 def test_an_unknown_format_is_refused_before_the_model_is_loaded(text: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"extension '\.pt' names no format; use one of \.safetensors, \.npz"):
         trace_module.main(["--model", "none", "--text-file", str(text), "--output", str(tmp_path / "t.pt")])
@@ -100,7 +106,6 @@ def test_an_unknown_format_is_refused_before_the_model_is_loaded(text: Path, tmp
     [
         (b"", "is empty"),
         (b"  \n", "is empty"),
-        (b"a", "no text of two tokens to trace"),
         (b"\xff\xfe", "not UTF-8"),
         (None, "does not exist"),
     ],

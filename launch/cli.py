@@ -14,6 +14,7 @@ COMMANDS = {
     "trace": ("evaluation.trace", "which experts every token of a text chooses"),
     "replay": ("evaluation.replay", "what a cache of each size and policy would miss on a trace"),
     "generate": ("evaluation.generate", "decode with experts paged from disk under a byte budget"),
+    "plan": ("evaluation.plan", "what a memory budget is divided into, and what it buys"),
     "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
     "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
     "bench": ("evaluation.bench", "decode speed beside peers at equal memory, and beside the machine's bound"),

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, engine_stats
 from evaluation.engine.budget import Demand
-from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.cache import ExpertCache
 from evaluation.engine.cache_prior import CachePrior, attach_cache_prior
+from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import experts_modules

@@ -9,12 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from evaluation.benchmark import page_cache
 from evaluation.benchmark.order import WARM, Order
-from evaluation.benchmark.serving import SIDES
+from evaluation.benchmark.serving import open_side
 from evaluation.engine.accounting import peak_rss_bytes
 from evaluation.engine.output import write_json
 
@@ -22,10 +19,8 @@ from evaluation.engine.output import write_json
 def main(order_path: Path, result_path: Path) -> None:
     """Load the side, serve the legs, write the result."""
     order = Order.read(order_path)
-    torch.set_num_threads(order.threads)
-    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
-    with SIDES[order.side](order) as serving:
+    with open_side(order) as serving:
         result: dict[str, Any] = {
             "load_seconds": time.perf_counter() - started,
             "settings": {**serving.settings, **order.settings},

@@ -16,7 +16,7 @@ from configs.load import UserError
 from data.corpus import EMBEDDED
 from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.prompts import document_beginnings
-from evaluation.benchmark.serving import SIDES
+from evaluation.benchmark.serving import open_side
 from evaluation.engine.decoding import greedy
 from evaluation.gguf_file import write_gguf
 from training.model import load_tokenizer
@@ -99,7 +99,7 @@ def test_llamacpp_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = None
     legs = [Leg(COLD, prompt, 24) for prompt in prompts]
     order = Order("llamacpp", str(model_dir), legs, threads=1, gguf=str(tmp_path / "m.gguf"))
-    with SIDES["llamacpp"](order) as serving:
+    with open_side(order) as serving:
         for leg in legs:
             assert serving.request(leg).token_ids == greedy(model, leg.prompt_ids, max_new_tokens=24)
 

@@ -1,5 +1,7 @@
 """Every side serves the legs of an order; ours and the transformers ones with the very same tokens."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,8 @@ from typing import Any
 import pytest
 
 from evaluation.benchmark.order import COLD, WARM, Leg, Order
-from evaluation.benchmark.serving import SIDES, accelerate_device_map
+from evaluation.benchmark.serving import open_side
+from evaluation.benchmark.transformers_sides import accelerate_device_map
 from evaluation.benchmark.weights import active_bytes, expert_bytes, expert_modules
 from evaluation.engine.shards import read_index
 from evaluation.gguf_file import write_gguf
@@ -27,7 +30,7 @@ def order_for(side: str, folder: Path, tmp_path: Path) -> Order:
 
 
 def tokens(side: str, folder: Path, tmp_path: Path) -> list[list[int]]:
-    with SIDES[side](order_for(side, folder, tmp_path)) as serving:
+    with open_side(order_for(side, folder, tmp_path)) as serving:
         return [serving.request(leg).token_ids for leg in LEGS]
 
 
@@ -47,7 +50,7 @@ def test_llamacpp_serves_the_same_legs(made_model: Made, tmp_path: Path) -> None
 
 
 def test_our_figures_are_of_the_leg_alone(made_model: Made, tmp_path: Path) -> None:
-    with SIDES["remoe"](order_for("remoe", made_model[0], tmp_path)) as serving:
+    with open_side(order_for("remoe", made_model[0], tmp_path)) as serving:
         serving.begin_cold()
         cold = serving.request(LEGS[0]).engine
         warm = serving.request(LEGS[1]).engine
@@ -89,3 +92,8 @@ def test_bytes_of_what(made_model: Made) -> None:
 def test_tied_embeddings_are_active(model_dir: Callable[[str], Path]) -> None:
     modules, other_bytes = expert_modules(model_dir("qwen2_moe"))
     assert active_bytes(model_dir("qwen2_moe")) == other_bytes + sum(modules.values()) * 2 // 8
+
+
+def test_llamacpp_s_process_has_no_torch_to_carry() -> None:
+    code = "import sys, evaluation.benchmark.side, evaluation.benchmark.llamacpp_side; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0

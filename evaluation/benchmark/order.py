@@ -21,7 +21,7 @@ class Leg:
 class Order:
     """One process of one side: it loads once and serves the legs one after the other."""
 
-    side: str  # a key of `side.SIDES`
+    side: str  # a key of `serving.SIDES`
     model_dir: str
     legs: list[Leg]
     threads: int

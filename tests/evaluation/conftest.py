@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 320,
     "initializer_range": 0.3,
     "bos_token_id": 0,
     "eos_token_id": None,

@@ -78,8 +78,16 @@ def test_the_command_prints_the_division_and_writes_all_numbers(
 ) -> None:
     output = tmp_path / "plan.json"
     main(
-        ["--model", str(checkpoint("olmoe")), "--memory-budget", "100MiB", "--context-tokens", "64"]
-        + ["--output", str(output)]
+        [
+            "--model",
+            str(checkpoint("olmoe")),
+            "--memory-budget",
+            "100MiB",
+            "--context-tokens",
+            "64",
+            "--output",
+            str(output),
+        ]
     )
     written = json.loads(output.read_text())
     assert written["division"]["budget_bytes"] == 100 * 2**20

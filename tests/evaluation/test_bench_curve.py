@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.engine.bench_curve import SHAPES, Shape, drifting_trace, main
+from evaluation.bench_curve import SHAPES, Shape, drifting_trace, main
 from evaluation.reuse import reuse_rate_per_layer
 
 

@@ -24,7 +24,7 @@ from evaluation.engine.route_trace import RouteTrace
 from evaluation.reuse import reuse_rate_per_layer
 
 EXAMPLE = """example:
-  python -m evaluation.engine.bench_curve --accesses 2000000 --repeats 7
+  python -m evaluation.bench_curve --accesses 2000000 --repeats 7
 """
 REQUEST_TOKENS = 512
 DRIFT = 0.3  # correlation of a router's taste from one token to the next
@@ -87,7 +87,7 @@ def drifting_trace(shape: Shape, *, tokens: int, seed: int) -> RouteTrace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.engine.bench_curve",
+        prog="python -m evaluation.bench_curve",
         description="Measure the all-sizes LRU curve on made-up traces with the shapes of real models.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

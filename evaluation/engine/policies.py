@@ -149,12 +149,16 @@ class Decayed:
         self._worth: dict[Key, tuple[float, int]] = {}  # logarithm, time of the last use; also of those that left
         self._resident: set[Key] = set()
         self._heaps: dict[int, list[tuple[float, int, Key]]] = {}  # residents by layer; outdated entries are too low
+        self._lowest: dict[int, float] = {}  # what the lowest resident of a layer is worth now
+        self._changed: set[int] = set()  # layers whose lowest may be another
         self._calls: Counter[int] = Counter()  # events so far, by layer: every call brings one to each
         self._layer, self._time = 0, 0
+        self._turns: list[float] = []  # logarithm of the factor for the next layer, the one after it, ...
 
     def touch(self, event: Sequence[Key]) -> None:
         self._layer = event[0][0]
         self._calls[self._layer] += 1
+        self._changed.add(self._layer)
         now = self._calls[self._layer] / self.HALF_LIFE
         for key in event:
             self._time += 1
@@ -165,16 +169,22 @@ class Decayed:
                 heapq.heappush(self._heaps.setdefault(self._layer, []), (*self._worth[key], key))
 
     def evict(self, pinned: Collection[Key]) -> Key:
-        held = [entry for heap in self._heaps.values() for entry in self._set_aside(heap, pinned)]
-        layer = min((layer for layer, heap in self._heaps.items() if heap), key=self._lowest)
+        held = [entry for layer in self._changed for entry in self._bring_up_to_date(layer, pinned)]
+        layers = max(self._calls) + 1
+        if len(self._turns) != layers:
+            self._turns = [math.log2(1 - self.TURN * (turn + 1) / layers) for turn in range(layers)]
+        first = self._layer + 1
+        layer = min(self._lowest, key=lambda layer: self._lowest[layer] + self._turns[(layer - first) % layers])
         victim = heapq.heappop(self._heaps[layer])[2]
         for entry in held:
             heapq.heappush(self._heaps[entry[2][0]], entry)
+        self._changed = {layer, self._layer}
         self._resident.remove(victim)
         return victim
 
-    def _set_aside(self, heap: list[tuple[float, int, Key]], pinned: Collection[Key]) -> Iterator[tuple[float, int, Key]]:
-        """Bring an entry to the top that is up to date and not pinned; yield those that are in its way."""
+    def _bring_up_to_date(self, layer: int, pinned: Collection[Key]) -> Iterator[tuple[float, int, Key]]:
+        """Find the lowest resident of a layer outside `pinned`; yield the entries of pinned ones that were in its way."""
+        heap = self._heaps[layer]
         while heap:
             current = (*self._worth[heap[0][2]], heap[0][2])
             if heap[0] != current:
@@ -182,14 +192,8 @@ class Decayed:
             elif current[2] in pinned:
                 yield heapq.heappop(heap)
             else:
-                return
-
-    def _lowest(self, layer: int) -> tuple[float, int]:
-        """What the lowest of a layer is worth now."""
-        worth, time, _ = self._heaps[layer][0]
-        layers = max(self._calls) + 1
-        turn = ((layer - self._layer - 1) % layers + 1) / layers
-        return worth - self._calls[layer] / self.HALF_LIFE + math.log2(1 - self.TURN * turn), time
+                break
+        self._lowest[layer] = heap[0][0] - self._calls[layer] / self.HALF_LIFE if heap else math.inf
 
 
 class Lfru:

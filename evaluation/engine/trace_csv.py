@@ -174,8 +174,8 @@ def _with_tokens(rows: _Rows, top_k: int | None) -> _Rows:
     run_N = np.repeat(np.arange(len(run)), run_rows)
     token_N = first_token[run_N] + (np.arange(len(layer_N)) - run[run_N]) // top_k
     phase_N = np.where(call_tokens[run_call[run_N]] > 1, PREFILL, DECODE)
-    told = {"token": token_N, "call": run_call[run_N], "phase": phase_N}
-    return _Rows(rows.path, rows.first_line, told | rows.columns)
+    found = {"token": token_N, "call": run_call[run_N], "phase": phase_N}
+    return _Rows(rows.path, rows.first_line, found | rows.columns)
 
 
 def _trace(rows: _Rows, *, num_experts: int | None, top_k: int | None) -> RouteTrace:

@@ -29,6 +29,7 @@ from evaluation.benchmark.prompts import document_beginnings
 from evaluation.benchmark.sizes import size_bytes
 from evaluation.benchmark.weights import active_bytes, expert_bytes
 from evaluation.engine.output import prepare, write_json
+from evaluation.engine.policies import DEFAULT
 from evaluation.engine.resident import read_config
 from evaluation.machine import machine_facts
 from training.model import load_tokenizer, local_folder
@@ -247,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the leg that times the first token alone (default 1000); 0: no such leg",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="processes of every side (default 3)")
-    parser.add_argument("--cache-policy", default="lru", help="ours (default lru)")
+    parser.add_argument("--cache-policy", default=DEFAULT, help=f"ours (default {DEFAULT})")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of every side (default: all cores)"
     )

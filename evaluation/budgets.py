@@ -15,6 +15,7 @@ from tqdm import tqdm
 from evaluation.engine import load
 from evaluation.engine.accounting import peak_rss_bytes
 from evaluation.engine.decoding import DecodeResult, decode, greedy
+from evaluation.engine.policies import DEFAULT
 from training import router_delta
 from training.model import load_pretrained
 
@@ -27,7 +28,7 @@ class DecodeArguments:
     prompts_per_domain: int = 2  # of routing.split
     prompt_tokens: int = 64
     max_new_tokens: int = 32
-    cache_policy: str = "lru"
+    cache_policy: str = DEFAULT
     cache_scope: str = "global"
     dtype: str = "auto"  # as stored, or float32 or bfloat16
 

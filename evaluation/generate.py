@@ -20,8 +20,9 @@ from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
-from evaluation.engine.policies import ONLINE
+from evaluation.engine.policies import DEFAULT, LIVE
 from evaluation.engine.resident import read_config
+from evaluation.engine.trace_formats import check_extension, read_trace, write_trace
 from evaluation.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from training.model import load_tokenizer, local_folder
 from training.router_delta import load_for
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _parser().parse_args(argv)
     output = prepare(arguments.output) if arguments.output else None
     trace_path = prepare(arguments.route_trace) if arguments.route_trace else None
+    if trace_path:
+        check_extension(trace_path)
     prompt = _prompt(arguments)
     model_dir = local_folder(arguments.model)
     torch.manual_seed(arguments.seed)
@@ -53,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         context_tokens=len(prompt_ids) + max(1, arguments.max_new_tokens),
         router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
         cache_policy=arguments.cache_policy,
+        profile=read_trace(arguments.profile) if arguments.profile else None,
         cache_scope=arguments.cache_scope,
         dtype=arguments.dtype,
         record_trace=trace_path is not None,
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
         report = {**result_json(result, engine), "text": text, "config": _resolved(arguments, engine, model)}
         if trace_path:
-            engine.trace().save(trace_path)
+            write_trace(engine.trace(), trace_path)
     if output:
         write_json(output, report)
     _print(report)
@@ -183,7 +187,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, required=True, metavar="N", help="stop after N tokens")
     parser.add_argument("--output", metavar="JSON", help="where to write tokens and measurements")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
-    parser.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
+    parser.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(LIVE)} (default {DEFAULT})")
+    parser.add_argument(
+        "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
+    )
     parser.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     parser.add_argument(
         "--cache-prior",
@@ -198,7 +205,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="J",
         help="the router's own J best experts are preferred as much (default 1)",
     )
-    parser.add_argument("--route-trace", metavar="PATH", help="write the routing of this run, for `remoe replay`")
+    parser.add_argument(
+        "--route-trace",
+        metavar="PATH",
+        help="write the routing of this run, for `remoe replay`, as .safetensors, .npz or .csv",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of torch; greedy decoding itself draws nothing")
     return parser
 

@@ -26,7 +26,8 @@ from evaluation.engine import load
 from evaluation.engine.budget import readable
 from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
-from evaluation.engine.policies import ONLINE
+from evaluation.engine.policies import DEFAULT, LIVE
+from evaluation.engine.trace_formats import read_trace
 from evaluation.server.app import Service, create_app
 from evaluation.server.generation import Generator
 from evaluation.server.intake import Intake
@@ -156,6 +157,7 @@ def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[Pre
         context_tokens=arguments.max_model_len or CONTEXT_TOKENS,
         router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
         cache_policy=arguments.cache_policy,
+        profile=read_trace(arguments.profile) if arguments.profile else None,
         cache_scope=arguments.cache_scope,
         dtype=arguments.dtype,
     ) as loaded:
@@ -242,7 +244,10 @@ def _add_engine_flags(group: Any) -> None:
     memory.add_argument(
         "--expert-cache", metavar="SIZE", help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes"
     )
-    group.add_argument("--cache-policy", default="lru", help=f"one of {', '.join(ONLINE)} (default lru)")
+    group.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(LIVE)} (default {DEFAULT})")
+    group.add_argument(
+        "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
+    )
     group.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     group.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation.engine.policies import DEFAULT
+
 COLD, WARM, LONG = "cold", "warm", "long_prompt"
 
 
@@ -26,7 +28,7 @@ class Order:
     legs: list[Leg]
     threads: int
     expert_cache: str | None = None  # ours
-    cache_policy: str = "lru"  # ours
+    cache_policy: str = DEFAULT  # ours
     gguf: str | None = None  # llamacpp
     resident_bytes: int | None = None  # accelerate: weights to keep in memory
     offload_dir: str | None = None  # accelerate

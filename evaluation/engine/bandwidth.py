@@ -45,13 +45,13 @@ def calibrated(shards: Sequence[Path]) -> ReadBandwidth:
     device, path = str(largest.stat().st_dev), _cache_path()
     known = _read_cache(path)
     if device not in known:
-        known[device] = asdict(calibrate(largest))
+        known[device] = calibrate(largest)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, known)
+            write_json(path, {key: asdict(one) for key, one in known.items()})
         except OSError:
             pass  # a home that cannot be written to costs two seconds every time, nothing else
-    return ReadBandwidth(**known[device])
+    return known[device]
 
 
 def calibrate(shard: Path, *, seconds: float = 2.0) -> ReadBandwidth:
@@ -92,10 +92,10 @@ def _cache_path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "read_bandwidth.json"
 
 
-def _read_cache(path: Path) -> dict[str, dict[str, float]]:
+def _read_cache(path: Path) -> dict[str, ReadBandwidth]:
     """What was measured before; a damaged file counts as none."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
-        return {device: asdict(ReadBandwidth(**one)) for device, one in known.items()}
+        return {device: ReadBandwidth(**one) for device, one in known.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}

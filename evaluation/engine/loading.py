@@ -17,7 +17,7 @@ from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.division import CONTEXT_TOKENS, divide
 from evaluation.engine.engine import Engine
 from evaluation.engine.needs import needs_of
-from evaluation.engine.policies import make_policy
+from evaluation.engine.policies import DEFAULT, make_policy
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace
@@ -36,7 +36,7 @@ def load(
     memory_budget: int | str | None = None,
     context_tokens: int = CONTEXT_TOKENS,
     router_delta: Mapping[str, torch.Tensor] | None = None,
-    cache_policy: str = "lru",
+    cache_policy: str = DEFAULT,
     profile: RouteTrace | None = None,
     cache_scope: str = "global",
     dtype: str | torch.dtype = "auto",
@@ -53,7 +53,7 @@ def load(
         context_tokens: with a memory budget: tokens whose keys and values have memory of their own, over all sequences
             of a batch. A longer context takes from the experts and is refused when they have no more to give.
         router_delta: parameter name -> weight, copied into the routers and cast to their precision.
-        cache_policy: `lru`, `fifo`, `lfu`, `lfru`, `decayed`, or `static`.
+        cache_policy: `decayed` (the default), `lru`, `fifo`, `lfu`, `lfru` or `static`.
         profile: a trace whose most used experts `static` keeps.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.

@@ -274,6 +274,9 @@ ONLINE: Mapping[str, Callable[[], Policy]] = {
 LIVE = (*ONLINE, "static")
 """What a live engine can run."""
 
+DEFAULT = "decayed"
+"""The one that misses least on the shipped model's and on made traces; see the table in the engine's README."""
+
 
 def make_policy(name: str, *, layers: int, num_experts: int, profile: RouteTrace | None = None) -> Callable[[], Policy]:
     """What makes fresh policies of this name, for `ExpertCache`.

@@ -1,5 +1,6 @@
 """Tiny random mixture-of-experts checkpoints of several families, made once per test session."""
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def engine_warnings() -> Iterator[None]:
+    """Commands that explain small caches themselves switch the engine's warning off; the next test has it again."""
+    yield
+    logging.getLogger("evaluation.engine.budget").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

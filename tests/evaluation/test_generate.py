@@ -50,8 +50,8 @@ def test_tokens_are_plain_transformers_and_the_report_is_complete(
         assert report[name] > 0
     config = report["config"]
     assert (config["model"], config["expert_cache"], config["seed"]) == (str(folder), "40%", 3)
-    assert (config["dtype"], config["slots"], config["cache_policy"]) == ("bfloat16", 14, "lru")
-    replayed = replay(RouteTrace.read(trace), policy="lru", cache_scope="global", slots=14)
+    assert (config["dtype"], config["slots"], config["cache_policy"]) == ("bfloat16", 14, "decayed")
+    replayed = replay(RouteTrace.read(trace), policy="decayed", cache_scope="global", slots=14)
     assert (replayed.accesses, replayed.misses) == (report["accesses"], report["misses"])
     assert report["bytes_read_per_token"] == replayed.bytes_read_per_token
     printed = capsys.readouterr().out

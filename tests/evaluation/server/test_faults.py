@@ -58,7 +58,7 @@ def test_a_request_that_the_memory_budget_does_not_hold_is_refused_and_the_next_
         assert division.context_tokens == 60
         dear = replace(division.needs, kv_bytes_per_token=2**20)
         served.engine.division = replace(division, needs=dear, kv_bytes=dear.kv_bytes(4))
-        with pytest.raises(openai.BadRequestError, match="tokens need .* shorten the request") as refused:
+        with pytest.raises(openai.BadRequestError, match=r"tokens need .* shorten the request") as refused:
             greedy(served)
         assert refused.value.code == "context_length_exceeded"
         served.engine.division = division

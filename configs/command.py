@@ -1,6 +1,8 @@
 """What every command shares: a user's mistake ends in one message and exit code 2, never in a traceback."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,11 +12,16 @@ Main = Callable[[Sequence[str] | None], None]
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)` and return the exit code: 0, 2 for a `UserError` or a full disk, 130 when interrupted."""
+    """Call `main(argv)` and return the exit code: 0, 2 for a `UserError` or a full disk, 130 when interrupted,
+    141 when whoever reads the output has left (`| head`)."""
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

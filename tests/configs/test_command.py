@@ -2,6 +2,9 @@
 
 import errno
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -48,3 +51,10 @@ def test_a_programming_error_is_not_hidden() -> None:
 def test_an_interruption_is_code_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(failing_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_reader_that_leaves_ends_the_command_without_a_word() -> None:
+    code = "import sys; from configs.command import run; sys.exit(run(lambda _: print('x' * 10**6)))"
+    command = f"{sys.executable} -c {shlex.quote(code)} | head -c 10; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x" * 10, "")

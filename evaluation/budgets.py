@@ -47,9 +47,10 @@ def decode_at_budgets(
     """
     logging.getLogger("evaluation.engine.budget").setLevel(logging.ERROR)  # the report says what a small budget does
     reference = _resident_tokens(model_dir, weights, prompts, args)
+    demand_bytes = expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"]
     rows = []
     for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):
-        with load(model_dir, expert_cache=_cache_bytes(model_dir, demands, args), router_delta=weights, dtype=args.dtype,
+        with load(model_dir, expert_cache=int(demands * demand_bytes), router_delta=weights, dtype=args.dtype,
                   cache_policy=args.cache_policy, cache_scope=args.cache_scope) as (model, engine):  # fmt: skip
             results = [
                 decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts
@@ -67,10 +68,6 @@ def expert_sizes(model_dir: str, *, dtype: str = "auto") -> dict[str, int]:
     """`expert_bytes` on disk and `token_demand_bytes` in the cache."""
     with load(model_dir, expert_cache="100%", dtype=dtype) as (_, engine):
         return {"expert_bytes": engine.expert_bytes, "token_demand_bytes": engine.token_demand_bytes}
-
-
-def _cache_bytes(model_dir: str, demands: float, args: DecodeArguments) -> int:
-    return int(demands * expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"])
 
 
 def _resident_tokens(

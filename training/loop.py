@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
 from configs.load import UserError, dump, load, write_whole
-from data.batches import Batch, DataArguments, PackedRows, tokenize
+from data.batches import Batch, DataArguments, PackedRows
 from data.sources import training_texts
+from data.token_cache import cached_tokens
 from training import checkpoint, proof, router_delta
 from training.model import ModelArguments, build_model, load_tokenizer, local_folder, trained_parameters
 from training.objective import Objective, ObjectiveArguments, objective, total_counts
@@ -149,7 +150,7 @@ def build(args: TrainArguments) -> Run:
     torch.manual_seed(args.seed)
     model = build_model(args, seed=args.seed)
     tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
-    documents = tokenize(training_texts(args, tokenizer), tokenizer)
+    documents = cached_tokens(training_texts(args, tokenizer), tokenizer)
     model.to(accelerator.device)
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
     trained = trained_parameters(model)

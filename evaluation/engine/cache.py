@@ -82,12 +82,16 @@ class Pool:
 
     def serve(self, event: Sequence[Key]) -> Service:
         """Decide what stays of one event and what it pushes out."""
-        slot_of = self._slot_of
+        slot_of, evict = self._slot_of, self._policy.evict
         resident = {key: slot_of[key] for key in event if key in slot_of}
         self._policy.touch(event)
         excess = len(slot_of) + len(event) - len(resident) - self.slots
-        pinned = event if len(event) <= self.slots else ()
-        victims = {self._policy.evict(pinned) for _ in range(excess)}
+        if len(event) <= self.slots:  # what leaves is from outside the event
+            self._free += [slot_of.pop(evict(event)) for _ in range(excess)]
+            coming = {key: self._free.pop() for key in event if key not in resident}
+            slot_of.update(coming)
+            return Service(leaving={}, staying=resident, coming=coming, passing=[])
+        victims = {evict(()) for _ in range(excess)}
         self._free += [slot_of.pop(key) for key in victims if key in slot_of]
         coming = {key: self._free.pop() for key in event if key not in resident and key not in victims}
         slot_of.update(coming)

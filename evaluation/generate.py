@@ -20,12 +20,11 @@ from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.decoding import DecodeResult, decode
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
-from evaluation.engine.policies import DEFAULT, LIVE
 from evaluation.engine.resident import read_config
-from evaluation.engine.trace_formats import check_extension, read_trace, write_trace
+from evaluation.engine.trace_formats import check_extension, write_trace
+from evaluation.engine_flags import add_engine_flags, engine_options
 from evaluation.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from training.model import load_tokenizer, local_folder
-from training.router_delta import load_for
 
 EXAMPLE = """example:
   remoe generate --model data/embedded/model --expert-cache 2MiB --prompt "The sea was" --max-new-tokens 64 \\
@@ -51,14 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?")
     with load(
         model_dir,
-        arguments.expert_cache,
-        memory_budget=arguments.memory_budget,
         context_tokens=len(prompt_ids) + max(1, arguments.max_new_tokens),
-        router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
-        cache_policy=arguments.cache_policy,
-        profile=read_trace(arguments.profile) if arguments.profile else None,
-        cache_scope=arguments.cache_scope,
-        dtype=arguments.dtype,
+        **engine_options(arguments, model_dir),
         record_trace=trace_path is not None,
         cache_prior=_cache_prior(arguments),
     ) as (model, engine):
@@ -168,30 +161,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    parser.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
-    memory = parser.add_mutually_exclusive_group(required=True)
-    memory.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="memory for everything: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB, or 25%% of the machine",
-    )
-    memory.add_argument(
-        "--expert-cache",
-        metavar="SIZE",
-        help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes; room for some that do not stay comes on top",
-    )
+    add_engine_flags(parser)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file that holds the prompt")
     parser.add_argument("--max-new-tokens", type=int, required=True, metavar="N", help="stop after N tokens")
     parser.add_argument("--output", metavar="JSON", help="where to write tokens and measurements")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
-    parser.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(LIVE)} (default {DEFAULT})")
-    parser.add_argument(
-        "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
-    )
-    parser.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     parser.add_argument(
         "--cache-prior",
         type=float,

@@ -26,15 +26,13 @@ from evaluation.engine import load
 from evaluation.engine.budget import readable
 from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
-from evaluation.engine.policies import DEFAULT, LIVE
-from evaluation.engine.trace_formats import read_trace
+from evaluation.engine_flags import add_engine_flags, engine_options
 from evaluation.server.app import Service, create_app
 from evaluation.server.generation import Generator
 from evaluation.server.intake import Intake
 from evaluation.server.metrics import Metrics
 from evaluation.server.worker import Worker
 from training.model import load_tokenizer, local_folder
-from training.router_delta import load_for
 
 EXAMPLE = """example:
   remoe serve --model data/embedded/model --expert-cache 3MiB --port 8000
@@ -152,14 +150,8 @@ class HttpServer(uvicorn.Server):
 def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[PreTrainedModel, Engine]]:
     with load(
         model_dir,
-        arguments.expert_cache,
-        memory_budget=arguments.memory_budget,
         context_tokens=arguments.max_model_len or CONTEXT_TOKENS,
-        router_delta=load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
-        cache_policy=arguments.cache_policy,
-        profile=read_trace(arguments.profile) if arguments.profile else None,
-        cache_scope=arguments.cache_scope,
-        dtype=arguments.dtype,
+        **engine_options(arguments, model_dir),
     ) as loaded:
         yield loaded
 
@@ -227,29 +219,9 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    made.add_argument("--router-delta", metavar="DIR", help="tuned routers for exactly this model")
-    _add_engine_flags(made.add_argument_group("engine"))
+    add_engine_flags(made.add_argument_group("engine"))
     _add_server_flags(made.add_argument_group("server"))
     return made
-
-
-def _add_engine_flags(group: Any) -> None:
-    memory = group.add_mutually_exclusive_group(required=True)
-    memory.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        help="memory for everything: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB, or 25%% of the machine",
-    )
-    memory.add_argument(
-        "--expert-cache", metavar="SIZE", help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes"
-    )
-    group.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(LIVE)} (default {DEFAULT})")
-    group.add_argument(
-        "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
-    )
-    group.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
-    group.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
 
 
 def _add_server_flags(group: Any) -> None:

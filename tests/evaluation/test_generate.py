@@ -92,7 +92,7 @@ def test_a_router_delta_is_loaded_for_this_model_and_used(
         asked.append((model_dir, delta_dir))
         return {f"model.layers.{layer}.mlp.gate.weight": torch.randn(8, 32) for layer in range(3)}
 
-    monkeypatch.setattr("evaluation.generate.load_for", load_for)
+    monkeypatch.setattr("evaluation.engine_flags.load_for", load_for)
     main(
         ["--model", str(folder), "--router-delta", "some/delta", "--expert-cache", "50%", "--prompt", PROMPT,
          "--max-new-tokens", "8", "--output", str(output)]

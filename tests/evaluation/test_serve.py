@@ -31,7 +31,7 @@ def test_engine_flags_reach_the_engine(model_dir: Callable[[str], Path], monkeyp
         asked.append(given)
         return {f"model.layers.{layer}.mlp.gate.weight": torch.randn(8, 16) for layer in range(2)}
 
-    monkeypatch.setattr("evaluation.serve.load_for", load_for)
+    monkeypatch.setattr("evaluation.engine_flags.load_for", load_for)
     flags = ["--expert-cache", "50%", "--cache-policy", "lfu", "--cache-scope", "per_layer", "--dtype", "bfloat16"]
     with application(parser().parse_args(["--model", folder, "--router-delta", "some/delta", *flags])) as loaded:
         assert asked == [(folder, "some/delta")]

@@ -164,7 +164,7 @@ def test_the_smallest_cache_named_works(checkpoint: Checkpoint) -> None:
 def test_below_one_tokens_demand_one_warning_is_logged(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING), load(checkpoint("olmoe"), 15360) as (model, engine):
+    with caplog.at_level(logging.WARNING), load(checkpoint("olmoe"), 15360, cache_policy="lru") as (model, engine):
         generate(model, 1)
         assert engine.token_demand_bytes == 6 * 7680
         assert engine.stats().hit_rate["decode"] == 0

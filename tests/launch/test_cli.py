@@ -56,7 +56,7 @@ def test_console_script_is_this_main() -> None:
         (["evaluate", "--model", "nowhere/at/all", "--config", TINY, "--output", "runs/x"], "nowhere/at/all does not exist"),
         (["run", "configs/run/demo.yaml", "sedes=[1]"], "did you mean seeds?"),
         (["generate", "--model", "nowhere/at/all", *GENERATE], "nowhere/at/all does not exist"),
-        (["trace", "--model", "nowhere/at/all", "--text-file", "README.md", "--output", "runs/x"], "nowhere/at/all does not"),
+        (["trace", "--model", "nowhere/at/all", "--text-file", "README.md", "--output", "runs/x.npz"], "nowhere/at/all does not"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_no_traceback(arguments: list[str], words: str) -> None:

@@ -3,26 +3,35 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed
+DEVELOP := $(VENV)/.installed-dev
 
 .PHONY: demo test test-slow lint
 demo: $(READY)
 	$(VENV)/bin/remoe run configs/run/demo.yaml
 
-test: $(READY)
+test: $(DEVELOP)
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(DEVELOP)
 	$(VENV)/bin/python -m pytest -m slow
 
-lint: $(READY)
+lint: $(DEVELOP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# torch comes first: pip would otherwise let another package choose its version.
+# torch comes first: pip would otherwise let another package choose its version. Compiling everything takes longer than
+# installing it, so that is left to the first import; tests compile all, because there a warning while compiling is an error.
+unexport PYTHONDONTWRITEBYTECODE
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile
 $(READY): pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade "pip>=24"
-	$(VENV)/bin/python -m pip install --quiet "$$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)"
-	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	$(PIP_INSTALL) "pip>=24"
+	$(PIP_INSTALL) "$$(sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)"
+	$(PIP_INSTALL) -e .
 	touch $(READY)
+
+$(DEVELOP): $(READY)
+	$(PIP_INSTALL) -e ".[dev]"
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true # some packages hold files that are no Python 3
+	touch $(DEVELOP)

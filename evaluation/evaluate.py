@@ -22,8 +22,9 @@ from configs.load import UserError, keys_help, load
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.budgets import DecodeArguments, decode_at_budgets, expert_sizes
+from evaluation.engine.curve import lru_curve
 from evaluation.engine.output import write_json
-from evaluation.engine.replay import replay, requests_of
+from evaluation.engine.replay import lru_per_layer, replay, requests_of
 from evaluation.machine import machine_facts
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
 from evaluation.report import write_report
@@ -135,7 +136,7 @@ def _measure(
     if weights is not None:
         router_delta.apply(model, weights)
     scores = run_tasks(model, tokenizer, args.quality)
-    routing, replays = _routing(model, tokenizer, args, name=name)
+    routed = _routing(model, tokenizer, args, name=name)
     del model
     texts = args.routing
     prompts = _pieces_of_text(
@@ -146,8 +147,7 @@ def _measure(
         "history": [],
         "quality": summarize(scores),
         "difference": None,
-        "routing": routing,
-        "replay": replays,
+        **routed,
         "decode": decode_at_budgets(model_dir, weights, prompts, args.decode, name=name),
     }
     return measured, scores
@@ -155,15 +155,18 @@ def _measure(
 
 def _routing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Summary of the teacher-forced trace, and its replay through every policy and size."""
+) -> dict[str, Any]:
+    """Summary of the teacher-forced trace, LRU at every size, and its replay through every chosen policy and size."""
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
     requests = requests_of(trace)
     sizes = [slots for slots in args.replay.slots if trace.top_k <= slots <= trace.num_experts]
+    scope, curve = args.replay.cache_scope, lru_curve(trace, cache_scope="per_layer")
     replays = [
-        replay(trace, policy=policy, cache_scope=args.replay.cache_scope, slots=slots, requests=requests)
+        lru_per_layer(trace, curve, slots=slots)
+        if (policy, scope) == ("lru", "per_layer")
+        else replay(trace, policy=policy, cache_scope=scope, slots=slots, requests=requests)
         for policy in args.replay.policies
         for slots in sizes
     ]
@@ -178,7 +181,8 @@ def _routing(
         }
         for r in replays
     ]  # fmt: skip
-    return {**routing_summary(trace), "nll": nll}, rows
+    every_size = {"accesses": int(curve.accesses.sum()), "misses": curve.misses.sum(axis=(0, 1)).tolist()}
+    return {"routing": {**routing_summary(trace), "nll": nll}, "replay": rows, "lru_curve": every_size}
 
 
 def _pieces_of_text(

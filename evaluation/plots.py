@@ -19,6 +19,8 @@ from evaluation.summary import (
     change,
     decode_value,
     layers_of,
+    lru_miss_rate,
+    lru_sizes,
     measure,
     miss_rate,
     names,
@@ -35,16 +37,19 @@ DASHED: dict[str, Any] = {"linestyle": (0, (4, 2.5)), "marker": "", "linewidth":
 
 
 def miss_rate_figure(results: Results) -> str | None:
-    """Miss rate against slots per layer: LRU solid, Belady's optimum dashed."""
-    sizes = replay_sizes(results)
+    """Miss rate against slots per layer: LRU solid, at every size; Belady's optimum dashed; marks at the tables' sizes."""
+    sizes, every_size = replay_sizes(results), lru_sizes(results)
     if not sizes:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm, look in looks_of(results).items():
-            for policy, style in (("lru", {}), ("belady", DASHED)):
-                rates = [spread(miss_rate(run, size, policy=policy) for run in runs_of(results, arm)) for size in sizes]
+            runs = runs_of(results, arm)
+            lru = [spread(lru_miss_rate(run, size) for run in runs) for size in every_size]
+            line(axes, every_size, lru, scale=100, **{**look, "marker": ""})
+            for policy, style in (("lru", {"linestyle": ""}), ("belady", DASHED)):
+                rates = [spread(miss_rate(run, size, policy=policy) for run in runs) for size in sizes]
                 line(axes, sizes, rates, scale=100, **{**look, **style})
         axes.set(xlabel="cache size C, expert slots per layer", ylabel="miss rate, % of accesses")
         from_zero(axes)

@@ -64,6 +64,7 @@ _REPLAY = {
     "misses_without_first_touches": float,
     "policy_regret": float,
 }
+_LRU_CURVE = {"accesses": float, "misses": [float]}  # with 0, 1, ... slots of each layer
 _DECODE = {
     "expert_cache_bytes": float,
     "demands": float,
@@ -83,6 +84,7 @@ _RUN = {
     "difference": Nullable(_DIFFERENCE),
     "routing": Nullable(_ROUTING),
     "replay": Nullable([_REPLAY]),
+    "lru_curve": Nullable(_LRU_CURVE),
     "decode": Nullable([_DECODE]),
 }
 _RESULTS = {

@@ -118,6 +118,14 @@ def miss_rate(run: Run, slots: int, *, policy: str = "lru", key: str = "misses")
     return float(row[key] / row["accesses"])
 
 
+def lru_miss_rate(run: Run, slots: int) -> float | None:
+    """Misses per access of LRU at any size, chosen for the tables or not."""
+    curve = run["lru_curve"]
+    if curve is None or slots >= len(curve["misses"]) or not curve["accesses"]:
+        return miss_rate(run, slots)
+    return float(curve["misses"][slots] / curve["accesses"])
+
+
 def miss_change(results: Results, arm: str, slots: int) -> Spread | None:
     """LRU misses relative to base."""
     return over_base(results, arm, lambda run: miss_rate(run, slots))
@@ -126,6 +134,14 @@ def miss_change(results: Results, arm: str, slots: int) -> Spread | None:
 def replay_sizes(results: Results) -> list[int]:
     """Every cache size per layer that any run was replayed at, ascending."""
     return sorted({int(row["slots"]) for row in _rows(results, "replay") if row["cache_scope"] == SCOPE})
+
+
+def lru_sizes(results: Results) -> list[int]:
+    """Every size per layer that LRU's misses are known at and that holds a token's experts, ascending."""
+    curves = [run["lru_curve"] for arm in results["arms"] for run in runs_of(results, arm) if run["lru_curve"]]
+    largest = max((len(curve["misses"]) - 1 for curve in curves), default=0)
+    smallest = results["model"]["top_k"] or 1
+    return sorted({*range(int(smallest), largest + 1), *replay_sizes(results)})
 
 
 def replay_policies(results: Results) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from configs.load import UserError
 from evaluation.engine.accounting import DECODE, PREFILL, CacheCounts, Counts
 from evaluation.engine.cache import SCOPES, ExpertCache, event_order
+from evaluation.engine.curve import LruCurve
 from evaluation.engine.policies import LIVE, NEVER, Belady, Key, Policy, make_policy
 from evaluation.engine.route_trace import RouteTrace
 
@@ -87,6 +88,21 @@ def replay(
         cache.counts = counts
         for layer, phase, keys in request:
             cache.serve(layer, keys, phase=phase)
+    return _result(trace, counts, policy=policy, cache_scope=cache_scope, slots=slots)
+
+
+def lru_per_layer(trace: RouteTrace, curve: LruCurve, *, slots: int) -> ReplayResult:
+    """What `replay` gives for lru with `slots` of each layer, read off the trace's curve for one pool per layer."""
+    assert curve.cache_scope == "per_layer", curve.cache_scope
+    misses = curve.misses[..., min(slots, trace.num_experts)]
+    counts = CacheCounts(trace.layers)
+    for phase, layer in np.ndindex(misses.shape):
+        of = (curve.accesses[phase, layer], misses[phase, layer], curve.first_touches[phase, layer])
+        counts.add(phase, layer, *map(int, of))
+    return _result(trace, counts, policy="lru", cache_scope="per_layer", slots=slots)
+
+
+def _result(trace: RouteTrace, counts: CacheCounts, *, policy: str, cache_scope: str, slots: int) -> ReplayResult:
     return ReplayResult(
         policy=policy,
         cache_scope=cache_scope,

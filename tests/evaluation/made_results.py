@@ -78,6 +78,7 @@ def _run(name: str, seed: int) -> dict[str, Any]:
             "nll": 3.4 + cost,
         },
         "replay": [_replay(policy, slots, factor) for policy in POLICIES for slots in SIZES],
+        "lru_curve": {"accesses": 960000, "misses": [960000] * 4 + [_lru_misses(s, factor) for s in range(4, 33)]},
         "decode": [_decode(demands, factor) for demands in (0.5, 1.0, 2.0, 4.0)],
     }
 
@@ -102,6 +103,10 @@ def _difference(cost: float) -> dict[str, Any]:
         middle = cost * (1 + 0.2 * (i - 1.5)) if domain != "mean" else cost
         perplexity[domain] = {"relative": middle, "low": middle - 0.0021, "high": middle + 0.0021}
     return {"tasks": tasks, "perplexity": perplexity}
+
+
+def _lru_misses(slots: int, factor: float) -> int:
+    return int(_replay("lru", slots, factor)["misses"])
 
 
 def _replay(policy: str, slots: int, factor: float) -> dict[str, Any]:

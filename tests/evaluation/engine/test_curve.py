@@ -10,7 +10,7 @@ from configs.load import UserError
 from evaluation.engine import curve, stacks
 from evaluation.engine.accounting import DECODE, PREFILL
 from evaluation.engine.curve import LruCurve, lru_curve
-from evaluation.engine.replay import replay, requests_of
+from evaluation.engine.replay import lru_per_layer, replay, requests_of
 from evaluation.engine.route_trace import RouteTrace
 from tests.evaluation.engine.made_traces import traces
 
@@ -42,7 +42,7 @@ def test_the_curve_is_the_direct_simulation_at_every_size(
         assert found.first_touches.sum() == direct.first_touches
         assert found.accesses.sum() == direct.accesses
         if scope == "per_layer":
-            assert found.misses[:, :, slots].sum(axis=0).tolist() == [layer.misses for layer in direct.by_layer]
+            assert lru_per_layer(trace, found, slots=slots) == direct
 
 
 def long_trace(tokens: int, *, experts: int) -> RouteTrace:

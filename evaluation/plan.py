@@ -22,13 +22,16 @@ from data.corpus import read_corpus
 from evaluation.engine import load
 from evaluation.engine.accounting import PHASES
 from evaluation.engine.bandwidth import calibrated
+from evaluation.engine.conversations import BLOCK_TOKENS
 from evaluation.engine.curve import LruCurve, lru_curve
 from evaluation.engine.decoding import decode
 from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
 from evaluation.engine.output import prepare, write_json
+from evaluation.engine.policies import DEFAULT
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.store import ExpertStore
+from evaluation.sessions import ChatRequest, read_requests, run_once, splits
 from evaluation.wording import bytes_text
 from training.model import load_tokenizer, local_folder
 
@@ -36,6 +39,7 @@ EXAMPLE = """examples:
   remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256
   remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
   remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256 --trace runs/readme.safetensors
+  remoe plan --model DIR --memory-budget 900MiB --sessions chats.jsonl    # lines: {"prompt": "...", "max_tokens": 32}
 """
 PROMPT_TOKENS, NEW_TOKENS = 32, 16
 """What is decoded to learn how long computing takes."""
@@ -56,12 +60,22 @@ class Point:
 
 
 def plan(
-    model_dir: str, *, memory_budget: str, context_tokens: int, trace: RouteTrace | None = None, dtype: str = "auto"
+    model_dir: str,
+    *,
+    memory_budget: str,
+    context_tokens: int,
+    trace: RouteTrace | None = None,
+    dtype: str = "auto",
+    requests: Sequence[ChatRequest] = (),
+    block_tokens: int = BLOCK_TOKENS,
 ) -> dict[str, Any]:
     """Divide the budget, try it, and predict other sizes.
 
+    Args:
+        requests: a workload of conversations; it is run once, and every division that could serve it is predicted.
+
     Raises:
-        UserError: see `load`; a trace of another model.
+        UserError: see `load` and `run_once`; a trace of another model.
     """
     with load(model_dir, memory_budget=memory_budget, context_tokens=context_tokens, dtype=dtype) as (model, engine):
         if trace is not None and (trace.layers, trace.num_experts) != (engine.demand.layers, engine.demand.num_experts):
@@ -73,6 +87,7 @@ def plan(
         measured = _try(model, engine, model_dir)
         assert engine.division is not None, "a memory budget was given"
         division = asdict(engine.division) | {"expert_cache_bytes": engine.division.expert_bytes}
+        workload = run_once(model, engine, requests, block_tokens=block_tokens) if requests else None
         points = [] if trace is None else _points(trace, engine, measured["compute_ms"], bandwidth.bytes_per_second)
         return {
             "model": model_dir,
@@ -81,6 +96,7 @@ def plan(
             "read_bandwidth": asdict(bandwidth),
             "measured": measured,
             "sizes": [asdict(point) for point in points],
+            "splits": [] if workload is None else [asdict(s) for s in splits(workload, engine, policy=DEFAULT)],
         }
 
 
@@ -132,9 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = prepare(arguments.output) if arguments.output else None
     trace = RouteTrace.read(arguments.trace) if arguments.trace else None
     transformers.utils.logging.disable_progress_bar()
+    model_dir = local_folder(arguments.model)
+    requests = read_requests(arguments.sessions, load_tokenizer(model_dir)) if arguments.sessions else []
     found = plan(
-        local_folder(arguments.model), memory_budget=arguments.memory_budget, context_tokens=arguments.context_tokens,
-        trace=trace, dtype=arguments.dtype,
+        model_dir, memory_budget=arguments.memory_budget, context_tokens=arguments.context_tokens, trace=trace,
+        dtype=arguments.dtype, requests=requests, block_tokens=arguments.block_tokens,
     )  # fmt: skip
     if output:
         write_json(output, found)
@@ -166,6 +184,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     if found["sizes"]:
         console.print(_sizes_table(found))
+    if found["splits"]:
+        console.print(_splits_table(found))
 
 
 def _sizes_table(found: dict[str, Any]) -> Table:
@@ -177,6 +197,21 @@ def _sizes_table(found: dict[str, Any]) -> Table:
             str(point["slots"]), f"{point['misses_per_token']:.1f}", bytes_text(point["bytes_read_per_token"]),
             f"{point['expected_tpot_ms']:.1f} ms", "-" if saved is None else f"{saved:.3f} ms",
         )  # fmt: skip
+    return table
+
+
+def _splits_table(found: dict[str, Any]) -> Table:
+    table = Table(
+        "kept keys and values", "experts", "prompt tokens found", "misses", "expected", title="the conversations"
+    )
+    best = min(found["splits"], key=lambda split: split["expected_seconds"])
+    for split in found["splits"]:
+        prompt_tokens = split["found_tokens"] + split["computed_tokens"]
+        table.add_row(
+            bytes_text(split["prefix_cache_bytes"]) + (" <-" if split is best else ""), str(split["slots"]),
+            f"{split['found_tokens']:,} of {prompt_tokens:,}", f"{split['misses']:,}", f"{split['expected_seconds']:.1f} s",
+        )  # fmt: skip
+    table.caption = f"best: --prefix-cache {best['prefix_cache_bytes']}"
     return table
 
 
@@ -208,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--trace", metavar="PATH", help="a routing trace of this model: adds what other sizes would cost"
+    )
+    parser.add_argument(
+        "--sessions", metavar="JSONL", help="conversations in order of arrival: adds what they take at every division of "
+        "memory between experts and kept keys and values; they are run once"
+    )  # fmt: skip
+    parser.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help=f"of a kept block (default {BLOCK_TOKENS})"
     )
     parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
     parser.add_argument("--output", metavar="JSON", help="where to write all numbers")

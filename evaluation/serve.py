@@ -23,9 +23,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from configs.command import run
 from configs.load import UserError
 from evaluation.engine import load
-from evaluation.engine.budget import readable
+from evaluation.engine.accounting import total_memory_bytes
+from evaluation.engine.budget import parse_size, readable
+from evaluation.engine.conversations import BLOCK_TOKENS, Conversations, check_keeps_everything
 from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
+from evaluation.engine.memory_controller import MemoryController
 from evaluation.engine_flags import add_engine_flags, engine_options
 from evaluation.server.app import Service, create_app
 from evaluation.server.generation import Generator
@@ -86,7 +89,10 @@ def application(arguments: argparse.Namespace) -> Iterator[Application]:
         tokenizer = load_tokenizer(model_dir)
         metrics = Metrics(engine)
         # a copy each: one thread writes texts, another reads them
-        generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics=metrics)
+        chat, controller = _conversations(model, engine, arguments)
+        generator = Generator(
+            model, engine, copy.deepcopy(tokenizer), metrics=metrics, chat=chat, controller=controller
+        )
         intake = Intake(
             tokenizer,
             served_name=_name(arguments),
@@ -154,6 +160,32 @@ def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[Pre
         **engine_options(arguments, model_dir),
     ) as loaded:
         yield loaded
+
+
+def _conversations(
+    model: PreTrainedModel, engine: Engine, arguments: argparse.Namespace
+) -> tuple[Conversations | None, MemoryController | None]:
+    """What keeps keys and values between requests, and what decides how many; None where nothing is kept or decided.
+
+    Raises:
+        UserError: a size that makes no sense, or one for a model whose context cannot be kept.
+    """
+    size, division = arguments.prefix_cache, engine.division
+    if size is not None:
+        capacity_bytes = parse_size(size, whole_bytes=total_memory_bytes()) if size != "0" else 0
+        if not capacity_bytes:
+            return None, None
+        return Conversations(model, engine.keep_prefixes(capacity_bytes), block_tokens=arguments.block_tokens), None
+    if division is None:
+        return None, None
+    try:
+        check_keeps_everything(model)
+    except UserError as reason:
+        logger.warning("no prefix cache: %s", reason)
+        return None, None
+    kept = engine.keep_prefixes(division.shared_bytes // 2)
+    chat = Conversations(model, kept, block_tokens=arguments.block_tokens)
+    return chat, MemoryController(engine, chat)
 
 
 @contextmanager
@@ -233,6 +265,14 @@ def _add_server_flags(group: Any) -> None:
     group.add_argument(
         "--max-model-len", type=int, metavar="N", help="longest prompt and answer, in tokens (default: the model's)"
     )
+    group.add_argument(
+        "--prefix-cache", metavar="SIZE", help="keep keys and values of so many bytes for later requests that begin the "
+        "same; 0: none (default: with --memory-budget what saves most time, moved while requests run; else none)"
+    )  # fmt: skip
+    group.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N",
+        help=f"of what is kept together; with a prefix cache prompts are computed so many at a time (default {BLOCK_TOKENS})",
+    )  # fmt: skip
     group.add_argument(
         "--max-queue", type=int, default=16, metavar="N", help="requests that may wait; more get 429 (default 16)"
     )

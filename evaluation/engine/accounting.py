@@ -66,6 +66,7 @@ class ReadCounts:
     device_bytes_read: list[int] = field(default_factory=lambda: [0, 0])  # of the pages they lie in
     stall_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # rows the model computed, padding included
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the decoder's calls
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class EngineStats:
     device_bytes_read: int  # with the rest of the pages that experts begin and end in
     tokens: dict[str, int]
     stall_seconds: dict[str, float]  # time in which computing waited for expert reads
+    seconds: dict[str, float]  # time of the decoder's calls, waiting included
 
     @property
     def bytes_read_per_token(self) -> float | None:
@@ -109,6 +111,7 @@ def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
         device_bytes_read=sum(reads.device_bytes_read),
         tokens=dict(zip(PHASES, reads.tokens, strict=True)),
         stall_seconds=dict(zip(PHASES, reads.stall_seconds, strict=True)),
+        seconds=dict(zip(PHASES, reads.seconds, strict=True)),
     )
 
 

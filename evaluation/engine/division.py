@@ -46,27 +46,42 @@ class Division:
     @property
     def expert_bytes(self) -> int:
         """The expert cache."""
-        return self.slots * self.pools * self.slot_bytes
+        return self.slots * self.step_bytes
 
-    def slots_beside(self, *, batch: int, rows: int, context_tokens: int) -> int:
-        """Slots that a call leaves: `rows` new tokens in `batch` sequences of `context_tokens` each.
+    @property
+    def step_bytes(self) -> int:
+        """One slot more, in every pool."""
+        return self.slot_bytes * self.pools
+
+    @property
+    def shared_bytes(self) -> int:
+        """What experts above the fewest slots and kept keys and values share."""
+        parts_bytes = self.resident_bytes + self.buffer_bytes + self.kv_bytes + self.activation_bytes
+        return self.budget_bytes - parts_bytes - self.smallest_slots * self.step_bytes
+
+    def spare_bytes(self, *, batch: int, rows: int, context_tokens: int) -> int:
+        """What a call leaves, above the fewest slots: `rows` new tokens in `batch` sequences of `context_tokens` each.
 
         Raises:
-            ContextTooLong: too few; nothing was computed yet.
+            ContextTooLong: less than nothing; nothing was computed yet.
         """
         needed_bytes = self.needs.kv_bytes(batch * context_tokens)
         needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)
         lacking_bytes = max(0, needed_bytes - self.kv_bytes - self.activation_bytes)
-        slots = self.slots - -(-lacking_bytes // (self.slot_bytes * self.pools))
-        if slots < self.smallest_slots:
-            missing = (self.smallest_slots - slots) * self.pools
+        spare_bytes = self.shared_bytes - lacking_bytes
+        if spare_bytes < 0:
+            missing = -(spare_bytes // self.step_bytes) * self.pools
             more_bytes = (missing + missing // PASSING_SHARE + 1) * self.slot_bytes
             raise ContextTooLong(
                 f"{batch} x {context_tokens} tokens need {readable(needed_bytes)} for keys, values and activations, more "
                 f"than a memory budget of {readable(self.budget_bytes)} leaves; shorten the request, or give "
                 f"{readable(self.budget_bytes + more_bytes)}"
             )
-        return slots
+        return spare_bytes
+
+    def slots_with(self, spare_bytes: int) -> int:
+        """Slots of a pool that so many bytes above the fewest slots buy."""
+        return min(self.slots, self.smallest_slots + spare_bytes // self.step_bytes)
 
 
 def divide(

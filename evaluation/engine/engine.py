@@ -12,6 +12,7 @@ from evaluation.engine.cache import ExpertCache
 from evaluation.engine.cache_prior import CachePrior, attach_cache_prior
 from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
+from evaluation.engine.prefix_cache import PrefixCache
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import experts_modules
 from evaluation.engine.route_trace import RouteTrace, TraceRecorder
@@ -28,6 +29,7 @@ class Engine:
         cache: slots and who is in them.
         is_exact: whether outputs are those of the resident model; False with a cache prior.
         division: what a memory budget is divided into; None if only experts have one.
+        kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Engine:
         self.demand, self.dtype, self.cache, self.division = demand, dtype, cache, division
         self._store = store
         self.is_exact = True
+        self.kept: PrefixCache | None = None
+        self._call = {"batch": 1, "rows": 1, "context_tokens": 1}
         self._recorder: TraceRecorder | None = None
         self._pager: Pager | None = None
 
@@ -83,6 +87,12 @@ class Engine:
         register()
         model.set_experts_implementation(IMPLEMENTATION)
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
+        model.base_model.register_forward_hook(self._end_call)
+
+    def keep_prefixes(self, capacity_bytes: int) -> PrefixCache:
+        """Keep keys and values of prompts, at most so many bytes; under a memory budget experts give way to them."""
+        self.kept = PrefixCache(capacity_bytes, make_room=self._room_for_kept)
+        return self.kept
 
     def prefer_residents(self, model: PreTrainedModel, prior: CachePrior) -> None:
         """Route with a cache prior from now on: outputs are no longer those of the resident model."""
@@ -123,6 +133,23 @@ class Engine:
             model=str(self._store.model_dir),
         )
 
+    def record_routing(self) -> None:
+        """Record the routing from now on, if it is not recorded yet."""
+        assert self._pager is not None
+        if self._recorder is None:
+            self._recorder = self._pager.recorder = TraceRecorder(self.cache.layers)
+
+    def begin_request_in_trace(self) -> None:
+        """What follows is another request, which finds the cache as it is."""
+        if self._recorder is not None:
+            self._recorder.begin_request()
+
+    def recent_routing(self, requests: int) -> RouteTrace | None:
+        """The routing of the last requests; what is older is forgotten. None if there is none."""
+        assert self._recorder is not None, "record_routing comes first"
+        self._recorder.keep_last(requests)
+        return self.trace() if self._recorder.has_calls else None
+
     def _begin_call(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward call of the decoder: is it one more token of known sequences, or a prompt?"""
         assert self._pager is not None
@@ -130,10 +157,37 @@ class Engine:
         batch, tokens = (kwargs["inputs_embeds"] if ids_BT is None else ids_BT).shape[:2]
         past = kwargs.get("past_key_values")
         is_decode = tokens == 1 and past is not None and past.get_seq_length() > 0
-        if self.division is not None:
-            context_tokens = tokens + (0 if past is None else past.get_seq_length())
-            self._resize(self.division.slots_beside(batch=batch, rows=batch * tokens, context_tokens=context_tokens))
+        context_tokens = tokens + (0 if past is None else past.get_seq_length())
+        self._call = {"batch": batch, "rows": batch * tokens, "context_tokens": context_tokens}
+        self._make_room()
         self._pager.begin_call(rows=batch * tokens, is_decode=is_decode)
+
+    def _end_call(self, *_: Any) -> None:
+        assert self._pager is not None
+        self._pager.end_call()
+
+    def _make_room(self) -> None:
+        """For the running call: kept keys and values give way to it, and slots to both.
+
+        Raises:
+            ContextTooLong: that is not enough.
+        """
+        if self.division is None:
+            return
+        spare_bytes = self.division.spare_bytes(**self._call)
+        if self.kept is not None:
+            self.kept.shrink(spare_bytes)
+            spare_bytes -= self.kept.held_bytes
+        self._resize(self.division.slots_with(spare_bytes))
+
+    def _room_for_kept(self, held_bytes: int) -> bool:
+        """Let slots give way to so many bytes of kept keys and values beside the last call; False if too few are left."""
+        if self.division is None:
+            return True
+        spare_bytes = self.division.spare_bytes(**self._call) - held_bytes
+        if spare_bytes >= 0:
+            self._resize(self.division.slots_with(spare_bytes))
+        return spare_bytes >= 0
 
     def _resize(self, slots: int) -> None:
         """Give slots to a growing KV cache, or take back what a finished request leaves."""

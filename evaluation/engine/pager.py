@@ -7,6 +7,7 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, J = 2 x intermediate (gate, th
 """
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +54,23 @@ class Pager:
         recorder: TraceRecorder | None,
     ) -> None:
         self._cache, self._memory, self._reader = cache, memory, reader
-        self._layer_ids, self._recorder = layer_ids, recorder
+        self._layer_ids, self.recorder = layer_ids, recorder
         self._phase: int | None = None
+        self._began_seconds = 0.0
         self.reads = ReadCounts()
 
     def begin_call(self, *, rows: int, is_decode: bool) -> None:
         """A forward call of the model starts: `rows` token rows, one per sequence if it is a decode call."""
         self._phase = DECODE if is_decode else PREFILL
         self.reads.tokens[self._phase] += rows
-        if self._recorder is not None:
-            self._recorder.begin_call(self._phase)
+        if self.recorder is not None:
+            self.recorder.begin_call(self._phase)
+        self._began_seconds = time.perf_counter()
+
+    def end_call(self) -> None:
+        """The call is over."""
+        assert self._phase is not None
+        self.reads.seconds[self._phase] += time.perf_counter() - self._began_seconds
 
     @property
     def is_decode(self) -> bool:
@@ -89,8 +97,8 @@ class Pager:
                 "a paged model computes no gradients; call it under torch.no_grad() or torch.inference_mode()"
             )
         ranked_TK = _heaviest_first(expert_ids_TK, weights_TK)
-        if self._recorder is not None:
-            self._recorder.add_layer(ranked_TK)
+        if self.recorder is not None:
+            self.recorder.add_layer(ranked_TK)
         event = [(layer, expert) for expert in event_order(ranked_TK)]
         rows = _Rows.of(expert_ids_TK)
         hidden_RH = hidden_TH[rows.order_R // expert_ids_TK.shape[1]].to(self._memory.dtype)

@@ -1,7 +1,8 @@
 """One request through the model: transformers' own `generate`, watched token by token.
 
 Greedy choices are the tokens of `model.generate(do_sample=False)`. Sampled ones are those of
-`torch.manual_seed(seed); model.generate(do_sample=True, num_return_sequences=n, ...)`, prompt by prompt.
+`torch.manual_seed(seed); model.generate(do_sample=True, num_return_sequences=n, ...)`, prompt by prompt. With a prefix
+cache, prompts of a single choice are computed in blocks (`prefill_chunk_size`), see `engine/conversations.py`.
 Knows threads only in that a job may be cancelled from another one: between tokens and between layers.
 """
 
@@ -16,7 +17,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from evaluation.engine.accounting import PHASES, EngineStats
+from evaluation.engine.conversations import Conversations
 from evaluation.engine.engine import Engine
+from evaluation.engine.memory_controller import MemoryController
 from evaluation.engine.pager import PagedLayer
 from evaluation.server.choice import Choice
 from evaluation.server.metrics import Metrics
@@ -27,9 +30,11 @@ class Generator:
     """The model with all it takes to serve jobs, one at a time, always from the same thread."""
 
     def __init__(
-        self, model: PreTrainedModel, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, metrics: Metrics
-    ) -> None:
+        self, model: PreTrainedModel, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, metrics: Metrics,
+        chat: Conversations | None = None, controller: MemoryController | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._engine, self._tokenizer, self._metrics = model, engine, tokenizer, metrics
+        self._chat, self._controller = chat, controller
         self._job: Job | None = None
         for module in model.modules():
             if isinstance(getattr(module, "paged", None), PagedLayer):
@@ -43,6 +48,7 @@ class Generator:
             UserError, OSError: an expert could not be read.
         """
         self._job, before, clock = job, self._engine.stats(), _Clock(job, self._metrics)
+        found_before = self._found_tokens()
         self._metrics.queue_seconds.observe(time.perf_counter() - job.submitted_seconds)
         try:
             with torch.random.fork_rng():
@@ -50,8 +56,13 @@ class Generator:
         finally:
             self._job = None
         remoe = {**_what_the_engine_did(before, self._engine.stats()), **clock.figures()}
-        self._metrics.request_done(job.work.prompt_tokens, tokens, tpot_seconds=clock.tpot_seconds)
-        return Done(job.work.prompt_tokens, tokens, remoe)
+        cached = self._found_tokens() - found_before
+        self._metrics.request_done(
+            job.work.prompt_tokens, tokens, cached_tokens=cached, tpot_seconds=clock.tpot_seconds
+        )
+        if self._controller is not None:
+            self._controller.request_done()
+        return Done(job.work.prompt_tokens, tokens, cached, remoe)
 
     def reset_cache(self) -> None:
         """Forget which experts are resident, after something went wrong."""
@@ -70,10 +81,13 @@ class Generator:
         watcher = _Watcher(choices, scores, clock=clock, send=job.send, check=self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
         prompt_BT = torch.tensor([work.prompts[position]])
+        options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt_BT)}
         generate: Any = self._model.generate
+        if self._chat is not None and work.n == 1:
+            generate, options = self._chat.generate, {}
         generate(
-            input_ids=prompt_BT,
-            attention_mask=torch.ones_like(prompt_BT),
+            prompt_BT,
+            **options,
             max_new_tokens=limit,
             num_beams=1,
             stopping_criteria=StoppingCriteriaList([watcher]),
@@ -95,6 +109,9 @@ class Generator:
             "num_return_sequences": work.n,
             **{name: value for name, value in said.items() if value is not None},
         }
+
+    def _found_tokens(self) -> int:
+        return self._chat.found_tokens if self._chat is not None else 0
 
     def _end_ids(self) -> frozenset[int]:
         ids: Any = self._model.generation_config.eos_token_id

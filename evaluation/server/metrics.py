@@ -31,11 +31,15 @@ class Metrics:
         self.itl_seconds = self._histogram("inter_token_latency_seconds", "between two tokens", TOKEN_SECONDS)
         self.queue_seconds = self._histogram("request_queue_seconds", "from arrival to being served", SECONDS)
         self._prompt_tokens = self._counter("prompt_tokens", "of requests that were served to their end")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "of these, found in the prefix cache")
         self._generation_tokens = self._counter("generation_tokens", "of requests that were served to their end")
 
-    def request_done(self, prompt_tokens: int, generation_tokens: int, *, tpot_seconds: float | None) -> None:
+    def request_done(
+        self, prompt_tokens: int, generation_tokens: int, *, cached_tokens: int, tpot_seconds: float | None
+    ) -> None:
         """A request was served to its end."""
         self._prompt_tokens.inc(prompt_tokens)
+        self._cached_tokens.inc(cached_tokens)
         self._generation_tokens.inc(generation_tokens)
         if tpot_seconds is not None:
             self.tpot_seconds.observe(tpot_seconds)
@@ -70,5 +74,8 @@ class _EngineCounters(Collector):
             for phase in PHASES:
                 family.add_metric([phase], by_phase[phase])
             yield family
+        if self._engine.kept is not None:
+            yield GaugeMetricFamily("remoe_prefix_cache_bytes", "kept keys and values", self._engine.kept.held_bytes)
+            yield GaugeMetricFamily("remoe_prefix_cache_capacity_bytes", "at most", self._engine.kept.capacity_bytes)
         yield GaugeMetricFamily("remoe_expert_cache_bytes", "memory of all slots", self._engine.pool_bytes)
         yield GaugeMetricFamily("remoe_expert_cache_slots", "experts that fit", self._engine.cache.total_slots)

@@ -54,6 +54,7 @@ class Done:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int  # of the prompt; they were not computed again
     remoe: dict[str, Any]  # what the engine did for it
 
 

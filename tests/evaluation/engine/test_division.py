@@ -65,30 +65,34 @@ def test_a_context_of_no_tokens_is_refused() -> None:
         divided(10**9, context_tokens=0)
 
 
+def slots_beside(division: Division, **call: int) -> int:
+    return division.slots_with(division.spare_bytes(**call))
+
+
 def test_a_growing_context_takes_slots_and_is_refused_when_there_are_none_left() -> None:
     division = divided(SLACK_BYTES + 40 * MIB)
-    assert division.slots_beside(batch=1, rows=100, context_tokens=100) == division.slots, "what was announced is free"
-    assert division.slots_beside(batch=1, rows=1, context_tokens=101) == division.slots, (
+    assert slots_beside(division, batch=1, rows=100, context_tokens=100) == division.slots, "what was announced is free"
+    assert slots_beside(division, batch=1, rows=1, context_tokens=101) == division.slots, (
         "a prompt's memory is free by now"
     )
     last = division.slots
     for tokens in range(100, 4000, 50):
-        slots = division.slots_beside(batch=1, rows=1, context_tokens=tokens)
+        slots = slots_beside(division, batch=1, rows=1, context_tokens=tokens)
         assert division.smallest_slots <= slots <= last
-        lent_bytes = (division.slots - slots) * MIB
+        lent_bytes = (division.slots - slots) * MIB + division.budget_bytes - spent(division)
         needed_bytes = NEEDS.kv_bytes(tokens) + NEEDS.activation_bytes(rows=1, context_tokens=tokens)
         assert needed_bytes <= division.kv_bytes + division.activation_bytes + lent_bytes
         last = slots
     with pytest.raises(UserError, match=r"2 x 100000 tokens need .*; shorten the request, or give \d"):
-        division.slots_beside(batch=2, rows=2, context_tokens=100_000)
+        slots_beside(division, batch=2, rows=2, context_tokens=100_000)
 
 
 def test_the_budget_a_refusal_names_is_enough() -> None:
     division = divided(SLACK_BYTES + 30 * MIB)
     with pytest.raises(UserError, match="or give") as refusal:
-        division.slots_beside(batch=1, rows=1, context_tokens=10_000)
+        slots_beside(division, batch=1, rows=1, context_tokens=10_000)
     named_bytes = int(float(str(refusal.value).split()[-1].removesuffix("MiB")) * MIB)
-    assert divided(named_bytes).slots_beside(batch=1, rows=1, context_tokens=10_000) >= 2
+    assert slots_beside(divided(named_bytes), batch=1, rows=1, context_tokens=10_000) >= 2
 
 
 def test_slots_for_passing_experts_grow_with_the_pool_up_to_the_reads_in_flight() -> None:
@@ -113,6 +117,7 @@ def test_tokens_stay_those_of_the_resident_model_while_slots_come_and_go(checkpo
         # a token as dear as a few experts, so that slots must go while the context grows
         dear = Needs(layers=4, kv_bytes_per_token=3 * engine.demand.slot_bytes // 10, row_bytes=0, mask_bytes=0)
         engine.division = replace(engine.division, needs=dear, activation_bytes=SLACK_BYTES, kv_bytes=dear.kv_bytes(8))
+        engine.division = replace(engine.division, budget_bytes=spent(engine.division))  # nothing is left over
         found, slots = [], []
         model.register_forward_hook(lambda *_: slots.append(engine.cache.total_slots))
         for tokens in (5, 60, 5):
@@ -130,6 +135,7 @@ def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(check
         assert engine.division is not None
         dear = replace(engine.division.needs, kv_bytes_per_token=2**20)
         engine.division = replace(engine.division, needs=dear, kv_bytes=dear.kv_bytes(16))
+        engine.division = replace(engine.division, budget_bytes=spent(engine.division))  # nothing is left over
         with pytest.raises(UserError, match=r"1 x 40 tokens need .* shorten the request"):
             generate(model, 40, 6)
         assert torch.equal(generate(model, 9, 6), expected)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evaluation.engine import load
+from evaluation.engine.conversations import Conversations
 from evaluation.engine.engine import Engine
 from evaluation.server.generation import Generator
 from evaluation.server.metrics import Metrics
@@ -72,3 +73,22 @@ def test_every_prompt_of_a_request_begins_with_its_seed(model_dir: Callable[[str
         assert texts[0] == alone
         assert texts[0].startswith(texts[1].rstrip("\N{REPLACEMENT CHARACTER}"))
         assert (done.prompt_tokens, done.completion_tokens) == (6, 17)
+
+
+def test_a_prefix_cache_changes_no_answer_and_is_told_of(model_dir: Callable[[str], Path]) -> None:
+    prompt = list(range(2, 40))
+    with generator(model_dir("olmoe")) as (plain, model, engine):
+        expected = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, 38, dtype=torch.long), prefill_chunk_size=8,
+            max_new_tokens=6, do_sample=False,
+        )[0, 38:].tolist()  # fmt: skip
+        chat = Conversations(model, engine.keep_prefixes(2**20), block_tokens=8)
+        made = Generator(model, engine, plain._tokenizer, metrics=Metrics(engine), chat=chat)
+        for cached in (0, 32, 32):
+            events: list[Any] = []
+            done = made.run(Job(Work([prompt], [6], temperature=0), events.append))
+            assert (done.cached_tokens, done.completion_tokens) == (cached, 6)
+            text = "".join(event.text for event in events if isinstance(event, Delta))
+            assert text == plain._tokenizer.decode(expected, skip_special_tokens=True)
+        several = made.run(Job(Work([prompt], [6], n=2, temperature=1.0, seed=1), lambda _: None))
+        assert several.cached_tokens == 0, "several choices are computed as one batch"

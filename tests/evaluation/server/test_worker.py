@@ -13,7 +13,7 @@ from evaluation.server.work import Cancelled, Done, Event, Failed, Job, Work
 from evaluation.server.worker import Worker
 
 WORK = Work([[1]], [1])
-DONE = Done(1, 1, {})
+DONE = Done(1, 1, 0, {})
 WAIT_SECONDS = 60
 
 

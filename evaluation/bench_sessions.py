@@ -1,0 +1,160 @@
+"""How near the plan and the online controller come to the best division of memory, on the real engine.
+
+Two workloads of real text. `mixed`: conversations with long beginnings that take turns. `changing`: the same in its first
+half; in the second one-off requests with short prompts and long answers, which have no use for kept blocks. Every
+division is run, the even one among them, then what `remoe plan --sessions` chooses, then the controller, which starts with
+the even one; all of them once in every repeat, and figures are medians over repeats.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from configs.command import run
+from configs.load import UserError
+from evaluation.benchmark.prompts import document_beginnings
+from evaluation.engine import load
+from evaluation.engine.conversations import BLOCK_TOKENS, Conversations
+from evaluation.engine.memory_controller import MemoryController
+from evaluation.engine.output import prepare, write_json
+from evaluation.engine.policies import DEFAULT
+from evaluation.sessions import SHARES, ChatRequest, run_once, serve_all, splits
+from evaluation.wording import bytes_text
+from training.model import load_tokenizer, local_folder
+
+EXAMPLE = """example:
+  remoe make-model --size 600MiB --output runs/models/small
+  python -m evaluation.bench_sessions --model runs/models/small --memory-budget 300MiB --output runs/sessions.json
+"""
+EVEN, CONTROLLER = 0.5, "controller"
+WORKLOADS = ("mixed", "changing")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, make the workloads, run everything, print and write."""
+    arguments = _parser().parse_args(argv)
+    output = prepare(arguments.output) if arguments.output else None
+    if arguments.repeats < 1:
+        raise UserError(f"--repeats is {arguments.repeats}; write at least 1")
+    transformers.utils.logging.disable_progress_bar()
+    model_dir = local_folder(arguments.model)
+    result: dict[str, Any] = {"config": vars(arguments), "workloads": {}}
+    for name in WORKLOADS:
+        requests = _requests(model_dir, arguments, changing=name == "changing")
+        result["workloads"][name] = found = _measure(model_dir, requests, arguments)
+        Console().print(_table(name, found))
+    if output:
+        write_json(output, result)
+
+
+def _requests(model_dir: str, arguments: argparse.Namespace, *, changing: bool) -> list[ChatRequest]:
+    """Conversations whose turns go on in the text they began with."""
+    turns, question = arguments.turns, arguments.question_tokens
+    tokens = arguments.prefix_tokens + (turns - 1) * question
+    tokenizer = load_tokenizer(model_dir)
+    texts = document_beginnings(
+        tokenizer, "test", tokens=tokens, count=arguments.conversations, domains=("prose", "code")
+    )
+    requests = [
+        ChatRequest(text[: arguments.prefix_tokens + turn * question], arguments.max_new_tokens)
+        for turn in range(turns)
+        for text in texts
+    ]
+    if not changing:
+        return requests
+    half = requests[: len(requests) // 2]
+    singles = document_beginnings(tokenizer, "validation", tokens=question, count=len(requests) // 2)
+    return half + [ChatRequest(text, 4 * arguments.max_new_tokens) for text in singles]
+
+
+def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every division, of the controller, and what the plan would choose; answers must all be the same."""
+    context = max(len(request.token_ids) + request.max_new_tokens for request in requests)
+    options = {"memory_budget": arguments.memory_budget, "context_tokens": context}
+    with load(model_dir, **options) as (model, engine):
+        workload = run_once(model, engine, requests, block_tokens=arguments.block_tokens)
+        planned = splits(workload, engine, policy=DEFAULT)
+        assert engine.division is not None
+        shared_bytes = engine.division.shared_bytes
+    seconds: dict[str, list[float]] = {name: [] for name in (*map(str, SHARES), CONTROLLER)}
+    answers, moves = [], []
+    for repeat in range(arguments.repeats):
+        order = [*seconds]
+        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
+            share = EVEN if name == CONTROLLER else float(name)
+            with load(model_dir, **options) as (model, engine):
+                chat = Conversations(
+                    model, engine.keep_prefixes(int(shared_bytes * share)),
+                    block_tokens=arguments.block_tokens,
+                )  # fmt: skip
+                controller = MemoryController(engine, chat) if name == CONTROLLER else None
+                serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
+                said, capacities = [], []
+                started = time.perf_counter()
+                for request in requests:
+                    said += serve_all(chat, [request])
+                    if controller is not None:
+                        controller.request_done()
+                        capacities.append(chat.kept.capacity_bytes)
+                seconds[name].append(time.perf_counter() - started)
+                answers.append(said)
+                if controller is not None:
+                    moves.append(capacities)
+                print(f"{name}: {seconds[name][-1]:.1f} s, {chat.found_tokens} prompt tokens found", file=sys.stderr)
+    best_plan = min(planned, key=lambda split: split.expected_seconds)
+    medians = {name: median(times) for name, times in seconds.items()}
+    chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
+    best = min(medians[str(share)] for share in SHARES)
+    return {
+        "requests": len(requests), "shared_bytes": shared_bytes, "seconds": seconds,
+        "median_seconds": medians, "planned": [vars(split) for split in planned], "plan_chooses": chosen,
+        "controller_capacities": moves, "answers_equal": all(said == answers[0] for said in answers),
+        "plan_over_best": medians[str(chosen)] / best, "even_over_best": medians[str(EVEN)] / best,
+        "controller_over_best": medians[CONTROLLER] / best,
+        "controller_over_plan": medians[CONTROLLER] / medians[str(chosen)],
+    }  # fmt: skip
+
+
+def _table(name: str, found: dict[str, Any]) -> Table:
+    table = Table("kept keys and values", "expected", "measured", title=f"{name}: {found['requests']} requests")
+    for share, split in zip(SHARES, found["planned"], strict=True):
+        mark = " <- plan" if share == found["plan_chooses"] else " (even)" if share == EVEN else ""
+        table.add_row(
+            f"{share:.3g} = {bytes_text(int(share * found['shared_bytes']))}{mark}", f"{split['expected_seconds']:.1f} s",
+            f"{found['median_seconds'][str(share)]:.1f} s",
+        )  # fmt: skip
+    table.add_row(CONTROLLER, "-", f"{found['median_seconds'][CONTROLLER]:.1f} s")
+    table.caption = (
+        f"of the best division: plan {found['plan_over_best']:.2f}, even {found['even_over_best']:.2f}, controller "
+        f"{found['controller_over_best']:.2f}; answers {'equal' if found['answers_equal'] else 'DIFFER'}"
+    )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.bench_sessions", description=__doc__, epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
+    parser.add_argument("--memory-budget", required=True, metavar="SIZE", help="of every run")
+    parser.add_argument("--conversations", type=int, default=12, metavar="N", help="default 12")
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="of each conversation (default 3)")
+    parser.add_argument("--prefix-tokens", type=int, default=600, metavar="N", help="of a first prompt (default 600)")
+    parser.add_argument("--question-tokens", type=int, default=40, metavar="N", help="of a later turn (default 40)")
+    parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="of an answer (default 24)")
+    parser.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help=f"default {BLOCK_TOKENS}")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of everything (default 3)")
+    parser.add_argument("--output", metavar="JSON", help="where to write everything that was measured")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -29,6 +29,7 @@ from evaluation.engine.conversations import BLOCK_TOKENS, Conversations, check_k
 from evaluation.engine.division import CONTEXT_TOKENS
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory_controller import MemoryController
+from evaluation.engine.resident import read_config
 from evaluation.engine_flags import add_engine_flags, engine_options
 from evaluation.server.app import Service, create_app
 from evaluation.server.generation import Generator
@@ -154,9 +155,10 @@ class HttpServer(uvicorn.Server):
 
 @contextmanager
 def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[PreTrainedModel, Engine]]:
+    context_tokens = _context_tokens(read_config(model_dir), arguments.max_model_len)
     with load(
         model_dir,
-        context_tokens=arguments.max_model_len or CONTEXT_TOKENS,
+        context_tokens=arguments.max_model_len or min(CONTEXT_TOKENS, context_tokens),
         **engine_options(arguments, model_dir),
     ) as loaded:
         yield loaded

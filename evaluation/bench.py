@@ -75,6 +75,10 @@ def _check(arguments: argparse.Namespace) -> None:
     for flag in ("max_new_tokens", "prompt_tokens", "repeats", "threads"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; write at least 1")
+    if not _sizes(arguments.expert_cache) + _sizes(arguments.memory_budget):
+        raise UserError(
+            "our engine needs a size: write --expert-cache 400MiB (experts) or --memory-budget 900MiB (all)"
+        )
     if arguments.max_new_tokens < 2:
         raise UserError("--max-new-tokens 1 leaves nothing to time after the first token; write at least 2")
     if arguments.against_new_tokens is not None and arguments.against_new_tokens < 2:
@@ -124,18 +128,23 @@ def _legs(model_dir: str, arguments: argparse.Namespace) -> tuple[list[list[Leg]
 def _contenders(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierarchy | None) -> list[Contender]:
     limit = arguments.memory_limit_cgroup
     limit_bytes = size_bytes(limit, "--memory-limit-cgroup") if limit else None
-    caches = [cache.strip() for cache in arguments.expert_cache.split(",")]
+    caches, budgets = _sizes(arguments.expert_cache), _sizes(arguments.memory_budget)
     base = Order("", model_dir, [], arguments.threads, cache_policy=arguments.cache_policy)
     work_dir = Path(arguments.work_dir).resolve()
     gguf = Path(arguments.gguf).resolve() if arguments.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
     opponents = parse_opponents(arguments.against)
-    return our_contenders(base, caches, limit_bytes) + [
+    ours = our_contenders(base, caches=caches, budgets=budgets, limit_bytes=limit_bytes)
+    return ours + [
         opponent(
-            name, base, work_dir=work_dir, gguf=gguf, cache=caches[0], hierarchy=hierarchy, limit_bytes=limit_bytes,
+            name, base, work_dir=work_dir, gguf=gguf, ours=ours[0].order, hierarchy=hierarchy, limit_bytes=limit_bytes,
             timeout_seconds=arguments.timeout,
         )
         for name in tqdm(opponents, desc="prepare", unit="opponent")
     ]  # fmt: skip
+
+
+def _sizes(text: str) -> list[str]:
+    return [size.strip() for size in text.split(",") if size.strip()]
 
 
 def _take_turns(
@@ -224,10 +233,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    parser.add_argument(
-        "--expert-cache", required=True, metavar="SIZE[,SIZE]", help="memory for experts: 400MiB, 25%%; several: one after "
-        "the other"
-    )  # fmt: skip
+    memory = parser.add_argument_group("our memory, one of them or both; several sizes take turns")
+    memory.add_argument(
+        "--expert-cache", default="", metavar="SIZE[,SIZE]", help="for experts alone: 400MiB, or 25%% of all"
+    )
+    memory.add_argument(
+        "--memory-budget", default="", metavar="SIZE[,SIZE]", help="for everything: 900MiB, or 25%% of the machine's"
+    )
     parser.add_argument(
         "--against",
         default="accelerate,llamacpp,resident",

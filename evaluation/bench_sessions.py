@@ -77,7 +77,11 @@ def _requests(model_dir: str, arguments: argparse.Namespace, *, changing: bool) 
 def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every division, of the controller, and what the plan would choose; answers must all be the same."""
     context = max(len(request.token_ids) + request.max_new_tokens for request in requests)
-    options = {"memory_budget": arguments.memory_budget, "context_tokens": context}
+    options = {
+        "memory_budget": arguments.memory_budget,
+        "context_tokens": context,
+        "prompt_tokens": arguments.block_tokens,
+    }
     with load(model_dir, **options) as (model, engine):
         workload = run_once(model, engine, requests, block_tokens=arguments.block_tokens)
         planned = splits(workload, engine, policy=DEFAULT)

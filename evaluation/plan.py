@@ -77,7 +77,10 @@ def plan(
     Raises:
         UserError: see `load` and `run_once`; a trace of another model.
     """
-    with load(model_dir, memory_budget=memory_budget, context_tokens=context_tokens, dtype=dtype) as (model, engine):
+    with load(
+        model_dir, memory_budget=memory_budget, context_tokens=context_tokens, dtype=dtype,
+        prompt_tokens=block_tokens if requests else None,
+    ) as (model, engine):  # fmt: skip
         if trace is not None and (trace.layers, trace.num_experts) != (engine.demand.layers, engine.demand.num_experts):
             raise UserError(
                 f"the trace has {trace.layers} MoE layers of {trace.num_experts} experts, {model_dir} has "

@@ -18,6 +18,8 @@ from evaluation.summary import (
     budgets,
     change,
     decode_value,
+    frontier,
+    frontier_budgets,
     layers_of,
     lru_miss_rate,
     lru_sizes,
@@ -158,6 +160,45 @@ def quality_figure(results: Results) -> str | None:
     return svg_of(
         draw, height_inches=1.5 + rows * (0.22 + 0.15 * len(arms)), label="Quality differences with 95 % intervals"
     )
+
+
+def frontier_figure(results: Results) -> str | None:
+    """What quality is paid for how many bytes: mean perplexity against bytes read per token, a panel per cache size.
+
+    Vertical bars are 95 % intervals over test items, horizontal ones a standard deviation over seeds.
+    """
+    sizes = frontier_budgets(results)
+    if not sizes:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+        for axes, size in zip(panels, sizes, strict=True):
+            points = frontier(results, size)
+            unit = data_size(max(point.bytes_per_token.mean for point in points.values()))
+            for arm, point in points.items():
+                look, cost = looks_of(results)[arm], point.cost
+                bounds = None if cost.low is None or cost.high is None else (cost.low, cost.high)
+                axes.errorbar(
+                    [unit.scale * point.bytes_per_token.mean], [100 * cost.spread.mean],
+                    xerr=None if not point.bytes_per_token.sd else [unit.scale * point.bytes_per_token.sd],
+                    yerr=None if bounds is None else [[100 * (cost.spread.mean - bounds[0])],
+                                                      [100 * (bounds[1] - cost.spread.mean)]],
+                    color=look["color"], marker=look["marker"], markersize=8 if arm == BASE else 6.5, linewidth=1.5,
+                    capsize=3, linestyle="",
+                )  # fmt: skip
+            axes.axhline(0, color=colours(results)[BASE], linewidth=0.9)
+            axes.axhline(100 * PERPLEXITY_LIMIT, color="#aa3333", linestyle=":", linewidth=1.3)
+            axes.margins(0.12, 0.12)
+            axes.set(
+                title=f"cache: {_budget_tick(size, results['model']['token_demand_bytes'])}".replace("\n", ", "),
+                xlabel=f"bytes read per token, {unit.suffix.strip()}",
+            )
+        panels[0].set_ylabel("change of mean perplexity, %")
+        limit = Line2D([], [], color="#aa3333", linestyle=":", linewidth=1.3)
+        legend(figure, results, list(results["arms"]), extra=[(limit, f"limit of the mean, {LIMIT_TEXT}")])
+
+    return svg_of(draw, height_inches=3.5, label="Quality against bytes per token")
 
 
 def decode_figure(results: Results) -> str | None:

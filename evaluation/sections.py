@@ -30,6 +30,12 @@ def sections(results: Results) -> list[Section]:
     balance, per_layer = tables.routing_tables(results)
     return [
         Section(
+            "Quality against bytes per token",
+            "The price of reading less: left is fewer bytes, lower is better quality. Bytes as the engine read them.",
+            figure=plots.frontier_figure,
+            absent="No tuned arm was both decoded and compared with base in this run.",
+        ),
+        Section(
             "Misses against cache size",
             "Share of expert accesses that must be loaded, replayed from a routing trace. Lower is better; Belady is "
             "the bound that no policy can beat on the same routing.",

@@ -159,6 +159,7 @@ def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[Pre
     with load(
         model_dir,
         context_tokens=arguments.max_model_len or min(CONTEXT_TOKENS, context_tokens),
+        prompt_tokens=arguments.block_tokens if arguments.prefix_cache != "0" else None,
         **engine_options(arguments, model_dir),
     ) as loaded:
         yield loaded

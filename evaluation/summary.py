@@ -197,6 +197,31 @@ def change(results: Results, arm: str, kind: str, name: str) -> Change | None:
     return Change(middle, statistics.fmean(lows) if lows else None, statistics.fmean(highs) if highs else None)
 
 
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What an arm reads per token with one expert cache, and what its mean perplexity costs against base."""
+
+    bytes_per_token: Spread
+    cost: Change
+
+
+def frontier(results: Results, budget_bytes: int) -> dict[str, FrontierPoint]:
+    """Every arm of which both are known; base costs nothing."""
+    points = {}
+    for arm in results["arms"]:
+        read = spread(decode_value(run, budget_bytes, "bytes_read_per_token") for run in runs_of(results, arm))
+        cost = Change(Spread(0.0, None, 1), None, None) if arm == BASE else change(results, arm, "perplexity", MEAN)
+        if read is not None and cost is not None:
+            points[arm] = FrontierPoint(read, cost)
+    return points
+
+
+def frontier_budgets(results: Results) -> list[int]:
+    """At most three budgets from one token's demand up at which base and another arm can be compared."""
+    demand = results["model"]["token_demand_bytes"] or 0
+    return [size for size in budgets(results) if size >= demand and {BASE} < set(frontier(results, size))][:3]
+
+
 def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
     """The task that falls most (mean over seeds)."""
     found = [(task, change(results, arm, "tasks", task)) for task in names(results, "tasks")]

@@ -1,5 +1,6 @@
 """Who takes part: our engine at each cache size, and the opponents with what each needs prepared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from evaluation.benchmark.memory_group import Hierarchy
 from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.processes import SideRun, run_side
 from evaluation.benchmark.weights import expert_modules
+from evaluation.engine.accounting import total_memory_bytes
 from evaluation.engine.budget import parse_size
 from evaluation.gguf_file import write_gguf
 
@@ -28,11 +30,13 @@ class Contender:
     unable: str | None = None  # why it cannot take part
 
 
-def our_contenders(base: Order, caches: list[str], limit_bytes: int | None) -> list[Contender]:
-    """Our engine, once for each cache size."""
-    return [
-        Contender(f"remoe {cache}", replace(base, side="remoe", expert_cache=cache), limit_bytes) for cache in caches
-    ]
+def our_contenders(
+    base: Order, *, caches: Sequence[str], budgets: Sequence[str], limit_bytes: int | None
+) -> list[Contender]:
+    """Our engine, once for each size of the expert cache and for each memory budget."""
+    orders = {f"remoe {cache}": replace(base, side="remoe", expert_cache=cache) for cache in caches}
+    orders |= {f"remoe {size} for all": replace(base, side="remoe", memory_budget=size) for size in budgets}
+    return [Contender(name, order, limit_bytes) for name, order in orders.items()]
 
 
 def parse_opponents(text: str) -> list[str]:
@@ -49,10 +53,10 @@ def parse_opponents(text: str) -> list[str]:
 
 
 def opponent(
-    name: str, base: Order, *, work_dir: Path, gguf: Path, cache: str, hierarchy: Hierarchy | None,
+    name: str, base: Order, *, work_dir: Path, gguf: Path, ours: Order, hierarchy: Hierarchy | None,
     limit_bytes: int | None, timeout_seconds: float,
 ) -> Contender:  # fmt: skip
-    """Prepare one opponent: a GGUF, or how much accelerate can hold without being killed."""
+    """Prepare one opponent: a GGUF, or how much accelerate can hold without being killed (without a limit: as `ours`)."""
     if name in UNLIMITED:
         return Contender(name, replace(base, side=name), None)
     if name == "llamacpp":
@@ -60,10 +64,16 @@ def opponent(
     order = replace(base, side=name, offload_dir=str(work_dir / "offload"))
     (work_dir / "offload").mkdir(parents=True, exist_ok=True)
     if limit_bytes is None:
-        modules, other_bytes = expert_modules(base.model_dir)
-        experts_bytes = parse_size(cache, whole_bytes=sum(modules.values()))
-        return Contender(name, replace(order, resident_bytes=other_bytes + experts_bytes), None)
+        return Contender(name, replace(order, resident_bytes=_resident_bytes(ours)), None)
     return _accelerate_that_fits(name, order, hierarchy, limit_bytes, timeout_seconds)
+
+
+def _resident_bytes(ours: Order) -> int:
+    """What our engine's memory buys a side that keeps weights and nothing else."""
+    if ours.memory_budget is not None:
+        return parse_size(ours.memory_budget, whole_bytes=total_memory_bytes())
+    modules, other_bytes = expert_modules(ours.model_dir)
+    return other_bytes + parse_size(str(ours.expert_cache), whole_bytes=sum(modules.values()))
 
 
 def _llamacpp(base: Order, gguf: Path, limit_bytes: int | None) -> Contender:

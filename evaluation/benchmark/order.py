@@ -27,7 +27,8 @@ class Order:
     model_dir: str
     legs: list[Leg]
     threads: int
-    expert_cache: str | None = None  # ours
+    expert_cache: str | None = None  # ours: this, or
+    memory_budget: str | None = None  # ours: memory for everything
     cache_policy: str = DEFAULT  # ours
     gguf: str | None = None  # llamacpp
     resident_bytes: int | None = None  # accelerate: weights to keep in memory

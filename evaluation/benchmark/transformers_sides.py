@@ -30,13 +30,13 @@ from evaluation.reuse import reuse_rate_per_layer
 @contextmanager
 def remoe(order: Order) -> Iterator[Serving]:
     """Our engine, with the order's expert cache."""
-    assert order.expert_cache is not None, "an order for our side without an expert cache"
     _prepare(order)
     logging.getLogger("evaluation.engine.budget").setLevel(logging.ERROR)
-    with load(order.model_dir, order.expert_cache, cache_policy=order.cache_policy, record_trace=True) as (
-        model,
-        engine,
-    ):
+    context_tokens = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs)
+    with load(
+        order.model_dir, order.expert_cache, memory_budget=order.memory_budget, context_tokens=context_tokens,
+        cache_policy=order.cache_policy, record_trace=True,
+    ) as (model, engine):  # fmt: skip
         _never_end(model)
 
         def request(leg: Leg) -> LegResult:
@@ -46,7 +46,7 @@ def remoe(order: Order) -> Iterator[Serving]:
             return result
 
         settings = {
-            "expert_cache": order.expert_cache, "expert_cache_bytes": engine.pool_bytes,
+            "expert_cache": order.expert_cache, "memory_budget": order.memory_budget, "expert_cache_bytes": engine.pool_bytes,
             "cache_policy": order.cache_policy, "dtype": str(engine.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }  # fmt: skip

@@ -35,7 +35,7 @@ class Division:
     resident_bytes: int  # everything of the model but experts, and what loading it left behind
     buffer_bytes: int  # of the reading threads, and slots for experts that pass through
     kv_bytes: int  # of `context_tokens`
-    activation_bytes: int  # of a prompt of `context_tokens`
+    activation_bytes: int  # of a prompt, as far as it is computed at once
     context_tokens: int
     slots: int  # of the one pool, or of each layer's
     pools: int
@@ -86,9 +86,12 @@ class Division:
 
 def divide(
     budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reads_in_flight: int, context_tokens: int,
-    scope: str,
+    scope: str, prompt_tokens: int | None = None,
 ) -> Division:  # fmt: skip
     """Divide a budget; experts get what the rest leaves, at most all of them.
+
+    Args:
+        prompt_tokens: of a prompt that are computed at once, at most; None: all that the context may have.
 
     Raises:
         UserError: it is too small; names the smallest that works.
@@ -98,7 +101,8 @@ def divide(
     pools = 1 if scope == "global" else demand.layers
     threads_bytes = reads_in_flight * (PIECE_BYTES + 2 * PAGE_BYTES)
     kv_bytes = needs.kv_bytes(context_tokens)
-    activation_bytes = needs.activation_bytes(rows=context_tokens, context_tokens=context_tokens)
+    rows = min(context_tokens, prompt_tokens or context_tokens)
+    activation_bytes = needs.activation_bytes(rows=rows, context_tokens=context_tokens)
     fixed_bytes = resident_bytes + threads_bytes + kv_bytes + activation_bytes
 
     def total_bytes(slots: int) -> int:

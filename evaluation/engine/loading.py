@@ -35,6 +35,7 @@ def load(
     *,
     memory_budget: int | str | None = None,
     context_tokens: int = CONTEXT_TOKENS,
+    prompt_tokens: int | None = None,
     router_delta: Mapping[str, torch.Tensor] | None = None,
     cache_policy: str = DEFAULT,
     profile: RouteTrace | None = None,
@@ -52,6 +53,8 @@ def load(
         memory_budget: instead: memory for everything that loading and using the model takes; see `division.py`.
         context_tokens: with a memory budget: tokens whose keys and values have memory of their own, over all sequences
             of a batch. A longer context takes from the experts and is refused when they have no more to give.
+        prompt_tokens: with a memory budget: tokens of a prompt that are computed at once at most, if whoever uses the
+            model sees to that (`prefill_chunk_size`, `Conversations`); None: whole prompts.
         router_delta: parameter name -> weight, copied into the routers and cast to their precision.
         cache_policy: `decayed` (the default), `lru`, `fifo`, `lfu`, `lfru` or `static`.
         profile: a trace whose most used experts `static` keeps.
@@ -97,7 +100,7 @@ def load(
             division = divide(
                 parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,
                 resident_bytes=private_bytes() - before_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
-                scope=cache_scope,
+                scope=cache_scope, prompt_tokens=prompt_tokens,
             )  # fmt: skip
             slots = division.slots
         warn_below_cliff(slots, demand, scope=cache_scope, policy=cache_policy)

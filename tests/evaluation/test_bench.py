@@ -93,6 +93,16 @@ def test_sides_take_turns_and_failures_are_told(
     assert "100.0" in printed
 
 
+def test_budgets_for_everything_take_part(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
+    budgets = ["--expert-cache", "", "--memory-budget", "40MiB,60MiB", "--repeats", "1", "--against", "accelerate"]
+    bench.main(flags(model, tmp_path, *budgets))
+    assert [(name, order.memory_budget, order.expert_cache) for name, _, order in ran[:2]] == [
+        ("remoe 40MiB for all", "40MiB", None), ("remoe 60MiB for all", "60MiB", None),
+    ]  # fmt: skip
+    assert ran[2][2].resident_bytes == 40 * 2**20, "accelerate keeps as much"
+    assert set(json.loads((tmp_path / "bench.json").read_text())["bounds"]) == {name for name, _, _ in ran[:2]}
+
+
 def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
     bench.main(flags(model, tmp_path, "--against", ""))
     prompts = {tuple(leg.prompt_ids) for _, _, order in ran for leg in order.legs}
@@ -129,6 +139,7 @@ def test_a_model_llamacpp_cannot_have_is_told(
         (["--max-new-tokens", "1"], "leaves nothing to time"),
         (["--against-new-tokens", "1"], "--against-new-tokens is 1"),
         (["--repeats", "0"], "--repeats is 0; write at least 1"),
+        (["--expert-cache", ""], "our engine needs a size: write --expert-cache 400MiB"),
         (["--max-new-tokens", "500"], "do not fit the model's context of 512"),
         (["--memory-limit-cgroup", "25%"], "--memory-limit-cgroup '25%' is not a size"),
     ],
@@ -156,7 +167,8 @@ def test_accelerate_gets_less_memory_until_it_survives(
 
     monkeypatch.setattr(contenders, "run_side", run_side)
     found = contenders.opponent(
-        "accelerate", Order("", str(model), [], 1), work_dir=tmp_path, gguf=tmp_path / "g", cache="30%", hierarchy=None,
+        "accelerate", Order("", str(model), [], 1), work_dir=tmp_path, gguf=tmp_path / "g",
+        ours=Order("remoe", str(model), [], 1, expert_cache="30%"), hierarchy=None,
         limit_bytes=2 << 30, timeout_seconds=1,
     )  # fmt: skip
     assert tried == [(2048 - margin) << 20 for margin in (500, 700, 1000)]

@@ -24,6 +24,7 @@ from evaluation.wording import CHANGE, COUNT, PERCENT, RATE, bytes_text, headlin
 from tests.evaluation.made_results import ARMS, made_results
 
 FIGURES = [
+    plots.frontier_figure,
     plots.miss_rate_figure,
     plots.reuse_figure,
     plots.training_figure,
@@ -228,6 +229,7 @@ def test_a_figure_follows_the_results(results: dict[str, Any], figure: Callable[
     measured["history"][3]["train/loss"] = 5.0
     measured["difference"]["tasks"]["letters"]["high"] = 0.2
     measured["decode"][2]["mean_tpot_ms"] = 1.0
+    measured["decode"][1]["bytes_read_per_token"] *= 0.5
     assert figure(results) == figure(deepcopy(results)), "the same results give the same picture"
     assert figure(other) != figure(results)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ def test_transformers_sides_give_our_tokens(made_model: Made, tmp_path: Path) ->
     assert [len(ids) for ids in ours] == [12, 12]
     assert tokens("resident", made_model[0], tmp_path) == ours
     assert tokens("accelerate", made_model[0], tmp_path) == ours
+
+
+def test_a_budget_for_everything_gives_the_same_tokens(made_model: Made, tmp_path: Path) -> None:
+    order = replace(order_for("remoe", made_model[0], tmp_path), expert_cache=None, memory_budget="200MiB")
+    with open_side(order) as serving:
+        ours = [serving.request(leg).token_ids for leg in LEGS]
+        assert serving.settings["memory_budget"] == "200MiB"
+    assert ours == tokens("resident", made_model[0], tmp_path)
 
 
 def test_llamacpp_serves_the_same_legs(made_model: Made, tmp_path: Path) -> None:

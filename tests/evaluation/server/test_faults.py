@@ -57,7 +57,10 @@ def test_a_request_that_the_memory_budget_does_not_hold_is_refused_and_the_next_
         assert division is not None
         assert division.context_tokens == 60
         dear = replace(division.needs, kv_bytes_per_token=2**20)
-        served.engine.division = replace(division, needs=dear, kv_bytes=dear.kv_bytes(4))
+        tight_bytes = division.budget_bytes - division.shared_bytes  # nothing is left over
+        served.engine.division = replace(
+            division, needs=dear, kv_bytes=dear.kv_bytes(4), budget_bytes=tight_bytes, slots=division.smallest_slots
+        )
         with pytest.raises(openai.BadRequestError, match=r"tokens need .* shorten the request") as refused:
             greedy(served)
         assert refused.value.code == "context_length_exceeded"

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from rich.console import Console
@@ -35,6 +35,13 @@ EXAMPLE = """example:
 """
 EVEN, CONTROLLER = 0.5, "controller"
 WORKLOADS = ("mixed", "changing")
+
+
+class _Run(NamedTuple):
+    seconds: float
+    found_tokens: int
+    answers: list[list[int]]
+    capacities: list[int]  # after every request, where a controller moves them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,43 +94,48 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argpars
         planned = splits(workload, engine, policy=DEFAULT)
         assert engine.division is not None
         shared_bytes = engine.division.shared_bytes
-    seconds: dict[str, list[float]] = {name: [] for name in (*map(str, SHARES), CONTROLLER)}
-    answers, moves = [], []
+    runs: dict[str, list[_Run]] = {name: [] for name in (*map(str, SHARES), CONTROLLER)}
     for repeat in range(arguments.repeats):
-        order = [*seconds]
-        for name in order[repeat % len(order) :] + order[: repeat % len(order)]:
-            share = EVEN if name == CONTROLLER else float(name)
-            with load(model_dir, **options) as (model, engine):
-                chat = Conversations(
-                    model, engine.keep_prefixes(int(shared_bytes * share)),
-                    block_tokens=arguments.block_tokens,
-                )  # fmt: skip
-                controller = MemoryController(engine, chat) if name == CONTROLLER else None
-                serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
-                said, capacities = [], []
-                started = time.perf_counter()
-                for request in requests:
-                    said += serve_all(chat, [request])
-                    if controller is not None:
-                        controller.request_done()
-                        capacities.append(chat.kept.capacity_bytes)
-                seconds[name].append(time.perf_counter() - started)
-                answers.append(said)
-                if controller is not None:
-                    moves.append(capacities)
-                print(f"{name}: {seconds[name][-1]:.1f} s, {chat.found_tokens} prompt tokens found", file=sys.stderr)
+        first = repeat % len(runs)
+        for name in [*runs][first:] + [*runs][:first]:
+            one = _timed(model_dir, requests, options, name=name, shared_bytes=shared_bytes)
+            runs[name].append(one)
+            print(f"{name}: {one.seconds:.1f} s, {one.found_tokens} prompt tokens found", file=sys.stderr)
     best_plan = min(planned, key=lambda split: split.expected_seconds)
-    medians = {name: median(times) for name, times in seconds.items()}
+    medians = {name: median(one.seconds for one in repeated) for name, repeated in runs.items()}
+    answers = [one.answers for repeated in runs.values() for one in repeated]
     chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
     best = min(medians[str(share)] for share in SHARES)
     return {
-        "requests": len(requests), "shared_bytes": shared_bytes, "seconds": seconds,
+        "requests": len(requests), "shared_bytes": shared_bytes,
+        "seconds": {name: [one.seconds for one in repeated] for name, repeated in runs.items()},
         "median_seconds": medians, "planned": [vars(split) for split in planned], "plan_chooses": chosen,
-        "controller_capacities": moves, "answers_equal": all(said == answers[0] for said in answers),
+        "controller_capacities": [one.capacities for one in runs[CONTROLLER]],
+        "answers_equal": all(said == answers[0] for said in answers),
         "plan_over_best": medians[str(chosen)] / best, "even_over_best": medians[str(EVEN)] / best,
         "controller_over_best": medians[CONTROLLER] / best,
         "controller_over_plan": medians[CONTROLLER] / medians[str(chosen)],
     }  # fmt: skip
+
+
+def _timed(
+    model_dir: str, requests: Sequence[ChatRequest], options: dict[str, Any], *, name: str, shared_bytes: int
+) -> _Run:
+    """One division (`name` is its share of kept blocks) or the controller, from a cold start."""
+    share = EVEN if name == CONTROLLER else float(name)
+    with load(model_dir, **options) as (model, engine):
+        kept = engine.keep_prefixes(int(shared_bytes * share))
+        chat = Conversations(model, kept, block_tokens=options["prompt_tokens"])
+        controller = MemoryController(engine, chat) if name == CONTROLLER else None
+        serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
+        answers, capacities = [], []
+        started = time.perf_counter()
+        for request in requests:
+            answers += serve_all(chat, [request])
+            if controller is not None:
+                controller.request_done()
+                capacities.append(kept.capacity_bytes)
+        return _Run(time.perf_counter() - started, chat.found_tokens, answers, capacities)
 
 
 def _table(name: str, found: dict[str, Any]) -> Table:

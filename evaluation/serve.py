@@ -86,11 +86,11 @@ def application(arguments: argparse.Namespace) -> Iterator[Application]:
     api_key = _api_key(arguments)
     model_dir = local_folder(arguments.model)
     transformers.utils.logging.disable_progress_bar()
-    with _loaded(model_dir, arguments) as (model, engine):
+    with _loaded(model_dir, arguments) as (model, engine, keeps):
         tokenizer = load_tokenizer(model_dir)
         metrics = Metrics(engine)
         # a copy each: one thread writes texts, another reads them
-        chat, controller = _conversations(model, engine, arguments)
+        chat, controller = _conversations(model, engine, arguments) if keeps else (None, None)
         generator = Generator(
             model, engine, copy.deepcopy(tokenizer), metrics=metrics, chat=chat, controller=controller
         )
@@ -154,41 +154,49 @@ class HttpServer(uvicorn.Server):
 
 
 @contextmanager
-def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[PreTrainedModel, Engine]]:
-    context_tokens = _context_tokens(read_config(model_dir), arguments.max_model_len)
+def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[PreTrainedModel, Engine, bool]]:
+    """Model, engine, and whether keys and values are kept between requests; prompts are then computed in blocks."""
+    config = read_config(model_dir)
+    keeps = _keeps_prefixes(config, arguments)
+    context_tokens = min(CONTEXT_TOKENS, _context_tokens(config, arguments.max_model_len))
     with load(
         model_dir,
-        context_tokens=arguments.max_model_len or min(CONTEXT_TOKENS, context_tokens),
-        prompt_tokens=arguments.block_tokens if arguments.prefix_cache != "0" else None,
+        context_tokens=arguments.max_model_len or context_tokens,
+        prompt_tokens=arguments.block_tokens if keeps else None,
         **engine_options(arguments, model_dir),
-    ) as loaded:
-        yield loaded
+    ) as (model, engine):
+        yield model, engine, keeps
+
+
+def _keeps_prefixes(config: PretrainedConfig, arguments: argparse.Namespace) -> bool:
+    """What the flags say; where they leave it open, yes under a memory budget, if the model allows it.
+
+    Raises:
+        UserError: a size was given for a model whose context cannot be kept.
+    """
+    if arguments.prefix_cache == "0" or (arguments.prefix_cache is None and arguments.memory_budget is None):
+        return False
+    try:
+        check_keeps_everything(config)
+    except UserError as reason:
+        if arguments.prefix_cache is not None:
+            raise
+        logger.warning("no prefix cache: %s", reason)
+        return False
+    return True
 
 
 def _conversations(
     model: PreTrainedModel, engine: Engine, arguments: argparse.Namespace
-) -> tuple[Conversations | None, MemoryController | None]:
-    """What keeps keys and values between requests, and what decides how many; None where nothing is kept or decided.
-
-    Raises:
-        UserError: a size that makes no sense, or one for a model whose context cannot be kept.
-    """
-    size, division = arguments.prefix_cache, engine.division
-    if size is not None:
-        capacity_bytes = parse_size(size, whole_bytes=total_memory_bytes()) if size != "0" else 0
-        if not capacity_bytes:
-            return None, None
-        return Conversations(model, engine.keep_prefixes(capacity_bytes), block_tokens=arguments.block_tokens), None
-    if division is None:
-        return None, None
-    try:
-        check_keeps_everything(model)
-    except UserError as reason:
-        logger.warning("no prefix cache: %s", reason)
-        return None, None
-    kept = engine.keep_prefixes(division.shared_bytes // 2)
-    chat = Conversations(model, kept, block_tokens=arguments.block_tokens)
-    return chat, MemoryController(engine, chat)
+) -> tuple[Conversations, MemoryController | None]:
+    """What keeps keys and values, and what decides how many, where no size is given."""
+    if arguments.prefix_cache is not None:
+        capacity_bytes = parse_size(arguments.prefix_cache, whole_bytes=total_memory_bytes())
+    else:
+        assert engine.division is not None, "without a memory budget a size is given"
+        capacity_bytes = engine.division.shared_bytes // 2
+    chat = Conversations(model, engine.keep_prefixes(capacity_bytes), block_tokens=arguments.block_tokens)
+    return chat, MemoryController(engine, chat) if arguments.prefix_cache is None else None
 
 
 @contextmanager
@@ -219,7 +227,7 @@ def _context_tokens(config: PretrainedConfig, asked: int | None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    smallest = {"max_queue": 0, "max_request_bytes": 1, "max_model_len": 2}
+    smallest = {"max_queue": 0, "max_request_bytes": 1, "max_model_len": 2, "block_tokens": 1}
     for name, least in smallest.items():
         value = getattr(arguments, name)
         if value is not None and value < least:

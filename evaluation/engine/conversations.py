@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from configs.load import UserError
@@ -37,7 +37,7 @@ class Conversations:
     ) -> None:  # fmt: skip
         if block_tokens < 1:
             raise UserError(f"blocks of {block_tokens} tokens make no sense; write at least 1")
-        check_keeps_everything(model)
+        check_keeps_everything(model.config)
         self.block_tokens, self.kept = block_tokens, kept
         self.found_tokens = self.computed_tokens = 0
         self._model, self.watch = model, watch
@@ -71,12 +71,12 @@ class Conversations:
             self.kept.use(names[:whole], lambda index: _block(cache, index * self.block_tokens, self.block_tokens))
 
 
-def check_keeps_everything(model: PreTrainedModel) -> None:
-    """Raises `UserError` if the model's cache is more, or less, than the keys and values of all tokens."""
-    for layer in DynamicCache(config=model.config).layers:
+def check_keeps_everything(config: PretrainedConfig) -> None:
+    """Raises `UserError` if such a model's cache is more, or less, than the keys and values of all tokens."""
+    for layer in DynamicCache(config=config).layers:
         if type(layer) is not DynamicLayer:
             raise UserError(
-                f"{type(model).__name__} keeps {type(layer).__name__} of a context, which cannot be cut into blocks; "
+                f"a {config.model_type} model keeps {type(layer).__name__} of a context, which cannot be cut into blocks; "
                 "a prefix cache is for models whose layers all attend to the whole context"
             )
 

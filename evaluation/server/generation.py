@@ -55,13 +55,13 @@ class Generator:
                 tokens = sum(self._answer(job, position, clock) for position in range(len(job.work.prompts)))
         finally:
             self._job = None
+            if self._controller is not None:
+                self._controller.request_done()  # also of a job that was broken off: it forgets what is old
         remoe = {**_what_the_engine_did(before, self._engine.stats()), **clock.figures()}
         cached = self._found_tokens() - found_before
         self._metrics.request_done(
             job.work.prompt_tokens, tokens, cached_tokens=cached, tpot_seconds=clock.tpot_seconds
         )
-        if self._controller is not None:
-            self._controller.request_done()
         return Done(job.work.prompt_tokens, tokens, cached, remoe)
 
     def reset_cache(self) -> None:

@@ -49,6 +49,7 @@ def test_engine_flags_reach_the_engine(model_dir: Callable[[str], Path], monkeyp
         (["--max-queue", "-1"], "--max-queue is -1; it must be at least 0"),
         (["--max-request-bytes", "0"], "--max-request-bytes is 0; it must be at least 1"),
         (["--max-model-len", "1"], "--max-model-len is 1; it must be at least 2"),
+        (["--block-tokens", "0"], "--block-tokens is 0; it must be at least 1"),
         (["--max-model-len", "65"], "--max-model-len 65 is more than the 64 positions this model has"),
         (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env names NO_SUCH_KEY, which is not set"),
         (["--expert-cache", "1KiB"], "too small: .* the smallest that works is"),

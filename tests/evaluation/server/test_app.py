@@ -1,6 +1,5 @@
 """Answers over HTTP, asked for with OpenAI's own client: the tokens of plain `generate`, streamed or not."""
 
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -8,7 +7,7 @@ import openai
 import pytest
 import torch
 
-from tests.evaluation.server.running import Plain, Served, serve
+from tests.evaluation.server.running import Plain, Served
 
 PROMPT = "It was a bright cold day"
 TURNS: Any = [
@@ -337,34 +336,3 @@ def test_bodies_that_are_no_json_objects_are_named(served: Served) -> None:
     assert "prompt is missing" in message(b"{}")
     assert "prompt must be" in message(rb'{"prompt": "half a character: \ud800"}')
     assert message(rb'{"prompt": "a", "half a name: \ud800": 1}')
-
-
-def test_a_conversation_that_goes_on_computes_only_what_is_new(chat_model: Path) -> None:
-    text = " ".join(f"word {i}" for i in range(30))
-    with serve(chat_model, "--block-tokens", "32", memory=("--memory-budget", "64MiB")) as running:
-        plain = Plain(chat_model)
-        for turn, prompt in enumerate((text, f"{text} and so on", f"{text} and so on, to the end")):
-            answer = running.client.completions.create(model=running.name, prompt=prompt, max_tokens=8, temperature=0)
-            assert answer.choices[0].text == plain.texts(
-                prompt, do_sample=False, max_new_tokens=8, prefill_chunk_size=32
-            )[0]  # fmt: skip
-            assert answer.usage is not None
-            details, tokens = answer.usage.prompt_tokens_details, answer.usage.prompt_tokens
-            assert details is not None
-            assert details.cached_tokens == (0 if turn == 0 else _whole_blocks(plain, text, 32))
-            assert details.cached_tokens < tokens
-        assert running.metric("remoe_prompt_tokens_cached_total") == 2 * _whole_blocks(plain, text, 32)
-        assert running.metric("remoe_prefix_cache_bytes") > 0
-
-
-def _whole_blocks(plain: Plain, text: str, block_tokens: int) -> int:
-    return len(plain.tokenizer(text)["input_ids"]) // block_tokens * block_tokens
-
-
-def test_nothing_is_kept_where_that_is_not_asked_for(chat_model: Path) -> None:
-    for flags, memory in (([], "--expert-cache"), (["--prefix-cache", "0"], "--memory-budget")):
-        with serve(chat_model, *flags, memory=(memory, "64MiB")) as running:
-            assert running.engine.kept is None
-    with serve(chat_model, "--prefix-cache", "1MiB", memory=("--expert-cache", "20%")) as running:
-        assert running.engine.kept is not None
-        assert running.engine.kept.capacity_bytes == 2**20

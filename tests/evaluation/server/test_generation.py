@@ -53,6 +53,22 @@ def test_a_prompt_is_broken_off_between_layers(model_dir: Callable[[str], Path])
         model.generate(torch.tensor([[1]]), max_new_tokens=1, do_sample=False)  # nothing of a job is left in the model
 
 
+def test_the_memory_controller_hears_of_broken_off_requests_too(model_dir: Callable[[str], Path]) -> None:
+    class Controller:
+        heard = 0
+
+        def request_done(self) -> None:
+            self.heard += 1
+
+    with generator(model_dir("olmoe")) as (made, _, _):
+        made._controller = controller = Controller()  # type: ignore[assignment]
+        with pytest.raises(Cancelled):
+            made.run(CancelledAfter(2))
+        assert controller.heard == 1, "or what it records would never be forgotten"
+        run(made, temperature=0)
+        assert controller.heard == 2
+
+
 def test_what_is_not_said_is_as_the_model_says(model_dir: Callable[[str], Path]) -> None:
     with generator(model_dir("olmoe")) as (made, model, _):
         greedy = run(made, temperature=0)

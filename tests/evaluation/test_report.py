@@ -19,6 +19,7 @@ from evaluation.quality_tables import differences_table, values_table
 from evaluation.report import main, markdown, write_report
 from evaluation.results import check_results, read_results
 from evaluation.sections import sections
+from evaluation.summary import frontier, frontier_budgets
 from evaluation.tables import Table, decode_table, headline_table, miss_tables, routing_tables
 from evaluation.wording import CHANGE, COUNT, PERCENT, RATE, bytes_text, headline
 from tests.evaluation.made_results import ARMS, made_results
@@ -232,6 +233,17 @@ def test_a_figure_follows_the_results(results: dict[str, Any], figure: Callable[
     measured["decode"][1]["bytes_read_per_token"] *= 0.5
     assert figure(results) == figure(deepcopy(results)), "the same results give the same picture"
     assert figure(other) != figure(results)
+
+
+def test_every_panel_of_the_frontier_shows_its_own_cache_size(results: dict[str, Any]) -> None:
+    sizes = frontier_budgets(results)
+    assert [size / results["model"]["token_demand_bytes"] for size in sizes] == [1, 2, 4], "from one demand up"
+    for row in range(1, 4):
+        other = deepcopy(results)
+        other["arms"]["cache"]["runs"][0]["decode"][row]["bytes_read_per_token"] *= 0.5
+        assert plots.frontier_figure(other) != plots.frontier_figure(results)
+    results["arms"]["remoe"]["runs"][0]["difference"] = None
+    assert list(frontier(results, sizes[0])) == ["base", "ce_only", "cache"]
 
 
 def test_a_figure_leaves_matplotlibs_settings_alone(results: dict[str, Any]) -> None:

@@ -28,11 +28,11 @@ def tight(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 
 def requests() -> list[ChatRequest]:
-    """Three conversations, two turns each; one prompt ends with a block, one is shorter than a block."""
+    """Three conversations, two turns each; one prompt ends with a block and comes back, one is shorter than a block."""
     texts = [list(range(2, 21)), list(range(30, 46)), [*range(2, 11), *range(60, 70)]]
     first = [ChatRequest(text, 3) for text in texts]
     second = [ChatRequest([*text, *range(100, 100 + 9 + i)], 3) for i, text in enumerate(texts)]
-    return [*first, ChatRequest([5, 6], 2), *second]
+    return [*first, ChatRequest([5, 6], 2), *second, first[1]]
 
 
 def test_every_division_does_what_was_predicted(checkpoint: Checkpoint, tight: dict[str, Any]) -> None:

@@ -80,6 +80,16 @@ def test_what_is_said_is_what_the_resident_model_says(checkpoint: Checkpoint, fa
         assert saved == BLOCK * (uses - len(blocks - last - first))
 
 
+def test_of_a_prompt_that_is_held_whole_the_last_block_is_computed_again(checkpoint: Checkpoint) -> None:
+    folder, prompt_BT = checkpoint("olmoe"), prompts()[1]
+    assert prompt_BT.shape[1] == 3 * BLOCK
+    expected = said(resident(folder), [prompt_BT] * 2)
+    with load(folder, "30%") as (model, engine):
+        chat = Conversations(model, engine.keep_prefixes(MANY), block_tokens=BLOCK)
+        assert same(said(chat.generate, [prompt_BT] * 2), expected)
+        assert chat.found_tokens == 2 * BLOCK
+
+
 def test_a_request_that_is_broken_off_leaves_whole_blocks_and_nothing_wrong(checkpoint: Checkpoint) -> None:
     class Hangup(BaseStreamer):
         def __init__(self) -> None:

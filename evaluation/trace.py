@@ -23,9 +23,10 @@ from evaluation.engine.output import prepare
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.trace_formats import EXTENSIONS, check_extension, write_trace
 from evaluation.reuse import routing_summary
-from training import losses, router_delta
+from training import router_delta
 from training.model import load_pretrained, load_tokenizer, local_folder
 from training.routers import RouterObserver
+from training.token_loss import token_sums
 
 EXAMPLE = """examples:
   remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
@@ -65,7 +66,7 @@ def teacher_forced_trace(
             labels_BS[row, : len(request) - 1] = ids_BS[row, 1 : len(request)]
         with observer.recording(len(batch), length) as routings:
             logits_BSV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits
-        nll += float(losses.cross_entropy_sum(logits_BSV, labels_BS.to(model.device)))
+        nll += float(token_sums(logits_BSV, labels_BS.to(model.device)).cross_entropy)
         predicted += int((labels_BS != IGNORE_LABEL).sum())
         ids_BSLK = torch.stack([routing.ids_BSK for routing in routings], dim=2).to("cpu", torch.int16).numpy()
         chosen_TLK += [ids_BSLK[row, : len(request)] for row, request in enumerate(batch)]

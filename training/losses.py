@@ -9,7 +9,6 @@ Letters: B batch, S sequence, E experts, K chosen, C cache slots, N sequences, M
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import IGNORE_LABEL
@@ -59,23 +58,6 @@ def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], w
         **{f"pairs_{lag}": same_document(document_ids_BS, lag).sum() for lag in {1, *lags}},
     }
     return {key: value.double() for key, value in items.items()}
-
-
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """L_CE: next-token cross entropy in nats over the positions that have a label."""
-    return F.cross_entropy(
-        logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE_LABEL, reduction="sum"
-    )
-
-
-def distill_kl_sum(logits_BSV: Tensor, base_logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """KL(p_base || p) of the next token in nats, no gradient to the base (knowledge distillation, arXiv 1503.02531).
-
-    Over the positions that have a label.
-    """
-    has_label = labels_BS != IGNORE_LABEL
-    ours, base = (logits[has_label].float().log_softmax(-1) for logits in (logits_BSV, base_logits_BSV.detach()))
-    return F.kl_div(ours, base, reduction="sum", log_target=True)
 
 
 def trust_kl_sum(log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
@@ -150,12 +132,12 @@ def miss_loss_sum(
     return miss_BS[document_ids_BS >= 0].sum()
 
 
-def symmetric_kl_sum(log_probs_BSE: Tensor, document_ids_BS: Tensor, lag: int) -> Tensor:
+def symmetric_kl_sum(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: Tensor, lag: int) -> Tensor:
     """Half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth at lag 1, one part of L_lag else."""
-    if lag >= log_probs_BSE.shape[1]:
-        return log_probs_BSE.new_zeros(())
-    later, earlier = log_probs_BSE[:, lag:], log_probs_BSE[:, :-lag]
-    kl_BS = 0.5 * ((later.exp() - earlier.exp()) * (later - earlier)).sum(-1)
+    if lag >= probs_BSE.shape[1]:
+        return probs_BSE.new_zeros(())
+    change, log_change = (tensor[:, lag:] - tensor[:, :-lag] for tensor in (probs_BSE, log_probs_BSE))
+    kl_BS = 0.5 * (change * log_change).sum(-1)
     return kl_BS[same_document(document_ids_BS, lag)[:, lag:]].sum()
 
 

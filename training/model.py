@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError
+from training import frozen_experts
 from training.routers import find_routers, router_parameters
 
 
@@ -92,6 +93,8 @@ def build_model(args: ModelArguments, *, seed: int) -> PreTrainedModel:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if args.trainable == "routers":
         model.requires_grad_(False)
+        frozen_experts.register()
+        model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
         for parameter in router_parameters(model).values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

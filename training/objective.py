@@ -8,6 +8,7 @@ Pure arithmetic over `training/losses.py`; knows nothing of models, optimizers o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from configs.load import UserError
 from data.batches import Batch
 from training import losses
 from training.routers import Routing
+from training.token_loss import token_sums
 
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
@@ -127,19 +129,32 @@ def objective(
     `base_logits_BSV`, the base's predictions, are needed for distillation only.
     """
     _check_slots(args, top_k=max(routing.ids_BSK.shape[-1] for routing in routings))
-    layers = [_layer_terms(args, routing, batch, count) for routing in routings]
-    terms = {key: torch.stack([layer[key] for layer in layers]).mean() for key in layers[0]}
-    terms["loss"] = losses.cross_entropy_sum(logits_BSV, batch.labels_BS) / at_least_one(count["tokens"])
-    distill = _value(args.distill_coef)
+    weights = _weights(args, step)
+    layers = [_layer(args, routing, batch, count, weights) for routing in routings]
+    terms = {key: torch.stack([layer.terms[key] for layer in layers]).mean() for key in layers[0].terms}
+    distill = bool(weights["distill_kl"])
+    assert not distill or base_logits_BSV is not None, "distillation needs the base's predictions"
+    sums = token_sums(logits_BSV, batch.labels_BS, base_logits_BSV if distill else None)
+    terms["loss"] = sums.cross_entropy / at_least_one(count["tokens"])
     if distill:
-        assert base_logits_BSV is not None, "distillation needs the base's predictions"
-        kl = losses.distill_kl_sum(logits_BSV, base_logits_BSV, batch.labels_BS)
-        terms["distill_kl"] = kl / at_least_one(count["tokens"])
+        terms["distill_kl"] = sums.distill_kl / at_least_one(count["tokens"])
+    return Objective(
+        loss=torch.stack([weights[key] * terms[key] for key in terms if weights[key]]).sum(),
+        terms={key: value.detach() for key, value in terms.items()},
+        reuse_L=torch.stack([_reuse_rate(routing, batch, count) for routing in routings]),
+        load_LE=torch.stack([_load(routing, batch) for routing in routings]),
+        hits_C=torch.stack([layer.hits_C for layer in layers]).mean(0),
+    )
+
+
+def _weights(args: ObjectiveArguments, step: int) -> dict[str, float]:
+    """What every term counts for at this step."""
+    distill = _value(args.distill_coef)
     reuse_ramp, consistency_ramp = ramp(step, args.reuse_warmup_steps), ramp(step, args.consistency_warmup_steps)
-    weights = {
+    return {
         "loss": 1.0 - distill,
         "distill_kl": distill,
-        "trust_kl": args.router_kl_coef,
+        "trust_kl": _value(args.router_kl_coef),
         "reuse_loss": reuse_ramp * _value(args.reuse_coef),
         "miss_loss": reuse_ramp * _value(args.miss_coef),
         "smooth_loss": consistency_ramp * _value(args.smooth_coef),
@@ -147,15 +162,6 @@ def objective(
         "working_set_loss": consistency_ramp * _value(args.working_set_coef),
         "load_balance_loss": args.router_aux_loss_coef,
     }
-    total = torch.stack([_value(weights[key]) * terms[key] for key in terms if weights[key]]).sum()
-    hits = [_hit_rates(args, routing, batch, count) for routing in routings]
-    return Objective(
-        loss=total,
-        terms={key: value.detach() for key, value in terms.items()},
-        reuse_L=torch.stack([_reuse_rate(routing, batch, count) for routing in routings]),
-        load_LE=torch.stack([_load(routing, batch) for routing in routings]),
-        hits_C=torch.stack(hits).mean(0),
-    )
 
 
 def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
@@ -166,9 +172,15 @@ def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
         )
 
 
-def _layer_terms(
-    args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+class _Layer(NamedTuple):
+    terms: dict[str, Tensor]
+    hits_C: Tensor
+
+
+def _layer(
+    args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> _Layer:
+    """The terms of one layer, those that count for nothing without a graph, and the hit rates of the caches it rewards."""
     documents, n_experts, top_k = batch.document_ids_BS, routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
     log_probs = routing.logits_BSE.log_softmax(-1)
     probs = log_probs.exp()
@@ -176,29 +188,47 @@ def _layer_terms(
         reusable = [losses.lru_content(routing.ids_BSK, documents, n_experts, slots) for slots in args.cache_slots]
     else:
         reusable = [losses.previous_choice(routing.ids_BSK, documents, n_experts)]
-    reuse = [losses.reuse_loss_sum(probs, held, documents, top_k) for held in reusable]
-    fitting = [lag for lag in args.lags if count[f"pairs_{lag}"] > 0]
-    lagged = [losses.symmetric_kl_sum(log_probs, documents, lag) / count[f"pairs_{lag}"] for lag in fitting]
-    terms = {
-        "reuse_loss": torch.stack(reuse).mean() / at_least_one(count["sequences"]),
-        "smooth_loss": losses.symmetric_kl_sum(log_probs, documents, 1) / at_least_one(count["pairs_1"]),
-        "lag_loss": torch.stack(lagged).mean() if lagged else probs.new_zeros(()),
-        "working_set_loss": losses.working_set_sum(probs, documents, args.working_set_window)
-        / at_least_one(count["windows"]),
-    }
-    if args.miss_coef:
-        missed = [
+
+    def reuse() -> Tensor:
+        sums = [losses.reuse_loss_sum(probs, held, documents, top_k) for held in reusable]
+        return torch.stack(sums).mean() / at_least_one(count["sequences"])
+
+    def smooth(lag: int) -> Tensor:
+        return losses.symmetric_kl_sum(probs, log_probs, documents, lag) / at_least_one(count[f"pairs_{lag}"])
+
+    def lagged() -> Tensor:
+        fitting = [smooth(lag) for lag in args.lags if count[f"pairs_{lag}"] > 0]
+        return torch.stack(fitting).mean() if fitting else probs.new_zeros(())
+
+    def working_set() -> Tensor:
+        return losses.working_set_sum(probs, documents, args.working_set_window) / at_least_one(count["windows"])
+
+    def missed() -> Tensor:
+        sums = [
             losses.miss_loss_sum(routing.logits_BSE, held, documents, top_k, args.miss_temperature) for held in reusable
         ]
-        terms["miss_loss"] = torch.stack(missed).mean() / at_least_one(count["positions"])
-    if routing.reference_logits_BSE is not None:
+        return torch.stack(sums).mean() / at_least_one(count["positions"])
+
+    def trust() -> Tensor:
+        assert routing.reference_logits_BSE is not None, "asked for below only with a reference"
         reference = routing.reference_logits_BSE.log_softmax(-1)
-        terms["trust_kl"] = losses.trust_kl_sum(log_probs, reference, documents) / at_least_one(count["positions"])
+        return losses.trust_kl_sum(log_probs, reference, documents) / at_least_one(count["positions"])
+
+    def balance() -> Tensor:
+        return losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(count["positions"])
+
+    terms = {"reuse_loss": reuse, "smooth_loss": lambda: smooth(1), "lag_loss": lagged, "working_set_loss": working_set}
+    if args.miss_coef:
+        terms["miss_loss"] = missed
+    if routing.reference_logits_BSE is not None:
+        terms["trust_kl"] = trust
     if args.router_aux_loss_coef:
-        terms["load_balance_loss"] = losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(
-            count["positions"]
-        )
-    return {key: value.float() for key, value in terms.items()}
+        terms["load_balance_loss"] = balance
+    values = {}
+    for key, value in terms.items():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights[key] != 0):
+            values[key] = value().float()
+    return _Layer(values, _hit_rates(routing, reusable if args.rewards_cache else [], count))
 
 
 @torch.no_grad()
@@ -210,15 +240,11 @@ def _reuse_rate(routing: Routing, batch: Batch, count: Mapping[str, Tensor]) -> 
 
 
 @torch.no_grad()
-def _hit_rates(args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor]) -> Tensor:
-    """Hit rate of a per-layer LRU that starts cold with every sequence, for each of `cache_slots`; empty if unused."""
-    n_experts, top_k = routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
-    slots = args.cache_slots if args.rewards_cache else []
-    held = [losses.lru_content(routing.ids_BSK, batch.document_ids_BS, n_experts, n) for n in slots]
+def _hit_rates(routing: Routing, held: Sequence[Tensor], count: Mapping[str, Tensor]) -> Tensor:
+    """[C] hit rate of each of the caches that hold `held`: a per-layer LRU that starts cold with every sequence."""
     hits = [content.gather(-1, routing.ids_BSK).sum().double() for content in held]
-    return torch.stack([*hits, torch.zeros((), dtype=torch.double, device=routing.ids_BSK.device)])[:-1] / (
-        top_k * at_least_one(count["positions"])
-    )
+    zero = torch.zeros((), dtype=torch.double, device=routing.ids_BSK.device)  # so that there may be no cache
+    return torch.stack([*hits, zero])[:-1] / (routing.ids_BSK.shape[-1] * at_least_one(count["positions"]))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.batches import IGNORE_LABEL, PADDING
 from training import losses
+from training.token_loss import token_sums
 
 E, K, V = 6, 2, 11
 LAGS = (1, 2, 4, 50)
@@ -81,13 +82,6 @@ def assert_equal(found: Tensor, expected: float) -> None:
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.double), rtol=2e-5, atol=2e-5)
 
 
-def test_cross_entropy_is_summed_over_the_positions_that_have_a_label(case: Case) -> None:
-    expected = 0.0
-    for row, column in (case.labels != IGNORE_LABEL).nonzero().tolist():
-        expected -= math.log(softmax(case.logits_vocabulary[row, column])[int(case.labels[row, column])])
-    assert_equal(losses.cross_entropy_sum(case.logits_vocabulary, case.labels), expected)
-
-
 def test_trust_kl_is_summed_over_valid_positions(case: Case) -> None:
     expected = sum(
         kl(softmax(case.logits[at]), softmax(case.reference[at]))
@@ -96,20 +90,6 @@ def test_trust_kl_is_summed_over_valid_positions(case: Case) -> None:
     )
     found = losses.trust_kl_sum(case.logits.log_softmax(-1), case.reference.log_softmax(-1), case.documents)
     assert_equal(found, expected)
-
-
-def test_distillation_is_the_kl_from_the_bases_predictions_to_ours_where_there_is_a_label() -> None:
-    draw = torch.Generator().manual_seed(7)
-    ours, base = (torch.randn(2, 3, 5, generator=draw, requires_grad=True) for _ in range(2))
-    labels = torch.tensor([[1, -100, 2], [-100, 4, -100]])
-    expected = sum(kl(softmax(base[at].detach()), softmax(ours[at].detach())) for at in ((0, 0), (0, 2), (1, 1)))
-    found = losses.distill_kl_sum(ours, base, labels)
-    assert_equal(found.detach(), expected)
-    assert losses.distill_kl_sum(ours, ours.detach(), labels).item() == pytest.approx(0, abs=1e-6)
-    found.backward()
-    assert base.grad is None
-    assert ours.grad is not None
-    assert ours.grad.abs().sum(-1).gt(0).tolist() == [[True, False, True], [False, True, False]]
 
 
 def slow_reuse(case: Case, reusable: Callable[[list[tuple[int, int]], int], set[int]]) -> float:
@@ -254,7 +234,9 @@ def test_symmetric_kl_is_half_of_both_over_pairs_inside_a_sequence(case: Case, l
         for t in range(lag, len(positions)):
             later, earlier = softmax(case.logits[positions[t]]), softmax(case.logits[positions[t - lag]])
             expected += 0.5 * (kl(later, earlier) + kl(earlier, later))
-    assert_equal(losses.symmetric_kl_sum(case.logits.log_softmax(-1), case.documents, lag), expected)
+    assert_equal(
+        losses.symmetric_kl_sum(case.logits.softmax(-1), case.logits.log_softmax(-1), case.documents, lag), expected
+    )
 
 
 @pytest.mark.parametrize("window", [1, WINDOW, 40])
@@ -304,7 +286,7 @@ def test_pairs_of_lag_one_are_counted_even_if_lag_one_is_not_asked_for() -> None
 def every_sum(case: Case) -> dict[str, Tensor]:
     probs, log_probs = case.logits.softmax(-1), case.logits.log_softmax(-1)
     return {
-        "ce": losses.cross_entropy_sum(case.logits_vocabulary, case.labels),
+        "ce": token_sums(case.logits_vocabulary, case.labels).cross_entropy,
         "trust": losses.trust_kl_sum(log_probs, case.reference.log_softmax(-1), case.documents),
         "reuse": losses.reuse_loss_sum(probs, losses.previous_choice(case.ids, case.documents, E), case.documents, K),
         "cache": losses.reuse_loss_sum(probs, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K),
@@ -312,7 +294,7 @@ def every_sum(case: Case) -> dict[str, Tensor]:
             case.logits, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K, 0.5
         ),
         "windows": losses.working_set_sum(probs, case.documents, WINDOW),
-        **{f"lag_{lag}": losses.symmetric_kl_sum(log_probs, case.documents, lag) for lag in LAGS},
+        **{f"lag_{lag}": losses.symmetric_kl_sum(probs, log_probs, case.documents, lag) for lag in LAGS},
         **losses.counts(case.documents, case.labels, lags=LAGS, window=WINDOW),
     }
 
@@ -352,7 +334,7 @@ def test_no_gradient_reaches_the_reference_of_the_trust_term() -> None:
 def test_both_sides_of_the_symmetric_kl_get_a_gradient(lag: int) -> None:
     case = make_case([[lag + 1]])
     logits = case.logits.requires_grad_()
-    losses.symmetric_kl_sum(logits.log_softmax(-1), case.documents, lag).backward()
+    losses.symmetric_kl_sum(logits.softmax(-1), logits.log_softmax(-1), case.documents, lag).backward()
     assert logits.grad is not None
     assert logits.grad[0, 0].abs().sum() > 1e-4
     assert logits.grad[0, lag].abs().sum() > 1e-4

@@ -12,6 +12,7 @@ from data.batches import Batch
 from training import losses
 from training.objective import PRESETS, ObjectiveArguments, objective, ramp, total_counts
 from training.routers import RouterObserver, Routing, router_parameters
+from training.token_loss import token_sums
 
 COEFFICIENTS = ("router_kl_coef", "reuse_coef", "smooth_coef", "lag_coef", "working_set_coef")
 TERMS = {
@@ -113,7 +114,7 @@ def test_distillation_takes_its_share_of_the_task_loss() -> None:
     ours, base = (torch.randn(2, 12, 264, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
     count = total_counts(args, [batch])
     found = objective(args, logits_BSV=ours, routings=layers, batch=batch, count=count, step=LATE, base_logits_BSV=base)
-    kl = losses.distill_kl_sum(ours, base, batch.labels_BS) / count["tokens"]
+    kl = token_sums(ours, batch.labels_BS, base).distill_kl / count["tokens"]
     torch.testing.assert_close(found.terms["distill_kl"], kl.float(), check_dtype=False)
     torch.testing.assert_close(found.loss, 0.25 * found.terms["loss"] + 0.75 * kl, check_dtype=False)
     for wrong, words in ((1.0, "must be below 1"), (-0.1, "is negative")):
@@ -186,8 +187,10 @@ def test_terms_are_means_over_layers_and_items_and_lags_that_do_not_fit_are_skip
             / n_sequences
             for log, layer in zip(logs, layers, strict=True)
         ),
-        "smooth_loss": mean(losses.symmetric_kl_sum(log, documents, 1) / pairs[1] for log in logs),
-        "lag_loss": mean(losses.symmetric_kl_sum(log, documents, lag) / n for lag, n in pairs.items() for log in logs),
+        "smooth_loss": mean(losses.symmetric_kl_sum(log.exp(), log, documents, 1) / pairs[1] for log in logs),
+        "lag_loss": mean(
+            losses.symmetric_kl_sum(log.exp(), log, documents, lag) / n for lag, n in pairs.items() for log in logs
+        ),
         "working_set_loss": mean(losses.working_set_sum(log.exp(), documents, 4) / 4 for log in logs),
     }
     for key, value in expected.items():
@@ -282,6 +285,6 @@ def check_that_it_decreases(
         course.append(float(found.terms[term]))
         assert found.loss.item() == pytest.approx(float(found.terms["loss"]) + course[-1], rel=1e-5)
         optimizer.zero_grad()
-        (found.loss - losses.cross_entropy_sum(logits, batch.labels_BS) / 20).backward()
+        (found.loss - token_sums(logits, batch.labels_BS).cross_entropy / 20).backward()
         optimizer.step()
     assert course[-1] < course[0] - 1e-4, course

@@ -102,7 +102,7 @@ def application(arguments: argparse.Namespace) -> Iterator[Application]:
         )
         with Worker(generator, max_queue=arguments.max_queue) as worker:
             metrics.show(worker)
-            service = Service(intake, worker, metrics, created=int(time.time()))
+            service = Service(intake, worker, metrics, int(time.time()), engine.changed_shards)
             app = create_app(service, api_key=api_key, max_request_bytes=arguments.max_request_bytes)
             yield Application(app, engine, worker)
 

@@ -96,11 +96,15 @@ class MemoryGroup:
     def __enter__(self) -> "MemoryGroup":
         self.path.mkdir()
         if self._limit_bytes is not None:
-            (self.path / self._version.limit).write_text(str(self._limit_bytes), encoding="ascii")
-            swap = self.path / "memory.swap.max"  # version 2: the limit is for memory alone
-            if swap.is_file():
-                swap.write_text("0", encoding="ascii")
+            self.limit(self._limit_bytes)
         return self
+
+    def limit(self, limit_bytes: int) -> None:
+        """Let the group hold so much from now on."""
+        (self.path / self._version.limit).write_text(str(limit_bytes), encoding="ascii")
+        swap = self.path / "memory.swap.max"  # version 2: the limit is for memory alone
+        if swap.is_file():
+            swap.write_text("0", encoding="ascii")
 
     def __exit__(self, *_: object) -> None:
         deadline = time.monotonic() + REMOVAL_SECONDS

@@ -1,5 +1,6 @@
 """The engine: the paging side of a loaded model. `loading.py` makes it; `pager.py` does the work."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Engine:
         self._call = {"batch": 1, "rows": 1, "context_tokens": 1}
         self._recorder: TraceRecorder | None = None
         self._pager: Pager | None = None
+        self._reader: Reader | None = None
 
     @property
     def pool_bytes(self) -> int:
@@ -71,6 +73,7 @@ class Engine:
 
     def attach(self, model: PreTrainedModel, reader: Reader, *, record_trace: bool) -> None:
         """Page the experts of `model`; called once, by `load`."""
+        self._reader = reader
         modules = experts_modules(model, self._store)
         layer_ids = [layer for layer, _ in modules]
         assert len(layer_ids) == self.demand.layers, f"experts in layers {layer_ids}, {self.demand.layers} were planned"
@@ -88,6 +91,11 @@ class Engine:
         model.set_experts_implementation(IMPLEMENTATION)
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
         model.base_model.register_forward_hook(self._end_call)
+
+    def changed_shards(self) -> list[Path]:
+        """Files of the checkpoint that were changed in place since loading; whatever needs them fails."""
+        assert self._reader is not None, "shards of an engine that serves no model"
+        return self._reader.changed_shards()
 
     def keep_prefixes(self, capacity_bytes: int) -> PrefixCache:
         """Keep keys and values of prompts, at most so many bytes; under a memory budget experts give way to them."""

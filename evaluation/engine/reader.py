@@ -103,6 +103,11 @@ class Reader:
         for piece in pieces:
             self._jobs.put((request, piece))
 
+    def changed_shards(self) -> list[Path]:
+        """Files that were written to or cut since they were opened: their experts cannot be read any more."""
+        now = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
+        return [shard for shard, version in now.items() if version != self._versions[shard]]
+
     def close(self) -> None:
         """Finish what was started, end the threads, close the files. May be called again."""
         for _ in self._threads:

@@ -1,8 +1,9 @@
 """The HTTP side: routes, and what happens when a client leaves or a request fails. The model is the worker's."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter
@@ -35,6 +36,7 @@ class Service:
     worker: Worker
     metrics: Metrics
     created: int  # Unix time
+    changed_shards: Callable[[], Sequence[Path]]  # of the model: what was written to since it was loaded
 
 
 def create_app(service: Service, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
@@ -60,6 +62,8 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         """200 as long as requests can be served."""
         if not service.worker.is_alive:
             raise ApiError("the model's thread has ended; restart the server", status=503)
+        if changed := service.changed_shards():
+            raise ApiError(f"{changed[0]} was changed while in use; restart the server", status=503)
         return {"status": "ok"}
 
     @app.get("/metrics")

@@ -99,9 +99,11 @@ def test_a_shard_that_was_written_over_is_named(tmp_path: Path, direct: bool) ->
     shard.write_bytes(bytes(3 * PAGE_BYTES))
     with Reader([shard], direct=direct) as reader:
         assert read(reader, spans_of(shard, [(0, 10)])).error is None
+        assert reader.changed_shards() == []
         with shard.open("r+b") as file:
             file.write(b"other")
         os.utime(shard, ns=(1, 1))
+        assert reader.changed_shards() == [shard]
         request = read(reader, spans_of(shard, [(0, 10)]))
         with pytest.raises(UserError, match=r"layer 1 expert 2: .*model\.safetensors was changed while in use"):
             raise request.error or AssertionError("no error")

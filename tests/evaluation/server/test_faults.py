@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -175,6 +176,28 @@ def test_a_read_error_in_the_middle_of_a_stream_is_its_last_event(
         assert text.startswith("".join(shown))
         assert greedy(served).choices[0].text == text
         assert served.metric("remoe_requests_total", endpoint="/v1/completions", status="500") == 1
+
+
+@pytest.mark.parametrize("change", ["written", "cut"])
+def test_a_shard_that_changes_ends_in_no_wrong_token_and_health_says_so(
+    chat_model: Path, tmp_path: Path, change: str
+) -> None:
+    folder = shutil.copytree(chat_model, tmp_path / "model")
+    (shard,) = folder.glob("*.safetensors")
+    with serve(folder, "--expert-cache", "5%") as served:
+        greedy(served)
+        with shard.open("r+b") as file:
+            if change == "cut":
+                file.truncate(shard.stat().st_size // 2)
+            else:
+                file.seek(-64, os.SEEK_END)
+                file.write(bytes(64))
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match=r"the model cannot be read: .*shard|.*was changed"):
+                greedy(served)
+        health = httpx2.get(f"{served.url}/health")
+        assert health.status_code == 503
+        assert f"{shard} was changed while in use; restart the server" in health.text
 
 
 def test_an_unforeseen_error_is_not_told_to_the_client(

@@ -1,5 +1,6 @@
 """Traces in other people's formats: what is written is read, and what is wrong is named with its place."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,22 @@ def test_what_the_command_line_says_must_agree_with_the_file(extension: str, tmp
     if extension != ".csv":
         with pytest.raises(UserError, match="num_experts 12, not 64; leave --num-experts out"):
             read_trace(path, num_experts=64)
+
+
+@pytest.mark.parametrize("extension", [".safetensors", ".npz", ".npy", ".csv"])
+def test_a_full_disk_is_told_as_one_and_keeps_the_trace_that_was_there(extension: str, full_disk: Path) -> None:
+    path = full_disk / f"t{extension}"
+    draw = np.random.default_rng(0)
+
+    def single_tokens(tokens: int) -> RouteTrace:
+        nothing = np.zeros(tokens, np.int32)
+        ids_TLK = draw.permuted(np.tile(np.arange(64), (tokens, 2, 1)), axis=2)[..., :4]
+        return RouteTrace(ids_TLK, nothing + DECODE, nothing, np.arange(tokens), num_experts=64, layer_ids=(0, 1))
+
+    write_trace(single_tokens(10), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left on device") as full:
+        write_trace(single_tokens(50_000), path)
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path))
+    assert path.read_bytes() == before
+    assert list(full_disk.iterdir()) == [path]

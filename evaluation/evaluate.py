@@ -26,6 +26,7 @@ from evaluation.engine.curve import lru_curve
 from evaluation.engine.output import write_json
 from evaluation.engine.replay import lru_per_layer, replay, requests_of
 from evaluation.machine import machine_facts
+from evaluation.plan import PlanArguments, plan
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
 from evaluation.report import write_report
 from evaluation.reuse import routing_summary
@@ -69,6 +70,7 @@ class EvaluationArguments:
     routing: RoutingArguments = field(default_factory=RoutingArguments)
     replay: ReplayArguments = field(default_factory=ReplayArguments)
     decode: DecodeArguments = field(default_factory=DecodeArguments)
+    plan: PlanArguments = field(default_factory=PlanArguments)
 
 
 @dataclass
@@ -98,6 +100,10 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
     model_dir = local_folder(model)
     transformers.utils.logging.disable_progress_bar()
     weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
+    plans = [  # first, while this process holds nothing else: residents are measured
+        plan(model_dir, memory_budget=budget, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
+        for budget in args.plan.memory_budgets
+    ]
     tokenizer = load_tokenizer(model_dir)
     base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")
     results: dict[str, Any] = {"base": {"objective": None, "coefficients": {}, "runs": [base]}}
@@ -110,7 +116,8 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
                  "difference": differences(base_scores, scores)}
             )  # fmt: skip
         results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
-    return {"format_version": 1, "model": {"name": model, **_model_facts(model_dir, args)}, "arms": results}
+    facts = {"name": model, **_model_facts(model_dir, args)}
+    return {"format_version": 1, "model": facts, "plans": plans, "arms": results}
 
 
 def assemble(results: dict[str, Any], *, command: str, config: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -181,8 +188,12 @@ def _routing(
         }
         for r in replays
     ]  # fmt: skip
-    every_size = {"accesses": int(curve.accesses.sum()), "misses": curve.misses.sum(axis=(0, 1)).tolist()}
-    return {"routing": {**routing_summary(trace), "nll": nll}, "replay": rows, "lru_curve": every_size}
+    curves = {"per_layer": curve, "global": lru_curve(trace, cache_scope="global")}
+    every_size = {
+        name: {"accesses": int(one.accesses.sum()), "misses": one.misses.sum(axis=(0, 1)).tolist()}
+        for name, one in curves.items()
+    }
+    return {"routing": {**routing_summary(trace), "nll": nll}, "replay": rows, "lru_curves": every_size}
 
 
 def _pieces_of_text(

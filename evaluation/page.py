@@ -81,7 +81,7 @@ def _section(section: Section, results: Results, dots: dict[str, str]) -> str:
     parts = [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(section.lead)}</p>"]
     if drawn:
         parts.append(f"<figure>{drawn}</figure>")
-    elif section.figure:
+    elif section.figure or not [*section.tables, *section.folded]:
         parts.append(f'<p class="quiet">{escape(section.absent)}</p>')
     parts += [f"<h3>{escape(table.title)}</h3>{_table(table, dots)}" for table in section.tables if table.rows]
     parts += [

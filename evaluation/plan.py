@@ -7,7 +7,7 @@ decoding a few tokens; misses at other sizes come from a routing trace, if one i
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,14 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 16
 """What is decoded to learn how long computing takes."""
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Cache sizes that are shown, in parts of the one the budget buys."""
+
+
+@dataclass
+class PlanArguments:
+    """Memory budgets that the report divides; none: no plan in it."""
+
+    memory_budgets: list[str] = field(default_factory=list)  # for everything, for example [64MiB]
+    context_tokens: int = 256  # tokens of prompt and answer to keep room for
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,21 @@ _REPLAY = {
     "misses_without_first_touches": float,
     "policy_regret": float,
 }
-_LRU_CURVE = {"accesses": float, "misses": [float]}  # with 0, 1, ... slots of each layer
+_LRU_CURVE = {"accesses": float, "misses": [float]}  # with 0, 1, ... slots of each layer, or of the one pool
+_PLAN = {
+    "division": {
+        "budget_bytes": float,
+        "resident_bytes": float,
+        "buffer_bytes": float,
+        "kv_bytes": float,
+        "activation_bytes": float,
+        "expert_cache_bytes": float,
+        "context_tokens": float,
+        "slots": float,
+    },
+    "read_bandwidth": {"bytes_per_second": float},
+    "measured": {"compute_ms": float},
+}
 _DECODE = {
     "expert_cache_bytes": float,
     "demands": float,
@@ -84,7 +98,7 @@ _RUN = {
     "difference": Nullable(_DIFFERENCE),
     "routing": Nullable(_ROUTING),
     "replay": Nullable([_REPLAY]),
-    "lru_curve": Nullable(_LRU_CURVE),
+    "lru_curves": Nullable({"per_layer": _LRU_CURVE, "global": _LRU_CURVE}),
     "decode": Nullable([_DECODE]),
 }
 _RESULTS = {
@@ -106,6 +120,7 @@ _RESULTS = {
         "token_demand_bytes": float,
         "dtype": str,
     },
+    "plans": [_PLAN],
     "arms": Each({"objective": str, "coefficients": Each(object), "runs": [_RUN]}),
 }
 

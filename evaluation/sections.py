@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from evaluation import plots, tables
+from evaluation.plan_tables import plan_tables
 from evaluation.quality_tables import differences_table, values_table
 from evaluation.results import Results
 from evaluation.tables import Table
@@ -69,6 +70,13 @@ def sections(results: Results) -> list[Section]:
             "Real greedy decoding with the expert weights on disk and a cache of the given size.",
             figure=plots.decode_figure,
             folded=[tables.decode_table(results)],
+        ),
+        Section(
+            "What a memory budget becomes",
+            "One budget for everything: what is fixed, what is left for experts, and what an LRU cache of that size would "
+            "cost each arm on the traced text.",
+            absent="No budget was divided in this run.",
+            tables=plan_tables(results),
         ),
         Section("Routing health", "Reuse must not be bought by starving experts.", tables=[balance]),
     ]

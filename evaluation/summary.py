@@ -120,7 +120,7 @@ def miss_rate(run: Run, slots: int, *, policy: str = "lru", key: str = "misses")
 
 def lru_miss_rate(run: Run, slots: int) -> float | None:
     """Misses per access of LRU at any size, chosen for the tables or not."""
-    curve = run["lru_curve"]
+    curve = pick(run, "lru_curves", "per_layer")
     if curve is None or slots >= len(curve["misses"]) or not curve["accesses"]:
         return miss_rate(run, slots)
     return float(curve["misses"][slots] / curve["accesses"])
@@ -138,7 +138,8 @@ def replay_sizes(results: Results) -> list[int]:
 
 def lru_sizes(results: Results) -> list[int]:
     """Every size per layer that LRU's misses are known at and that holds a token's experts, ascending."""
-    curves = [run["lru_curve"] for arm in results["arms"] for run in runs_of(results, arm) if run["lru_curve"]]
+    runs = [run for arm in results["arms"] for run in runs_of(results, arm)]
+    curves = [run["lru_curves"]["per_layer"] for run in runs if run["lru_curves"]]
     largest = max((len(curve["misses"]) - 1 for curve in curves), default=0)
     smallest = results["model"]["top_k"] or 1
     return sorted({*range(int(smallest), largest + 1), *replay_sizes(results)})

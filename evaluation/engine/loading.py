@@ -97,9 +97,10 @@ def load(
         copy_into_routers(model, router_delta or {})
         if memory_budget is not None:
             needs = needs_of(config, chosen_dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
+            resident_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
             division = divide(
                 parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,
-                resident_bytes=private_bytes() - before_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
+                resident_bytes=resident_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
                 scope=cache_scope, prompt_tokens=prompt_tokens,
             )  # fmt: skip
             slots = division.slots
@@ -110,6 +111,12 @@ def load(
         if cache_prior is not None:
             engine.prefer_residents(model, cache_prior)
         yield model, engine
+
+
+def _tensor_bytes(model: PreTrainedModel) -> int:
+    """What the residents take at least: memory that was freed before and is used again does not show as growth."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
 
 
 def bound_kernel_caches() -> None:

@@ -37,7 +37,19 @@ def made_results(arms: tuple[str, ...] = tuple(ARMS), *, cache_seeds: int = 3) -
         },
         "model": {"name": "data/embedded/model", "n_parameters": 7008192, "layers": 4, "experts": 32, "top_k": 4,
                   "expert_bytes": 82944, "token_demand_bytes": DEMAND_BYTES, "dtype": "bfloat16"},
+        "plans": [_plan(budget, slots) for budget, slots in ((46 * 2**20, 20), (64 * 2**20, 128))],
         "arms": {name: _arm(name, cache_seeds if name == "cache" else 1) for name in arms},
+    }  # fmt: skip
+
+
+def _plan(budget_bytes: int, slots: int) -> dict[str, Any]:
+    parts = {"resident_bytes": 8 * 2**20, "buffer_bytes": 2**20, "kv_bytes": 2**18, "activation_bytes": 26 * 2**20}
+    return {
+        "division": {
+            "budget_bytes": budget_bytes, **parts, "expert_cache_bytes": slots * 82944, "context_tokens": 256, "slots": slots
+        },
+        "read_bandwidth": {"bytes_per_second": 2e9},
+        "measured": {"compute_ms": 4.0},
     }  # fmt: skip
 
 
@@ -78,7 +90,13 @@ def _run(name: str, seed: int) -> dict[str, Any]:
             "nll": 3.4 + cost,
         },
         "replay": [_replay(policy, slots, factor) for policy in POLICIES for slots in SIZES],
-        "lru_curve": {"accesses": 960000, "misses": [960000] * 4 + [_lru_misses(s, factor) for s in range(4, 33)]},
+        "lru_curves": {
+            "per_layer": {"accesses": 960000, "misses": [960000] * 4 + [_lru_misses(s, factor) for s in range(4, 33)]},
+            "global": {
+                "accesses": 960000,
+                "misses": [960000] * 16 + [_lru_misses(s // 4, factor) for s in range(16, 129)],
+            },
+        },
         "decode": [_decode(demands, factor) for demands in (0.5, 1.0, 2.0, 4.0)],
     }
 

@@ -133,7 +133,7 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero(results: dict[str, Any
 
 
 def test_a_run_with_nothing_measured_still_gives_a_report(results: dict[str, Any]) -> None:
-    empty = dict.fromkeys(("history", "quality", "difference", "routing", "replay", "lru_curve", "decode"))
+    empty = dict.fromkeys(("history", "quality", "difference", "routing", "replay", "lru_curves", "decode"))
     for arm in results["arms"].values():
         arm["runs"] = [{**run, **empty} for run in arm["runs"]]
     assert all(figure(results) is None for figure in FIGURES)
@@ -225,7 +225,7 @@ def test_every_arm_is_named_and_drawn_in_its_colour_in_every_figure(
 def test_a_figure_follows_the_results(results: dict[str, Any], figure: Callable[[dict[str, Any]], str | None]) -> None:
     other = deepcopy(results)
     measured = other["arms"]["cache"]["runs"][0]
-    measured["lru_curve"]["misses"][9] = 1  # a size that no table has
+    measured["lru_curves"]["per_layer"]["misses"][9] = 1  # a size that no table has
     measured["routing"]["reuse_rate_per_layer"][2] = 0.9
     measured["history"][3]["train/loss"] = 5.0
     measured["difference"]["tasks"]["letters"]["high"] = 0.2
@@ -288,7 +288,7 @@ def test_markdown_tables_are_rectangular_and_names_are_not_markup(results: dict[
     text = markdown(results)
     assert r"a\|b\*c" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 11
+    assert len(tables) == 13
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine import load, loading
 from evaluation.engine.accounting import private_bytes
 from evaluation.engine.budget import Demand
 from evaluation.engine.division import Division, divide, passing_slots
@@ -139,6 +139,17 @@ def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(check
         with pytest.raises(UserError, match=r"1 x 40 tokens need .* shorten the request"):
             generate(model, 40, 6)
         assert torch.equal(generate(model, 9, 6), expected)
+
+
+def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "private_bytes", lambda: 0)  # a process that does not grow
+    with load(checkpoint("olmoe"), memory_budget="200MiB", context_tokens=16) as (model, engine):
+        assert engine.division is not None
+        weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+        assert weights_bytes > 0
+        assert engine.division.resident_bytes >= weights_bytes
 
 
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:

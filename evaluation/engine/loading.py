@@ -96,7 +96,9 @@ def load(
         model = load_resident(model_dir, store, config=config, dtype=chosen_dtype)
         copy_into_routers(model, router_delta or {})
         if memory_budget is not None:
-            needs = needs_of(config, chosen_dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
+            needs = needs_of(
+                model.config, chosen_dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate
+            )
             resident_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
             division = divide(
                 parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,

@@ -13,6 +13,9 @@ from transformers import PretrainedConfig
 SLACK_BYTES = 24 * 2**20
 """What the allocator and small tensors take beyond the tensors that are counted; measured, see the engine's README."""
 
+SCORES = 4
+"""Tensors of attention scores that are alive at once, where attention makes them at all."""
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -21,7 +24,7 @@ class Needs:
     layers: int
     kv_bytes_per_token: int  # of one sequence, all layers
     row_bytes: int  # of one token of a prompt while a layer computes
-    mask_bytes: int  # of one element of the attention mask, with its copies
+    mask_bytes: int  # of one token of a prompt for each it attends to: the mask, and scores where they are made
 
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of so many tokens, over all sequences; while one layer grows it is there twice."""
@@ -41,7 +44,7 @@ def needs_of(config: PretrainedConfig, itemsize: int, *, top_k: int, intermediat
     text = config.get_text_config()
     heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
     kv_numbers = layers * _kv_numbers(text, heads=heads, hidden=hidden)
-    moe_numbers = top_k * (2 * hidden + 2 * intermediate)  # pager.py: rows in, gate and up, rows out
+    moe_numbers = top_k * (2 * hidden + 4 * intermediate)  # pager.py: rows in, gate and up, activated (twice), rows out
     dense = getattr(text, "intermediate_size", None) or 0
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
     other_numbers = 8 * hidden + 3 * max(dense, shared)  # residual stream, projections, a dense or shared layer
@@ -49,8 +52,13 @@ def needs_of(config: PretrainedConfig, itemsize: int, *, top_k: int, intermediat
         layers=layers,
         kv_bytes_per_token=itemsize * kv_numbers,
         row_bytes=itemsize * (moe_numbers + other_numbers),
-        mask_bytes=2 * itemsize + 1,
+        mask_bytes=2 * itemsize + 1 + (SCORES * heads * itemsize if _makes_scores(text) else 0),
     )
+
+
+def _makes_scores(text: PretrainedConfig) -> bool:
+    """Whether attention makes its scores as a tensor: eager attention, and sdpa where keys and values differ in size."""
+    return bool(text._attn_implementation == "eager" or getattr(text, "kv_lora_rank", None))
 
 
 def _kv_numbers(text: PretrainedConfig, *, heads: int, hidden: int) -> int:

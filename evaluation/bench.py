@@ -43,6 +43,8 @@ Sides: remoe (this engine, once for every cache size), accelerate (experts of th
 llamacpp (GGUF in F16, mapped), resident (plain transformers, everything in memory, no limit).
 """
 LONG_SIDES = ("remoe", "resident")
+AROUND_DEPTHS, AROUND_SECONDS = (2, 8, 16), 0.5
+"""Reads in flight, and how long each, when the disk is measured around every process."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,13 +163,14 @@ def _take_turns(
                 runs.append(SideRun(contender.name, repeat, contender.limit_bytes, failure=contender.unable))
                 continue
             order = replace(contender.order, legs=_legs_of(contender, legs[repeat], arguments.against_new_tokens))
+            before = _read_rate(order)
             page_cache.drop(_files(order))
-            runs.append(
-                run_side(
-                    order, contender=contender.name, repeat=repeat, hierarchy=hierarchy,
-                    limit_bytes=contender.limit_bytes, timeout_seconds=arguments.timeout,
-                )
+            one = run_side(
+                order, contender=contender.name, repeat=repeat, hierarchy=hierarchy, limit_bytes=contender.limit_bytes,
+                timeout_seconds=arguments.timeout,
             )  # fmt: skip
+            one.read_rate = max(before, _read_rate(order))
+            runs.append(one)
             if order.offload_dir:
                 shutil.rmtree(order.offload_dir)
                 Path(order.offload_dir).mkdir()
@@ -181,6 +184,12 @@ def _legs_of(contender: Contender, legs: Sequence[Leg], against_new_tokens: int 
     if side in LONG_SIDES or against_new_tokens is None:
         return kept
     return [replace(leg, max_new_tokens=min(leg.max_new_tokens, against_new_tokens)) for leg in kept]
+
+
+def _read_rate(order: Order) -> float:
+    """Bytes per second that the model's disk gives now: disks that are shared change from minute to minute."""
+    shards = sorted(Path(order.model_dir).glob("*.safetensors"))
+    return read_bandwidth(shards, expert_bytes(order.model_dir), depths=AROUND_DEPTHS, seconds=AROUND_SECONDS).best
 
 
 def _files(order: Order) -> list[Path]:
@@ -199,16 +208,19 @@ def _bandwidth(shards: Sequence[Path], model_dir: str, threads: int) -> dict[str
 def _compared(
     runs: Sequence[SideRun], contenders: Sequence[Contender], bandwidth: dict[str, Any], model_dir: str
 ) -> dict[str, Any]:
-    """Summaries, ratios and bounds; the machine's rates are the better of before and after."""
-    rates = {f"{kind}_rate": max(measured[kind] for measured in bandwidth.values()) for kind in ("read", "memory")}
+    """Summaries, ratios and bounds; the memory's rate is the better of before and after."""
+    memory_rate = max(measured["memory"] for measured in bandwidth.values())
     ours = [contender.name for contender in contenders if contender.order.side == "remoe"]
     names = [contender.name for contender in contenders]
     bounds: dict[str, Any] = {}
     for name in ours:
         legs = {
-            leg: decode_bound(runs, name, leg, active_bytes=active_bytes(model_dir), **rates) for leg in (COLD, WARM)
+            leg: decode_bound(
+                runs, name, leg, resident="resident", memory_rate=memory_rate, active_bytes=active_bytes(model_dir)
+            )
+            for leg in (COLD, WARM)
         }
-        legs[LONG] = prompt_bound(runs, name, resident="resident", read_rate=rates["read_rate"])
+        legs[LONG] = prompt_bound(runs, name, resident="resident")
         bounds[name] = {leg: bound for leg, bound in legs.items() if bound is not None}
     others = {name: [one for one in ours if one != name] for name in names}
     return {

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from evaluation.engine.reader import takes_direct_reads
+
 DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth
 BLOCK = 4096  # what O_DIRECT wants offsets and lengths to be multiples of
@@ -36,7 +38,7 @@ def read_bandwidth(
 ) -> ReadBandwidth:
     """Measure on files that are there already. Where O_DIRECT is refused, through the page cache, and it says so."""
     length = -(-read_bytes // BLOCK) * BLOCK
-    direct = _takes_direct(files[0])
+    direct = takes_direct_reads(files[0])
     descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
     try:
         by_depth = {depth: _rate(descriptors, length, depth, seconds) for depth in depths}
@@ -44,20 +46,6 @@ def read_bandwidth(
         for descriptor in descriptors:
             os.close(descriptor)
     return ReadBandwidth(length, direct, by_depth)
-
-
-def _takes_direct(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return False
-    try:
-        os.preadv(descriptor, [mmap.mmap(-1, BLOCK)], 0)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -> float:

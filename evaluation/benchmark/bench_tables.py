@@ -73,19 +73,26 @@ def _ratios(result: dict[str, Any]) -> Table:
 
 
 def _bounds(result: dict[str, Any]) -> Table:
-    title = "the machine's bound: the slower of reading missing experts and reading active weights"
-    table = _table(title, "side", "leg", "bound", "share reached", "waiting for reads")
+    title = (
+        "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)"
+    )
+    table = _table(title, "side", "leg", "bound", "share reached", "with resident TPOT", "waiting for reads")
     for contender, legs in result["bounds"].items():
         for leg, bound in legs.items():
             if leg == "long_prompt":
                 expected = f"{_spread(bound['expected_ms'], MILLISECONDS)} for the prompt"
                 table.add_row(
-                    contender, "long prompt", expected, f"TTFT is {_spread(bound['ratio'], RATIO)} of it", MISSING
+                    contender,
+                    "long prompt",
+                    expected,
+                    f"TTFT is {_spread(bound['ratio'], RATIO)} of it",
+                    MISSING,
+                    MISSING,
                 )
             else:
                 table.add_row(
                     contender, leg, _spread(bound["bound_ms"], MILLISECONDS), _spread(bound["share"], PERCENT),
-                    _middle(bound["stall_share"], PERCENT),
+                    _spread(bound["share_with_resident"], PERCENT), _middle(bound["stall_share"], PERCENT),
                 )  # fmt: skip
     return table
 

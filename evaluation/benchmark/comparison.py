@@ -100,39 +100,49 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def decode_bound(
-    runs: Sequence[SideRun], contender: str, leg: str, *, read_rate: float, memory_rate: float, active_bytes: int
+    runs: Sequence[SideRun], contender: str, leg: str, *, resident: str, memory_rate: float, active_bytes: int
 ) -> dict[str, Any] | None:
     """What a token costs at least, and the share of it that was reached: bound / TPOT.
 
-    The bound of a token is the slower of reading its missing experts and of reading all weights it needs from memory.
+    The bound of a token is the slower of reading its missing experts, at what the disk gave around that very process, and
+    of reading all weights it needs from memory. A processor that computes slower than its memory keeps even the resident
+    model from the latter, so `share_with_resident` takes the resident model's TPOT of the same repeat in its place.
     """
-    own = [run.legs[leg] for run in runs if run.contender == contender and leg in run.legs]
-    rows = [row for row in own if row["tpot_ms"] is not None]
+    own = [run for run in runs if run.contender == contender and leg in run.legs]
+    rows = [(run, run.legs[leg]) for run in own if run.legs[leg]["tpot_ms"] is not None and run.read_rate]
     if not rows:
         return None
     memory_ms = 1e3 * active_bytes / memory_rate
-    bounds = [max(1e3 * row["engine"]["counted_bytes_read_per_token"] / read_rate, memory_ms) for row in rows]
+    read_ms = [1e3 * row["engine"]["counted_bytes_read_per_token"] / float(run.read_rate or 0) for run, row in rows]
+    resident_ms = {
+        run.repeat: run.legs[leg]["tpot_ms"] for run in runs if run.contender == resident and leg in run.legs
+    }
     return {
-        "bound_ms": spread(bounds),
+        "bound_ms": spread(max(ms, memory_ms) for ms in read_ms),
         "memory_ms": memory_ms,
-        "share": spread(bound / row["tpot_ms"] for bound, row in zip(bounds, rows, strict=True)),
-        "stall_share": spread(row["engine"]["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]) for row in rows),
+        "share": spread(max(ms, memory_ms) / row["tpot_ms"] for ms, (_, row) in zip(read_ms, rows, strict=True)),
+        "share_with_resident": spread(
+            max(ms, resident_ms[run.repeat]) / row["tpot_ms"]
+            for ms, (run, row) in zip(read_ms, rows, strict=True)
+            if resident_ms.get(run.repeat)
+        ),
+        "stall_share": spread(row["engine"]["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]) for _, row in rows),
     }
 
 
-def prompt_bound(runs: Sequence[SideRun], contender: str, *, resident: str, read_rate: float) -> dict[str, Any] | None:
+def prompt_bound(runs: Sequence[SideRun], contender: str, *, resident: str) -> dict[str, Any] | None:
     """The long prompt: one pass over the experts it touches plus the resident model's time, and TTFT over that."""
-    pairs = _pairs(runs, contender, resident, LONG)
-    rows = [(a.legs[LONG], b.legs[LONG]["ttft_ms"]) for a, b in pairs]
-    touched = [row["engine"]["first_touches"] * row["engine"]["expert_bytes"] for row, _ in rows]
-    expected = [1e3 * size / read_rate + compute for size, (_, compute) in zip(touched, rows, strict=True)]
-    if not rows:
+    pairs = [(a, b) for a, b in _pairs(runs, contender, resident, LONG) if a.read_rate]
+    if not pairs:
         return None
+    rows = [(a.legs[LONG], b.legs[LONG]["ttft_ms"], float(a.read_rate or 0)) for a, b in pairs]
+    touched = [row["engine"]["first_touches"] * row["engine"]["expert_bytes"] for row, _, _ in rows]
+    expected = [1e3 * size / rate + compute for size, (_, compute, rate) in zip(touched, rows, strict=True)]
     return {
         "touched_bytes": spread(touched),
-        "resident_ttft_ms": spread(compute for _, compute in rows),
+        "resident_ttft_ms": spread(compute for _, compute, _ in rows),
         "expected_ms": spread(expected),
-        "ratio": spread(row["ttft_ms"] / ms for (row, _), ms in zip(rows, expected, strict=True)),
+        "ratio": spread(row["ttft_ms"] / ms for (row, _, _), ms in zip(rows, expected, strict=True)),
     }
 
 

@@ -78,7 +78,7 @@ class Reader:
         self._jobs: SimpleQueue[tuple[Request, Span] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
-        self.direct = direct and all(_takes_direct_reads(shard) for shard in shards)
+        self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
@@ -196,7 +196,8 @@ def _pieces(span: Span) -> list[Span]:
     return [Span(span.shard, a, span.target[a - first : b - first]) for a, b in pairwise(cuts)]
 
 
-def _takes_direct_reads(shard: Path) -> bool:
+def takes_direct_reads(shard: Path) -> bool:
+    """Whether the file system lets this file be read past the page cache."""
     try:
         descriptor = os.open(shard, os.O_RDONLY | os.O_DIRECT)
     except OSError:

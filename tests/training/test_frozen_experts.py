@@ -158,6 +158,22 @@ def test_a_model_computes_the_same_and_its_routers_get_the_same_gradients(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_recomputing_activations_gives_the_same_gradients(tiny_model: Callable[..., Any]) -> None:
+    register()
+    ids = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(5))
+    outcomes = []
+    for checkpointing in (False, True):
+        model = tiny_model("olmoe").requires_grad_(False).train()
+        model.set_experts_implementation(IMPLEMENTATION)
+        gates = [router.weight.requires_grad_(True) for router in find_routers(model).values()]
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        outcomes.append(torch.autograd.grad(loss, gates))
+    for recomputed, kept in zip(*outcomes, strict=True):
+        assert torch.equal(recomputed, kept)
+
+
 def test_routers_are_trained_through_it_and_whole_models_are_not(model_dir: Callable[[str], Any]) -> None:
     used = {
         trainable: build_model(

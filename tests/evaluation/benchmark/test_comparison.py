@@ -68,26 +68,29 @@ def test_equal_tokens_count_up_to_the_first_difference() -> None:
 
 def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
     runs = [
-        SideRun("a", 0, None, legs={"cold": ours(200, 100.0)}),
-        SideRun("a", 1, None, legs={"cold": ours(50, 10.0)}),
+        SideRun("a", 0, None, read_rate=1000, legs={"cold": ours(200, 100.0)}),
+        SideRun("a", 1, None, read_rate=2000, legs={"cold": ours(50, 20.0)}),
+        SideRun("resident", 0, None, legs={"cold": leg(150.0)}),
+        SideRun("a", 2, None, legs={"cold": ours(50, 20.0)}),  # the disk was not measured around it
     ]
-    found = decode_bound(runs, "a", "cold", read_rate=1000, memory_rate=2000, active_bytes=40)
+    found = decode_bound(runs, "a", "cold", resident="resident", memory_rate=2000, active_bytes=40)
     assert found is not None
     assert found["memory_ms"] == 20
     assert found["bound_ms"] == {"median": 60, "min": 20, "max": 100, "n": 2}  # 100 bytes at 1000 a second; 40 at 2000
     assert found["share"] == {"median": pytest.approx(0.45), "min": 0.4, "max": 0.5, "n": 2}
+    assert found["share_with_resident"] == {"median": 0.75, "min": 0.75, "max": 0.75, "n": 1}, "150 of 200 ms"
     assert found["stall_share"]["median"] == pytest.approx(0.5)
-    assert decode_bound(runs, "a", "warm", read_rate=1, memory_rate=1, active_bytes=1) is None
+    assert decode_bound(runs, "a", "warm", resident="resident", memory_rate=1, active_bytes=1) is None
 
 
 def test_the_prompt_bound_adds_reading_and_resident_time() -> None:
     long = leg(None, ttft_ms=900.0, tokens=(1,), first_touches=3, expert_bytes=100)
     runs = [
-        SideRun("a", 0, None, legs={"long_prompt": long}),
+        SideRun("a", 0, None, read_rate=1000, legs={"long_prompt": long}),
         SideRun("resident", 0, None, legs={"long_prompt": leg(None, ttft_ms=300.0)}),
     ]
-    found = prompt_bound(runs, "a", resident="resident", read_rate=1000)
+    found = prompt_bound(runs, "a", resident="resident")
     assert found is not None
     assert found["expected_ms"]["median"] == pytest.approx(600)
     assert found["ratio"]["median"] == pytest.approx(1.5)
-    assert prompt_bound(runs[:1], "a", resident="resident", read_rate=1000) is None
+    assert prompt_bound(runs[:1], "a", resident="resident") is None

@@ -58,17 +58,21 @@ def profile_of(folder: Path) -> RouteTrace:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_256_tokens_at_five_budgets_under_every_policy_and_scope(checkpoint: Checkpoint, family: str) -> None:
-    """Budgets and policies take turns, so that every policy meets both scopes; all budgets, all policies."""
+def test_256_tokens_at_five_budgets_under_every_policy_and_scope(
+    checkpoint: Checkpoint, family: str, exhaustive: bool
+) -> None:
+    """Budgets take turns, so that all of them and every policy in both scopes are met; with --exhaustive, every pair."""
     folder, inputs = checkpoint(family, "float32"), prompts(1, 20, 7)
     expected = generate(AutoModelForCausalLM.from_pretrained(folder), inputs, 256)
     with load(folder, "100%") as (_, engine):
         demand = engine.demand
-    shares = itertools.cycle((0.0, 0.15, 0.3, 0.6, 1.0))
-    for policy, scope in itertools.product(LIVE, SCOPES):
+    shares = (0.0, 0.15, 0.3, 0.6, 1.0)
+    kinds = itertools.product(LIVE, SCOPES)
+    cases = itertools.product(kinds, shares) if exhaustive else zip(kinds, itertools.cycle(shares), strict=False)
+    for (policy, scope), share in cases:
         pools = 1 if scope == "global" else demand.layers
         least, most = demand.top_k * pools, demand.all_experts
-        slots = least + int(next(shares) * (most - least))
+        slots = least + int(share * (most - least))
         with load(
             folder, slots * demand.slot_bytes, cache_policy=policy, cache_scope=scope,
             profile=profile_of(folder) if policy == "static" else None,

@@ -28,6 +28,11 @@ def add_engine_flags(to: Any) -> None:
         "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
     )
     to.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
+    to.add_argument(
+        "--prefetch",
+        action="store_true",
+        help="read ahead what the next layer's router is likely to choose: same tokens, more reads; to see what it is worth",
+    )
     to.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
 
 
@@ -45,4 +50,5 @@ def engine_options(arguments: argparse.Namespace, model_dir: str) -> dict[str, A
         "profile": read_trace(arguments.profile) if arguments.profile else None,
         "cache_scope": arguments.cache_scope,
         "dtype": arguments.dtype,
+        "prefetch": arguments.prefetch,
     }

@@ -67,6 +67,8 @@ class ReadCounts:
     stall_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # rows the model computed, padding included
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the decoder's calls
+    prefetched: int = 0  # experts that were read ahead
+    prefetch_used: int = 0  # those of them that were missed then
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class EngineStats:
     tokens: dict[str, int]
     stall_seconds: dict[str, float]  # time in which computing waited for expert reads
     seconds: dict[str, float]  # time of the decoder's calls, waiting included
+    prefetched: int = 0  # experts that were read ahead by the next layer's router; their bytes count as decode's
+    prefetch_used: int = 0  # those of them that were missed then
 
     @property
     def bytes_read_per_token(self) -> float | None:
@@ -112,6 +116,8 @@ def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
         tokens=dict(zip(PHASES, reads.tokens, strict=True)),
         stall_seconds=dict(zip(PHASES, reads.stall_seconds, strict=True)),
         seconds=dict(zip(PHASES, reads.seconds, strict=True)),
+        prefetched=reads.prefetched,
+        prefetch_used=reads.prefetch_used,
     )
 
 

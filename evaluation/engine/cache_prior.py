@@ -44,14 +44,25 @@ def attach_cache_prior(
     Raises:
         UserError: routers are not known to transformers' recording interface, or weigh experts in an unknown way.
     """
+    for layer, router in enumerate(routers_of(model)):
+        weighing = _weighing(router, model.config.get_text_config().hidden_size)
+        router.register_forward_hook(Preference(prior, weighing, partial(resident, layer), is_decode))
+
+
+def routers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The routers, in layer order.
+
+    Raises:
+        UserError: they are not known to transformers' recording interface.
+    """
     recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     router_class = getattr(recorded, "target_class", recorded)
     routers = [m for m in model.modules() if router_class is not None and isinstance(m, router_class)]
     if not routers:
-        raise UserError(f"{type(model).__name__}: no routers were found, so that a cache prior has nothing to act on")
-    for layer, router in enumerate(routers):
-        weighing = _weighing(router, model.config.get_text_config().hidden_size)
-        router.register_forward_hook(Preference(prior, weighing, partial(resident, layer), is_decode))
+        raise UserError(
+            f"{type(model).__name__}: no routers were found, so that neither a cache prior nor reading ahead can act on them"
+        )
+    return routers
 
 
 class Preference:

@@ -10,9 +10,10 @@ from configs.load import UserError
 from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, engine_stats
 from evaluation.engine.budget import Demand
 from evaluation.engine.cache import ExpertCache
-from evaluation.engine.cache_prior import CachePrior, attach_cache_prior
+from evaluation.engine.cache_prior import CachePrior, attach_cache_prior, routers_of
 from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
+from evaluation.engine.prefetch import Prefetch
 from evaluation.engine.prefix_cache import PrefixCache
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import experts_modules
@@ -108,6 +109,15 @@ class Engine:
         assert pager is not None, "a prior for an engine that serves no model"
         attach_cache_prior(model, prior, resident=self.cache.resident_experts, is_decode=lambda: pager.is_decode)
         self.is_exact = False
+
+    def read_ahead(self, model: PreTrainedModel) -> None:
+        """Read what the next layer's router is likely to choose from now on, while decoding; see `prefetch.py`."""
+        pager, reader = self._pager, self._reader
+        assert pager is not None and reader is not None, "reading ahead for an engine that serves no model"  # noqa: PT018
+        pager.prefetch = Prefetch(
+            routers_of(model), self._store, reader, top_k=self.demand.top_k, layer_ids=self._layer_ids,
+            resident=self.cache.resident_experts, counts=lambda: pager.reads,
+        )  # fmt: skip
 
     def stats(self) -> EngineStats:
         """Counters since `load` or the last `reset_stats`."""

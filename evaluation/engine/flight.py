@@ -6,13 +6,13 @@ after reading, take turns in the passing slots, so many at a time as there are o
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
 from evaluation.engine.policies import Key
-from evaluation.engine.reader import Reader, Request
+from evaluation.engine.reader import Reader, Request, Source
 from evaluation.engine.slot_memory import SlotMemory
 
 
@@ -25,13 +25,23 @@ class _Reading(NamedTuple):
 class Flight:
     """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
 
+    Args:
+        read_ahead: gives the reads that were started before, by expert.
+
     Attributes:
         stall_seconds: time `landings` waited for a read.
         bytes_read: of experts; `device_bytes` counts the whole pages they lie in.
     """
 
-    def __init__(self, memory: SlotMemory, reader: Reader, *, layer_id: int) -> None:
-        self._memory, self._reader, self._layer_id = memory, reader, layer_id
+    def __init__(
+        self,
+        memory: SlotMemory,
+        reader: Reader,
+        *,
+        layer_id: int,
+        read_ahead: Callable[[Key], Source | None] | None = None,
+    ) -> None:
+        self._memory, self._reader, self._layer_id, self._read_ahead = memory, reader, layer_id, read_ahead
         self._landed: SimpleQueue[Request] = SimpleQueue()
         self._under_way: dict[Key, _Reading] = {}
         self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
@@ -87,6 +97,9 @@ class Flight:
     def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
         expert = key[1]
         spans = self._memory.spans(read_into, self._layer_id, expert, roles)
-        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
+        source = self._read_ahead(key) if self._read_ahead is not None and roles is None else None
+        what = f"layer {self._layer_id} expert {expert}"
+        self._reader.start(key, spans, self._landed, what=what, source=source)
         self._under_way[key] = _Reading(read_into, meant_for, roles)
-        self.bytes_read += sum(len(span.target) for span in spans)
+        if source is None:
+            self.bytes_read += sum(len(span.target) for span in spans)

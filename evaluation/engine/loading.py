@@ -44,6 +44,7 @@ def load(
     record_trace: bool = False,
     reads_in_flight: int | None = None,
     cache_prior: CachePrior | None = None,
+    prefetch: bool = False,
 ) -> Iterator[tuple[PreTrainedModel, Engine]]:
     """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
 
@@ -62,6 +63,7 @@ def load(
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
         record_trace: keep the routing of every token, for `engine.trace()`.
         reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
+        prefetch: read ahead what the next layer's router is likely to choose, on top of `expert_cache`; an ablation.
         cache_prior: let routers prefer resident experts while decoding; this changes what the model says.
 
     Yields:
@@ -78,6 +80,8 @@ def load(
         raise UserError(
             "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
         )
+    if memory_budget is not None and prefetch:
+        raise UserError("reading ahead takes memory that a memory budget does not count; use it with an expert cache")
     if memory_budget is not None:
         bound_kernel_caches()
     before_bytes = private_bytes()
@@ -112,6 +116,8 @@ def load(
         engine.attach(model, reader, record_trace=record_trace)
         if cache_prior is not None:
             engine.prefer_residents(model, cache_prior)
+        if prefetch:
+            engine.read_ahead(model)
         yield model, engine
 
 

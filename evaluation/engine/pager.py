@@ -8,8 +8,9 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, J = 2 x intermediate (gate, th
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from evaluation.engine.accounting import DECODE, PREFILL, ReadCounts
 from evaluation.engine.cache import ExpertCache, Service, event_order
 from evaluation.engine.flight import Flight
 from evaluation.engine.policies import Key
+from evaluation.engine.prefetch import Prefetch
 from evaluation.engine.reader import Reader
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
@@ -53,6 +55,7 @@ class Pager:
         layer_ids: list[int],
         recorder: TraceRecorder | None,
     ) -> None:
+        self.prefetch: Prefetch | None = None
         self._cache, self._memory, self._reader = cache, memory, reader
         self._layer_ids, self.recorder = layer_ids, recorder
         self._phase: int | None = None
@@ -105,8 +108,11 @@ class Pager:
         work = _Work(experts, self._memory, rows, hidden_RH)
         try:
             service = self._cache.serve(layer, event, phase=self._phase)
-            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer]) as flight:
-                (_compute if work.rows_are_independent() else _compute_in_two_parts)(work, service, flight)
+            prefetch = self.prefetch if self.is_decode else None
+            read_ahead = prefetch.take if prefetch else None
+            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer], read_ahead=read_ahead) as flight:
+                guess = partial(prefetch.guess, layer, hidden_TH) if prefetch else None
+                (_compute if work.rows_are_independent() else _compute_in_two_parts)(work, service, flight, guess)
         except BaseException:
             self._cache.reset()  # slots may lack what the cache believes is in them
             raise
@@ -120,11 +126,13 @@ class Pager:
         self.reads.stall_seconds[self._phase] += flight.stall_seconds
 
 
-def _compute(work: "_Work", service: Service, flight: Flight) -> None:
+def _compute(work: "_Work", service: Service, flight: Flight, guess: Callable[[], None] | None) -> None:
     """Everything that is missing is on its way while what is resident is computed; each is used as it lands."""
     taken = {slot: key for key, slot in service.coming.items() if slot in service.leaving.values()}
     flight.start({key: slot for key, slot in service.coming.items() if slot not in taken})
     flight.start(dict.fromkeys(service.passing))
+    if guess:
+        guess()
     for key, slot in service.leaving.items():
         work.whole(key, slot)
         if slot in taken:
@@ -135,7 +143,7 @@ def _compute(work: "_Work", service: Service, flight: Flight) -> None:
         work.whole(key, slot)
 
 
-def _compute_in_two_parts(work: "_Work", service: Service, flight: Flight) -> None:
+def _compute_in_two_parts(work: "_Work", service: Service, flight: Flight, guess: Callable[[], None] | None) -> None:
     """The same with one activation over all rows: what passes through is read in two parts, before and after it."""
     if service.leaving:  # done with first: what comes is read into their slots
         work.up(service.leaving)
@@ -143,6 +151,8 @@ def _compute_in_two_parts(work: "_Work", service: Service, flight: Flight) -> No
         work.down(service.leaving)
     flight.start(service.coming)
     flight.start(dict.fromkeys(service.passing), roles=work.memory.roles_before_activation)
+    if guess:
+        guess()
     work.up(service.staying)
     for key, slot in flight.landings():
         work.up({key: slot})

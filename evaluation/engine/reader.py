@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,18 @@ class Span(NamedTuple):
     target: Bytes
 
 
+class Landing(Protocol):
+    """Where requests go when they are done: a queue, for example."""
+
+    def put(self, request: "Request") -> None: ...
+
+
+class Source(Protocol):
+    """Something that has the bytes of a span already, or will have them."""
+
+    def copy_to(self, span: Span) -> None: ...
+
+
 @dataclass
 class Request:
     """Spans that are read together; it lands in the queue it was started with when all are there or one has failed."""
@@ -46,7 +58,7 @@ class Request:
     key: tuple[int, int]  # the caller's
     what: str  # for messages
     pieces_left: int
-    landed: "SimpleQueue[Request]"
+    landed: Landing
     device_bytes: int = 0  # what the read calls returned, pages around the spans included
     error: Exception | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -75,7 +87,7 @@ class Reader:
 
     def __init__(self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True) -> None:
         self.reads_in_flight = reads_in_flight
-        self._jobs: SimpleQueue[tuple[Request, Span] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Request, Span, Source | None] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
         self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
@@ -89,8 +101,13 @@ class Reader:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def start(self, key: tuple[int, int], spans: Sequence[Span], landed: "SimpleQueue[Request]", *, what: str) -> None:
+    def start(
+        self, key: tuple[int, int], spans: Sequence[Span], landed: Landing, *, what: str, source: Source | None = None
+    ) -> None:
         """Begin to read; `landed` gets the request when it is done. The targets must stay until then.
+
+        Args:
+            source: takes the place of the files; if it waits for reads, for such as were started before.
 
         Raises:
             UserError: the reader is closed.
@@ -101,7 +118,7 @@ class Reader:
         pieces = [piece for span in spans for piece in _pieces(span)]
         request = Request(key, what, len(pieces), landed)
         for piece in pieces:
-            self._jobs.put((request, piece))
+            self._jobs.put((request, piece, source))
 
     def changed_shards(self) -> list[Path]:
         """Files that were written to or cut since they were opened: their experts cannot be read any more."""
@@ -126,9 +143,13 @@ class Reader:
     def _work(self) -> None:
         buffer = _PageBuffer() if self.direct else None
         while (job := self._jobs.get()) is not None:
-            request, span = job
+            request, span, source = job
             read_bytes, error = 0, None
             try:
+                if source is not None:
+                    source.copy_to(span)
+                    request.piece_done(0, None)
+                    continue
                 descriptor = self._descriptors[span.shard]
                 read_bytes = _read(descriptor, span) if buffer is None else buffer.read(descriptor, span)
                 if _version(descriptor) != self._versions[span.shard]:

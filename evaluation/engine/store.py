@@ -17,6 +17,7 @@ class Extent(NamedTuple):
     shard: Path
     offset: int
     roles: tuple[str, ...]  # in file order
+    length_bytes: int
 
 
 class ExpertStore:
@@ -60,8 +61,10 @@ def _extents(roles: Mapping[str, StoredTensor]) -> list[Extent]:
     end: tuple[Path, int] | None = None
     for role, tensor in sorted(roles.items(), key=lambda item: (item[1].shard, item[1].offset)):
         if end == (tensor.shard, tensor.offset):
-            extents[-1] = extents[-1]._replace(roles=(*extents[-1].roles, role))
+            extent = extents.pop()
+            length_bytes = extent.length_bytes + tensor.length_bytes
+            extents.append(extent._replace(roles=(*extent.roles, role), length_bytes=length_bytes))
         else:
-            extents.append(Extent(tensor.shard, tensor.offset, (role,)))
+            extents.append(Extent(tensor.shard, tensor.offset, (role,), tensor.length_bytes))
         end = (tensor.shard, tensor.offset + tensor.length_bytes)
     return extents

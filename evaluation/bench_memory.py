@@ -132,7 +132,19 @@ def one_trial(trial: dict[str, Any], hierarchy: Hierarchy) -> Outcome:
             subprocess.Popen(command, cwd=PROJECT, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
         )
         assert process.stdin and process.stdout and process.stderr, "all three are pipes"  # noqa: PT018
-        held = json.loads(process.stdout.readline() or '{"private_bytes": 0}')["private_bytes"]
+        first = process.stdout.readline()
+        if not first:
+            why = process.stderr.read()[-500:]
+            return Outcome(
+                trial["memory_budget"],
+                trial["context_tokens"],
+                trial["batch"],
+                "failed",
+                before_bytes=0,
+                peak_bytes=0,
+                why=why,
+            )
+        held = json.loads(first)["private_bytes"]
         watched = psutil.Process(process.pid)
         libraries_bytes = watched.memory_info().shared
         group.limit(libraries_bytes + held + int((1 + TOLERANCE) * trial["memory_budget"]))

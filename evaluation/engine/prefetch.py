@@ -79,19 +79,20 @@ class Prefetch:
     @torch.no_grad()
     def guess(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """Start to read what the layer after `layer` is likely to miss; called once the layer's own reads are started."""
-        self._take_back(layer)
-        if layer + 1 == len(self._routers):
-            return
-        router: Any = self._routers[layer + 1]
-        ids_TK = router.forward(hidden_TH)[2]  # not called: hooks would take it for the layer's own choice
-        resident = set(self._resident(layer + 1))
-        for expert in dict.fromkeys(ids_TK.flatten().tolist()):
-            key = (layer + 1, expert)
-            if expert not in resident and key not in self._guessed and self._free:
+        wanted = self._wanted(layer + 1, hidden_TH) if layer + 1 < len(self._routers) else []
+        self._take_back(layer, keep=wanted)
+        for key in wanted:
+            if key not in self._guessed and self._free:
                 self._guessed[key] = self._read(key, self._free.popleft())
 
+    def _wanted(self, layer: int, hidden_TH: torch.Tensor) -> list[Key]:
+        router: Any = self._routers[layer]
+        ids_TK = router.forward(hidden_TH)[2]  # not called: hooks would take it for the layer's own choice
+        resident = set(self._resident(layer))
+        return [(layer, expert) for expert in dict.fromkeys(ids_TK.flatten().tolist()) if expert not in resident]
+
     def take(self, key: Key) -> ReadAhead | None:
-        """The read of this expert, if it was guessed; its memory is free again two layers later."""
+        """The read of this expert, if it was guessed; its memory is free again a layer later."""
         found = self._guessed.pop(key, None)
         if found is not None:
             self._given.append((key, found))
@@ -109,12 +110,11 @@ class Prefetch:
         self._counts().bytes_read[DECODE] += start
         return ahead
 
-    def _take_back(self, layer: int) -> None:
-        """Free the memory of guesses for other layers than this one and the next, as far as they are read."""
-        entries = [*self._guessed.items(), *self._given]
-        old = [(key, ahead) for key, ahead in entries if key[0] not in (layer, layer + 1) and ahead.is_done]
-        for key, ahead in old:
-            self._free.append(ahead.buffer)
-            self._guessed.pop(key, None)
-        gone = {id(ahead) for _, ahead in old}
-        self._given = [(key, ahead) for key, ahead in self._given if id(ahead) not in gone]
+    def _take_back(self, layer: int, *, keep: Sequence[Key]) -> None:
+        """Free the memory of what was read and is not wanted any more; this layer's is still in use."""
+        given = [(key, ahead) for key, ahead in self._given if key[0] == layer]
+        guessed = {key: a for key, a in self._guessed.items() if key[0] == layer or key in keep or not a.is_done}
+        kept = {id(ahead) for ahead in (*guessed.values(), *(ahead for _, ahead in given))}
+        known = [*self._guessed.values(), *(ahead for _, ahead in self._given)]
+        self._free += [ahead.buffer for ahead in known if id(ahead) not in kept]
+        self._given, self._guessed = given, guessed

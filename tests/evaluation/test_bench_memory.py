@@ -65,6 +65,15 @@ def test_a_process_that_takes_more_than_its_group_may_hold_is_told_apart(
     assert one_trial(trial(checkpoint(), batch=6, context_tokens=300), hierarchy).outcome == "killed"
 
 
+def test_a_process_that_does_not_start_is_a_failed_trial(
+    checkpoint: Checkpoint, hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_memory, "MODULE", "evaluation.no_such_module")
+    found = one_trial(trial(checkpoint()), hierarchy)
+    assert found.outcome == "failed"
+    assert "no_such_module" in str(found.why)
+
+
 def test_a_broken_budget_ends_the_command_with_an_error_and_the_result_is_written(
     checkpoint: Checkpoint, hierarchy: Hierarchy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,24 @@ def test_memory_of_old_guesses_is_used_again_once_they_are_read_and_is_bounded(c
         assert counts.prefetched > 20
 
 
+def test_wrong_guesses_do_not_hold_their_memory_for_ever_where_there_are_two_layers_only(
+    checkpoint: Checkpoint,
+) -> None:
+    folder = checkpoint("mixtral")
+    with Reader(ExpertStore(folder).shards) as reader:
+        prefetch, counts = a_prefetch(folder, reader, resident=lambda _: [])
+        prefetch._routers = [Chooses(0, 1), router := Chooses(2, 3)]
+        for token in range(8):
+            router.ids = torch.tensor([[token % 6, (token + 1) % 6]])
+            for layer in range(2):
+                prefetch.guess(layer, torch.zeros(1, 32))
+                for ahead in prefetch._guessed.values():
+                    ahead._done.wait(30)
+                if token % 2 and not layer:
+                    prefetch.take((1, token % 6))
+        assert counts.prefetched >= 8
+
+
 def test_a_copy_is_what_the_file_holds_wherever_it_starts(tmp_path: Path) -> None:
     shard = tmp_path / "shard"
     content = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)

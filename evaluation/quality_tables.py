@@ -3,9 +3,9 @@
 from typing import Any
 
 from evaluation.results import Results
-from evaluation.summary import MEAN, change, measure, names, pick, runs_of, tuned_arms
+from evaluation.summary import MEAN, change, frontier, frontier_budgets, measure, names, pick, runs_of, tuned_arms
 from evaluation.tables import Table
-from evaluation.wording import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit
+from evaluation.wording import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit, bytes_text, data_size
 
 
 def values_table(results: Results) -> Table:
@@ -68,3 +68,15 @@ def differences_table(results: Results) -> Table:
 def _starred(results: Results, arm: str, kind: str, name: str, unit: Unit) -> str:
     found = change(results, arm, kind, name)
     return unit.change(found) + (" *" if found is not None and found.excludes_zero else "")
+
+
+def frontier_table(results: Results) -> Table:
+    """What the frontier figure shows, one row per cache size and arm."""
+    rows = [
+        [data_size(size).text(size), arm, bytes_text(point.bytes_per_token), FINE_CHANGE.change(point.cost)]
+        for size in frontier_budgets(results)
+        for arm, point in frontier(results, size).items()
+    ]
+    return Table(
+        "Price of reading less", ["expert cache", "arm", "bytes / token", "mean perplexity"], rows, text_columns=2
+    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from evaluation import plots, tables
 from evaluation.plan_tables import plan_tables
-from evaluation.quality_tables import differences_table, values_table
+from evaluation.quality_tables import differences_table, frontier_table, values_table
 from evaluation.results import Results
 from evaluation.tables import Table
 from evaluation.wording import COUNT, SECONDS, bytes_text
@@ -35,6 +35,7 @@ def sections(results: Results) -> list[Section]:
             "The price of reading less: left is fewer bytes, lower is better quality. Bytes as the engine read them.",
             figure=plots.frontier_figure,
             absent="No tuned arm was both decoded and compared with base in this run.",
+            folded=[frontier_table(results)],
         ),
         Section(
             "Misses against cache size",

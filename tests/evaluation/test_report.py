@@ -246,6 +246,17 @@ def test_every_panel_of_the_frontier_shows_its_own_cache_size(results: dict[str,
     assert list(frontier(results, sizes[0])) == ["base", "ce_only", "cache"]
 
 
+def test_the_frontier_is_a_table_too_one_row_per_cache_size_and_arm(results: dict[str, Any]) -> None:
+    (shown,) = [section for section in sections(results) if section.title == "Quality against bytes per token"]
+    sizes, arms = frontier_budgets(results), list(results["arms"])
+    assert [row[1] for row in shown.folded[0].rows] == arms * len(sizes)
+    cells = shown.folded[0].rows[arms.index("cache")]
+    assert cells[0] == "1.27\xa0MiB"
+    assert cells[2] == "690\xa0±\xa010\xa0KiB"
+    assert cells[3].startswith("+")
+    assert shown.absent not in markdown(results)
+
+
 def test_a_figure_leaves_matplotlibs_settings_alone(results: dict[str, Any]) -> None:
     before = dict(matplotlib.rcParams)
     plots.miss_rate_figure(results)
@@ -288,7 +299,7 @@ def test_markdown_tables_are_rectangular_and_names_are_not_markup(results: dict[
     text = markdown(results)
     assert r"a\|b\*c" in text
     tables = re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 13
+    assert len(tables) == 14
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 

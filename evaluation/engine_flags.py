@@ -34,6 +34,9 @@ def add_engine_flags(to: Any) -> None:
         help="read ahead what the next layer's router is likely to choose: same tokens, more reads; to see what it is worth",
     )
     to.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
+    to.add_argument(
+        "--device", default="cpu", help="cpu (default), or cuda: slots in its memory, with --expert-cache only"
+    )
 
 
 def engine_options(arguments: argparse.Namespace, model_dir: str) -> dict[str, Any]:
@@ -50,5 +53,6 @@ def engine_options(arguments: argparse.Namespace, model_dir: str) -> dict[str, A
         "profile": read_trace(arguments.profile) if arguments.profile else None,
         "cache_scope": arguments.cache_scope,
         "dtype": arguments.dtype,
+        "device": arguments.device,
         "prefetch": arguments.prefetch,
     }

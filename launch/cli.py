@@ -10,6 +10,7 @@ from configs.load import UserError
 COMMANDS = {
     "run": ("launch.pipeline", "the whole loop: train the arms, evaluate them and the base, write a report"),
     "train": ("training.train", "fine-tune the routers of a model"),
+    "bench-train": ("training.bench_train", "speed and memory of that beside transformers' own Trainer"),
     "evaluate": ("evaluation.evaluate", "quality, routing, cache replay and decode of a model and a router delta"),
     "trace": ("evaluation.trace", "which experts every token of a text chooses"),
     "replay": ("evaluation.replay", "what a cache of each size and policy would miss on a trace"),
@@ -18,6 +19,7 @@ COMMANDS = {
     "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
     "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
     "bench": ("evaluation.bench", "decode speed beside peers at equal memory, and beside the machine's bound"),
+    "export": ("evaluation.export", "tuned routers for others: a Hugging Face folder, or a patched GGUF"),
     "report": ("evaluation.report", "write the report of a results.json again"),
 }
 

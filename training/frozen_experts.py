@@ -3,9 +3,14 @@
 In transformers' experts interface, so every family whose experts it serves can be trained through this. What autograd
 would keep of every layer - the sorted inputs, the outputs, the weighted outputs - is not kept, only what gate and up
 projection gave: the gradient of a routing weight is <grad W_down, act(gate) * up>, which needs no output.
-Axes: T tokens, K chosen, R = T K rows sorted by expert, E experts, H hidden, J what gate and up projection give.
+
+Rows go through in parts: on an accelerator all of them at once, on the CPU those of some experts after the other, so that
+what is in between stays in the processor's caches and nothing as large as all rows is ever allocated but what is kept.
+Axes: T tokens, K chosen, R = T K rows sorted by expert, r rows of one part, E experts, e those of one part, H hidden,
+J what gate and up projection give, I what the activation makes of it.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
 IMPLEMENTATION = "remoe_frozen"
+PART_ROWS = 1024
+"""Rows that are worked on together on the CPU, rounded up to whole experts."""
 
 
 def register() -> None:
@@ -37,75 +44,90 @@ def frozen_experts_forward(
     return out
 
 
-class _Rows(NamedTuple):
-    """Token-expert pairs sorted by expert."""
+class _Part(NamedTuple):
+    """Neighbouring experts whose rows are worked on together."""
 
-    order_R: Tensor  # sorted position -> pair
-    experts_R: Tensor  # sorted
-    ends_E: Tensor  # of each expert's rows, int32
-
-    @classmethod
-    def of(cls, expert_ids_TK: Tensor, num_experts: int) -> "_Rows":
-        experts_R, order_R = expert_ids_TK.flatten().sort(stable=True)
-        ends_E = torch.searchsorted(experts_R, torch.arange(num_experts, device=experts_R.device), right=True)
-        return cls(order_R, experts_R, ends_E.to(torch.int32))
+    rows: slice
+    experts: slice
+    ends_e: Tensor  # of each expert's rows, counted from the part's first row; int32
 
 
 class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, experts: Any, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        rows = _Rows.of(expert_ids_TK, experts.num_experts)
-        name = "gate_up_proj" if experts.has_gate else "up_proj"
-        gate_up_RJ = _project(experts, name, hidden_TH[rows.order_R // expert_ids_TK.shape[1]], rows)
-        out_RH = _project(experts, "down_proj", _activate(experts, gate_up_RJ), rows)
-        ctx.experts, ctx.name, ctx.hidden_dtype = experts, name, hidden_TH.dtype
-        ctx.save_for_backward(gate_up_RJ, weights_TK, *rows)
-        return _sum_of_tokens(out_RH * weights_TK.flatten()[rows.order_R, None], rows, weights_TK).to(hidden_TH.dtype)
+        sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
+        tokens_R, weights_R1 = order_R // expert_ids_TK.shape[1], weights_TK.flatten()[order_R, None]
+        inputs_TH, kept = hidden_TH.to(experts.down_proj.dtype), []
+        out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        for part in _parts(sorted_R, experts.num_experts):
+            tokens_r = tokens_R[part.rows]
+            gate_up_rJ = _product(experts, _up(experts), inputs_TH.index_select(0, tokens_r), part, sorted_R)
+            out_rH = _product(experts, "down_proj", _activate(experts, gate_up_rJ), part, sorted_R).float()
+            out_TH.index_add_(0, tokens_r, out_rH.mul_(weights_R1[part.rows]))
+            kept.append(gate_up_rJ)
+        ctx.experts, ctx.hidden_dtype = experts, hidden_TH.dtype
+        ctx.save_for_backward(weights_TK, sorted_R, order_R, *kept)
+        return out_TH.to(hidden_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
-        gate_up_RJ, weights_TK, *parts = ctx.saved_tensors
-        rows, experts = _Rows(*parts), ctx.experts
-        grad_RH = grad_TH[rows.order_R // weights_TK.shape[1]].to(gate_up_RJ.dtype)
-        grad_RI = _project_back(experts, "down_proj", grad_RH, rows)  # as if every weight were 1
-        with torch.enable_grad():
-            gate_up_RJ = gate_up_RJ.detach().requires_grad_()
-            activated_RI = _activate(experts, gate_up_RJ)
-        grad_hidden_TH = grad_weights_TK = None
-        if ctx.needs_input_grad[3]:
-            grad_R = (grad_RI * activated_RI.detach()).sum(1, dtype=weights_TK.dtype)
+        experts, (weights_TK, sorted_R, order_R, *kept) = ctx.experts, ctx.saved_tensors
+        tokens_R, weights_R1 = order_R // weights_TK.shape[1], weights_TK.flatten()[order_R, None]
+        grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(order_R))
+        grad_hidden_TH = torch.zeros_like(grad_TH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for part, gate_up_rJ in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
+            tokens_r = tokens_R[part.rows]
+            grad_rH = grad_TH.index_select(0, tokens_r)
+            grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
+            with torch.enable_grad():
+                gate_up_rJ = gate_up_rJ.detach().requires_grad_()
+                activated_rI = _activate(experts, gate_up_rJ)
+            grad_r = (grad_rI * activated_rI.detach()).sum(1, dtype=grad_R.dtype)
             if experts.has_bias:
-                grad_R += (grad_RH * experts.down_proj_bias[rows.experts_R]).sum(1, dtype=weights_TK.dtype)
-            grad_weights_TK = torch.empty_like(grad_R).index_copy_(0, rows.order_R, grad_R).view_as(weights_TK)
-        if ctx.needs_input_grad[1]:
-            grad_RI.mul_(weights_TK.flatten()[rows.order_R, None])
-            (grad_RJ,) = torch.autograd.grad(activated_RI, gate_up_RJ, grad_RI)
-            grad_rows_RH = _project_back(experts, ctx.name, grad_RJ, rows)
-            grad_hidden_TH = _sum_of_tokens(grad_rows_RH, rows, weights_TK).to(ctx.hidden_dtype)
-        return None, grad_hidden_TH, None, grad_weights_TK
+                grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
+            grad_R[part.rows] = grad_r
+            if grad_hidden_TH is not None:
+                (grad_rJ,) = torch.autograd.grad(activated_rI, gate_up_rJ, grad_rI.mul_(weights_R1[part.rows]))
+                grad_rows_rH = _product_back(experts, _up(experts), grad_rJ, part).float()
+                grad_hidden_TH.index_add_(0, tokens_r, grad_rows_rH)
+        grad_weights_TK = torch.empty_like(grad_R).index_copy_(0, order_R, grad_R).view_as(weights_TK)
+        grad_hidden = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
+        return None, grad_hidden, None, grad_weights_TK
 
 
-def _activate(experts: Any, gate_up_RJ: Tensor) -> Tensor:
-    activated: Tensor = experts._apply_gate(gate_up_RJ) if experts.has_gate else experts.act_fn(gate_up_RJ)
+def _parts(sorted_R: Tensor, num_experts: int) -> Iterator[_Part]:
+    """All experts at once on an accelerator, about `PART_ROWS` rows at once on the CPU."""
+    ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=sorted_R.device), right=True).to(torch.int32)
+    if sorted_R.device.type != "cpu":
+        yield _Part(slice(None), slice(None), ends_E)
+        return
+    ends, row, first = ends_E.tolist(), 0, 0
+    for expert, end in enumerate(ends):
+        if end - row >= PART_ROWS or (expert == num_experts - 1 and end > row):
+            yield _Part(slice(row, end), slice(first, expert + 1), ends_E[first : expert + 1] - row)
+            row, first = end, expert + 1
+
+
+def _up(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _activate(experts: Any, gate_up_rJ: Tensor) -> Tensor:
+    activated: Tensor = experts._apply_gate(gate_up_rJ) if experts.has_gate else experts.act_fn(gate_up_rJ)
     return activated
 
 
-def _project(experts: Any, name: str, rows_RN: Tensor, rows: _Rows) -> Tensor:
+def _product(experts: Any, name: str, rows_rN: Tensor, part: _Part, sorted_R: Tensor) -> Tensor:
     """Every row through its expert's matrix `name`, with its bias where there is one."""
-    weight_E, bias_E = getattr(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
-    bias_R = None if bias_E is None else bias_E[rows.experts_R]
-    out: Tensor = _grouped_linear(rows_RN, weight_E, rows.ends_E, bias=bias_R, is_transposed=experts.is_transposed)
+    weight_e = getattr(experts, name)[part.experts]
+    bias_r = getattr(experts, f"{name}_bias")[sorted_R[part.rows]] if experts.has_bias else None
+    out: Tensor = _grouped_linear(rows_rN, weight_e, part.ends_e, bias=bias_r, is_transposed=experts.is_transposed)
     return out
 
 
-def _project_back(experts: Any, name: str, grad_RN: Tensor, rows: _Rows) -> Tensor:
-    """The gradient of what `_project` was given."""
-    out: Tensor = _grouped_linear(grad_RN, getattr(experts, name), rows.ends_E, is_transposed=not experts.is_transposed)
+def _product_back(experts: Any, name: str, grad_rN: Tensor, part: _Part) -> Tensor:
+    """The gradient of what `_product` was given."""
+    weight_e = getattr(experts, name)[part.experts]
+    out: Tensor = _grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)
     return out
-
-
-def _sum_of_tokens(out_RH: Tensor, rows: _Rows, weights_TK: Tensor) -> Tensor:
-    """[T, H]: each token's rows added up, in routing order, so that the sum is the same on every device."""
-    pairs_RH = torch.empty_like(out_RH).index_copy_(0, rows.order_R, out_RH)
-    return pairs_RH.view(*weights_TK.shape, -1).sum(1)

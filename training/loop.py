@@ -153,6 +153,11 @@ def build(args: TrainArguments) -> Run:
     documents = cached_tokens(training_texts(args, tokenizer), tokenizer)
     model.to(accelerator.device)
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
+    if args.miss_coef and not observer.kind.takes_largest:
+        raise UserError(
+            f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
+            "not by the largest logits, which soft misses are made of; write objective=cache"
+        )
     trained = trained_parameters(model)
     optimizer = torch.optim.AdamW(
         trained.values(),
@@ -177,7 +182,8 @@ def build(args: TrainArguments) -> Run:
         n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
         accelerator.print(
             f"{args.run_name}: {len(trained)} tensors train ({n_trained:,} of {n_all:,} parameters), "
-            f"e.g. {next(iter(trained))}; frozen tensors {run.frozen_sha256[:16]}; objective {args.objective}; "
+            f"e.g. {next(iter(trained))}; routers: {observer.kind}; frozen tensors {run.frozen_sha256[:16]}; "
+            f"objective {args.objective}; "
             f"{rows_summary(run)}"
         )
     return run

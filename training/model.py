@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
 from training import frozen_experts
@@ -91,14 +92,24 @@ def build_model(args: ModelArguments, *, seed: int) -> PreTrainedModel:
         find_routers(model)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    if args.trainable == "routers":
-        model.requires_grad_(False)
-        frozen_experts.register()
-        model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
-        for parameter in router_parameters(model).values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-    return model.train()
+    if args.trainable == "all":
+        return model.train()
+    model.requires_grad_(False)
+    frozen_experts.register()
+    model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
+    for parameter in router_parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return _as_it_is_used(model)
+
+
+def _as_it_is_used(model: PreTrainedModel) -> PreTrainedModel:
+    """Routers learn to choose as they will in inference: no dropout, no jitter; only checkpointing has to know better."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+    return model
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

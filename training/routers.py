@@ -1,8 +1,8 @@
 """The routers seam: find every router of a mixture-of-experts model and observe what it does in a forward pass.
 
 Found through transformers' own interface (`_can_record_outputs["router_logits"]` names the router class), never by a
-list of families. Losses, traces and metrics all eat `Routing`. Letters: B batch, S sequence, E experts, K chosen,
-D hidden.
+list of families; what kind they are of is told by `router_kind.py`. Losses, traces and metrics all eat `Routing`.
+Letters: B batch, S sequence, E experts, K chosen, D hidden.
 """
 
 import copy
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.router_kind import RouterKind, kind_of
 
 
 class Routing(NamedTuple):
     """What one layer's router did.
 
     Attributes:
-        logits_BSE: router scores before the softmax, float32, with gradient.
+        logits_BSE: log scores up to a constant, so that P_t is their softmax; float32, with gradient.
         weights_BSK: mixing weights of the chosen experts, heaviest first, no gradient.
         ids_BSK: the chosen experts, in the order of `weights_BSK`.
         reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
@@ -37,7 +38,7 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Module name -> router of every MoE layer, in layer order.
 
     Raises:
-        UserError: the model has no routers, or scores experts in a way that is not supported yet.
+        UserError: the model has no routers.
     """
     recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     router_class = getattr(recorded, "target_class", recorded)
@@ -47,19 +48,26 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
             f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "
             "transformers records as router_logits; give a mixture-of-experts model such as OLMoE or Qwen2-MoE"
         )
-    if getattr(model.config, "scoring_func", "softmax") != "softmax" or any(
-        "e_score_correction_bias" in dict(m.named_buffers()) | dict(m.named_parameters()) for m in found.values()
-    ):
-        raise UserError(f"{type(model).__name__} scores experts with a sigmoid or a correction bias: not supported yet")
     return found
 
 
+def router_kind(model: PreTrainedModel) -> RouterKind:
+    """How the routers of a model score and what of them trains.
+
+    Raises:
+        UserError: no routers, or of a kind that is not understood.
+    """
+    return kind_of(next(iter(find_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
+
+
 def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameter name -> gate weight (and bias, where a family has one) of every router."""
+    """Parameter name -> gate weight (and bias, where a family has one) of every router; no correction bias."""
+    trained = router_kind(model).trained
     return {
         f"{name}.{parameter_name}": parameter
         for name, router in find_routers(model).items()
         for parameter_name, parameter in router.named_parameters()
+        if parameter_name in trained
     }
 
 
@@ -71,6 +79,7 @@ class RouterObserver:
 
     def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
         self.names = list(find_routers(model))
+        self.kind = router_kind(model)
         self._recorded: dict[str, Routing] | None = None
         self._uses_reference = False
         self._batch_shape = (0, 0)
@@ -116,8 +125,9 @@ class RouterObserver:
             reference_logits = None
             if reference is not None:
                 with torch.no_grad():
-                    reference_logits = reference(*inputs)[0].reshape(*self._batch_shape, -1).float()
-            self._recorded[name] = Routing(logits.float(), weights, ids.gather(-1, order), reference_logits)
+                    reference_logits = self.kind.log_scores(reference(*inputs)[0].reshape(*self._batch_shape, -1))
+            log_scores = self.kind.log_scores(logits)
+            self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits)
             return None
 
         return hook

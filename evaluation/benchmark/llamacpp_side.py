@@ -24,13 +24,14 @@ def llamacpp(order: Order) -> Iterator[Serving]:
     params.n_ctx = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs) + 8
     params.n_parallel, params.n_gpu_layers = 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order.threads
+    params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{order.kv_cache}")
     params.warmup = False  # it would read the whole model
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
     params.fit_params, params.ui, params.cache_prompt, params.verbosity = False, False, False, 0
     server = xllamacpp.Server(params)
     settings = {
         "xllamacpp": xllamacpp.__version__, "gguf": Path(order.gguf).name, "load_mode": "mmap", "lazy_mode": "auto",
-        "n_ctx": params.n_ctx, "threads": order.threads, "kv_cache": "F16", "warmup": False,
+        "n_ctx": params.n_ctx, "threads": order.threads, "kv_cache": order.kv_cache, "warmup": False,
         "system_info": xllamacpp.get_system_info().strip(),
     }  # fmt: skip
     yield Serving(lambda leg: _ask_server(server.listening_address, leg), [Path(order.gguf)], settings)

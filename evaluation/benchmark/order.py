@@ -31,6 +31,7 @@ class Order:
     memory_budget: str | None = None  # ours: memory for everything
     cache_policy: str = DEFAULT  # ours
     gguf: str | None = None  # llamacpp
+    kv_cache: str = "F16"  # llamacpp: precision of keys and values; F16 is its own choice
     resident_bytes: int | None = None  # accelerate: weights to keep in memory
     offload_dir: str | None = None  # accelerate
     settings: dict[str, Any] = field(default_factory=dict)  # what a side adds: written into the result

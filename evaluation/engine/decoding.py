@@ -46,7 +46,7 @@ def greedy(
     model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, streamer: BaseStreamer | None = None
 ) -> list[int]:
     """The new tokens of any transformers model, paged or resident."""
-    prompt_BT = torch.tensor([list(prompt_ids)])
+    prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
     generate: Any = model.generate
     output_BT = generate(
         input_ids=prompt_BT,

@@ -82,7 +82,7 @@ class Engine:
         self._recorder = TraceRecorder(len(layer_ids)) if record_trace else None
         slots = self.cache.total_slots
         passing = passing_slots(slots, reader.reads_in_flight)
-        self._memory = SlotMemory(self._store, slots, self.dtype, passing=passing)
+        self._memory = SlotMemory(self._store, slots, self.dtype, passing=passing, device=model.device)
         self._pager = Pager(
             self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
         )

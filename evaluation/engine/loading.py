@@ -22,6 +22,7 @@ from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.slot_memory import record_bytes
+from evaluation.engine.staging import CPU
 from evaluation.engine.store import ExpertStore
 
 KERNELS = 16
@@ -41,6 +42,7 @@ def load(
     profile: RouteTrace | None = None,
     cache_scope: str = "global",
     dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     record_trace: bool = False,
     reads_in_flight: int | None = None,
     cache_prior: CachePrior | None = None,
@@ -61,6 +63,8 @@ def load(
         profile: a trace whose most used experts `static` keeps.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
+        device: where the model computes and the slots lie: `cpu`, or an accelerator such as `cuda`, for which experts
+            are read into pinned memory and copied from there; with `expert_cache` only.
         record_trace: keep the routing of every token, for `engine.trace()`.
         reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
         prefetch: read ahead what the next layer's router is likely to choose, on top of `expert_cache`; an ablation.
@@ -82,6 +86,9 @@ def load(
         )
     if memory_budget is not None and prefetch:
         raise UserError("reading ahead takes memory that a memory budget does not count; use it with an expert cache")
+    where = _device(device)
+    if memory_budget is not None and where.type != CPU.type:
+        raise UserError(f"a memory budget counts the processor's memory, and device is {device}; give an expert cache")
     if memory_budget is not None:
         bound_kernel_caches()
     before_bytes = private_bytes()
@@ -97,7 +104,7 @@ def load(
         budget_bytes = parse_size(expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)
         slots = slots_for(budget_bytes, demand, scope=cache_scope)
     with Reader(store.shards, reads_in_flight=in_flight) as reader:
-        model = load_resident(model_dir, store, config=config, dtype=chosen_dtype)
+        model = load_resident(model_dir, store, config=config, dtype=chosen_dtype, device=where)
         copy_into_routers(model, router_delta or {})
         if memory_budget is not None:
             needs = needs_of(
@@ -119,6 +126,22 @@ def load(
         if prefetch:
             engine.read_ahead(model)
         yield model, engine
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device of this name, if this machine has one.
+
+    Raises:
+        UserError: it has none, or there is no such kind of device.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} is not known to torch; write cpu or cuda") from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if found.type not in (CPU.type, accelerator and accelerator.type):
+        raise UserError(f"device is {device!r}, and torch finds no such accelerator here; write cpu")
+    return found
 
 
 def _tensor_bytes(model: PreTrainedModel) -> int:

@@ -28,6 +28,7 @@ from evaluation.engine.prefetch import Prefetch
 from evaluation.engine.reader import Reader
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.staging import CPU
 
 IMPLEMENTATION = "remoe_paged"
 VECTOR = 64
@@ -177,8 +178,11 @@ class _Work:
         """Whether the activation gives a row the same bits alone as in the matrix of all rows.
 
         Its vectorised loop leaves the rest of a run of numbers to a scalar one that rounds differently (silu in fp32),
-        and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone.
+        and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone, and
+        on an accelerator, which has no such loop.
         """
+        if self.out_RH.device.type != CPU.type:
+            return True
         columns = self.memory.gate_up_columns // 2
         counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
         return all(_share_of_a_thread(rows * columns) % VECTOR == 0 for rows in counts) and columns % VECTOR == 0
@@ -205,14 +209,23 @@ class _Work:
             self._down(part, expert, slot, self._activated_RI[part])
 
     def _up(self, part: slice, expert: int, slot: int) -> None:
-        out = torch.mm(self._hidden_RH[part], self.memory.gate_up_HJ(slot), out=self._gate_up_RJ[part])
+        out = _product(self._hidden_RH[part], self.memory.gate_up_HJ(slot), out=self._gate_up_RJ[part])
         if self._experts.has_bias:
             out.add_(self._experts.gate_up_proj_bias[expert])
 
     def _down(self, part: slice, expert: int, slot: int, activated_RI: torch.Tensor) -> None:
-        out = torch.mm(activated_RI, self.memory.down_IH(slot), out=self.out_RH[part])
+        out = _product(activated_RI, self.memory.down_IH(slot), out=self.out_RH[part])
+        self.memory.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
+
+
+def _product(rows: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """`rows @ weight` into `out`, which it returns, by the kernel that the resident model's products go through."""
+    if out.device.type == CPU.type:
+        return torch.mm(rows, weight, out=out)
+    end = torch.full((1,), len(rows), dtype=torch.int32, device=out.device)
+    return out.copy_(torch.nn.functional.grouped_mm(rows, weight[None], offs=end))
 
 
 def _share_of_a_thread(numbers: int) -> int:
@@ -260,22 +273,22 @@ class _Rows:
     @classmethod
     def of(cls, expert_ids_TK: torch.Tensor) -> "_Rows":
         sorted_ids_R, order_R = torch.sort(expert_ids_TK.reshape(-1))
-        ids, starts = np.unique(sorted_ids_R.numpy(), return_index=True)
+        ids, starts = np.unique(sorted_ids_R.cpu().numpy(), return_index=True)
         ends = [*starts[1:].tolist(), len(order_R)]
         return cls(order_R, {e: slice(a, b) for e, a, b in zip(ids.tolist(), starts.tolist(), ends, strict=True)})
 
 
 def _heaviest_first(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> npt.NDArray[np.integer]:
     """Expert ids by descending router weight; equal weights keep the router's order."""
-    order_TK = np.argsort(-weights_TK.detach().float().numpy(), axis=1, kind="stable")
-    return np.take_along_axis(expert_ids_TK.numpy(), order_TK, axis=1)
+    order_TK = np.argsort(-weights_TK.detach().float().cpu().numpy(), axis=1, kind="stable")
+    return np.take_along_axis(expert_ids_TK.cpu().numpy(), order_TK, axis=1)
 
 
 def _combine(out_RH: torch.Tensor, order_R: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
     tokens, top_k = weights_TK.shape
     place_R = torch.empty_like(order_R)
-    place_R[order_R] = torch.arange(len(order_R))
+    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     sums = []
     for first in range(0, tokens, COMBINED_TOKENS):
         weights_tK = weights_TK[first : first + COMBINED_TOKENS]

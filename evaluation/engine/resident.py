@@ -23,6 +23,7 @@ from transformers import (
 
 from configs.load import UserError
 from evaluation.engine.slot_memory import ALIGN_BYTES, TORCH_DTYPES
+from evaluation.engine.staging import CPU
 from evaluation.engine.store import ExpertStore
 
 
@@ -56,9 +57,10 @@ def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: 
 
 
 def load_resident(
-    model_dir: str | Path, store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model in evaluation mode, its experts on the meta device.
+    model_dir: str | Path, store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype,
+    device: torch.device = CPU,
+) -> PreTrainedModel:  # fmt: skip
+    """The model in evaluation mode, on `device` but for its experts, which are on the meta device.
 
     Its parameters go on saying `requires_grad`, as `from_pretrained` leaves them: `torch.matmul` looks at that flag
     when it chooses how to multiply, even under `no_grad`, so clearing it gives other last bits (torch 2.13, fp32).
@@ -79,17 +81,21 @@ def load_resident(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise UserError(f"{model_dir}: the checkpoint lacks {missing}; copy the model again")
-    _copy_out_of_files(model)
+    _copy_out_of_files(model, device)
     model.config.name_or_path = str(model_dir)
     if (Path(model_dir) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
     return model
 
 
-def _copy_out_of_files(model: PreTrainedModel) -> None:
+def _copy_out_of_files(model: PreTrainedModel, device: torch.device) -> None:
     """transformers maps weights from the shards: a file that is cut later would take the process with it (SIGBUS)."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if not tensor.is_meta and tensor.is_contiguous():
+        if tensor.is_meta:
+            continue
+        if device.type != CPU.type:
+            tensor.data = tensor.data.to(device)
+        elif tensor.is_contiguous():
             tensor.data = _copy_with_alignment(tensor.data)
 
 

@@ -17,6 +17,7 @@ import torch
 
 from evaluation.engine.expert_layout import FUSED, ExpertShape
 from evaluation.engine.reader import PAGE_BYTES, Bytes, Span
+from evaluation.engine.staging import CPU, Staging
 from evaluation.engine.store import ExpertStore, Extent
 
 ALIGN_BYTES = 64
@@ -41,18 +42,24 @@ def record_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
 class SlotMemory:
     """`slots` records for the experts of a store, in `dtype`, and `passing` more for experts that do not stay.
 
-    If the checkpoint's precision is another, experts are read into `passing` records of that precision and converted.
+    If the checkpoint's precision is another, or the slots lie on an accelerator, experts are read into `passing` records
+    of that precision in the processor's memory (pinned, where there is an accelerator) and copied from there.
 
     Attributes:
         passing_slots: numbers of the slots for experts that do not stay, after those of the cache.
-        converts: whether what is read must be converted before it can be used.
+        converts: whether what is read must be copied before it can be used.
     """
 
-    def __init__(self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1) -> None:
-        stored = TORCH_DTYPES[store.shape.dtype]
-        self._store, self.dtype, self.converts = store, dtype, stored != dtype
-        self._records = _Records(_Form.of(store, dtype), slots + (1 if self.converts else passing))
-        self._landing = _Records(_Form.of(store, stored), passing) if self.converts else self._records
+    def __init__(
+        self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1, device: torch.device = CPU
+    ) -> None:
+        stored, on_cpu = TORCH_DTYPES[store.shape.dtype], device.type == CPU.type
+        self._store, self.dtype, self.converts = store, dtype, stored != dtype or not on_cpu
+        self._records = _Records(_Form.of(store, dtype), slots + (1 if self.converts else passing), device=device)
+        self._landing = (
+            _Records(_Form.of(store, stored), passing, pinned=not on_cpu) if self.converts else self._records
+        )
+        self._staging = Staging(device)
         self.passing_slots = range(slots, slots + passing)
         self._first_landing = slots if self.converts else 0
 
@@ -81,6 +88,7 @@ class SlotMemory:
     def spans(self, slot: int, layer_id: int, expert: int, roles: Sequence[str] | None = None) -> list[Span]:
         """Where in `slot` an expert, or some of its matrices, goes; if precisions differ, a passing slot is meant."""
         extents = self._store.extents(layer_id, expert, roles)
+        self._staging.wait(slot)
         return self._landing.spans(slot - self._first_landing, extents, self._leads(layer_id, expert))
 
     def _leads(self, layer_id: int, expert: int) -> Leads:
@@ -95,12 +103,15 @@ class SlotMemory:
 
     def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
-        slot = self.passing_slots.start if into is None else into
-        for role in (
-            ("gate_up", "down") if roles is None else {"down" if role == "down" else "gate_up" for role in roles}
-        ):
-            self._records.matrix(slot, role).copy_(self._landing.matrix(passing_slot - self._first_landing, role))
+        slot, place = self.passing_slots.start if into is None else into, passing_slot - self._first_landing
+        matrices = ("gate_up", "down") if roles is None else {"down" if role == "down" else "gate_up" for role in roles}
+        pairs = [(self._records.matrix(slot, role), self._landing.matrix(place, role)) for role in matrices]
+        self._staging.copy(pairs, passing_slot=passing_slot, slot=slot)
         return slot
+
+    def used(self, slot: int) -> None:
+        """The products that were asked for last are with the expert in `slot`."""
+        self._staging.used(slot)
 
 
 @dataclass(frozen=True)
@@ -142,13 +153,17 @@ class _Form:
 class _Records:
     """Raw records and the matrices in them as views."""
 
-    def __init__(self, form: _Form, slots: int) -> None:
+    def __init__(self, form: _Form, slots: int, *, device: torch.device = CPU, pinned: bool = False) -> None:
         self.form = form
         self.total_bytes = slots * form.record_bytes
         self.leads = [NO_LEADS] * slots
-        self._map = _huge_pages(self.total_bytes)
-        self._memory: Bytes = np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes)
-        self._raw = torch.from_numpy(self._memory)
+        if device.type != CPU.type or pinned:
+            self._raw = torch.zeros(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        else:
+            self._map = _huge_pages(self.total_bytes)
+            self._raw = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes))
+        if device.type == CPU.type:
+            self._memory: Bytes = self._raw.numpy()
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""

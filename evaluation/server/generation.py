@@ -80,7 +80,7 @@ class Generator:
         scores = _Scores()
         watcher = _Watcher(choices, scores, clock=clock, send=job.send, check=self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
-        prompt_BT = torch.tensor([work.prompts[position]])
+        prompt_BT = torch.tensor([work.prompts[position]], device=self._model.device)
         options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt_BT)}
         generate: Any = self._model.generate
         if self._chat is not None and work.n == 1:

@@ -45,9 +45,13 @@ def test_a_model_without_experts_is_refused_in_words(tiny_model: Make) -> None:
         find_routers(tiny_model("llama"))
 
 
-def test_a_model_that_scores_with_a_sigmoid_is_refused(tiny_model: Make) -> None:
-    with pytest.raises(UserError, match="scores experts with a sigmoid or a correction bias: not supported yet"):
-        find_routers(tiny_model("deepseek_v3"))
+def test_routers_of_which_nobody_knows_how_they_score_are_refused(tiny_model: Make) -> None:
+    model = tiny_model()
+    for router in find_routers(model).values():
+        forward = router.forward
+        router.forward = lambda hidden, forward=forward: (lambda z, w, ids: (z, w.sqrt(), ids))(*forward(hidden))
+    with pytest.raises(UserError, match="Router weighs experts neither by a softmax nor by a sigmoid of its logits"):
+        router_parameters(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

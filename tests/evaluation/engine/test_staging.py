@@ -1,0 +1,101 @@
+"""Copies into slots: their order where they run beside the products, and the accelerator itself where there is one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from configs.load import UserError
+from evaluation.engine import load
+from evaluation.engine.staging import Staging
+
+Checkpoint = Callable[..., Path]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none")
+
+
+class Recorded:
+    """A stream that writes down what is asked of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events = name, log, 0
+
+    def __enter__(self) -> None:
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append(f"off {self.name}")
+
+    def record_event(self) -> Any:
+        self.events += 1
+        return Mark(f"{self.name} {self.events}", self.log)
+
+    def wait_event(self, event: Any) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+
+class Mark:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
+
+def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    copies, products = Recorded("copies", log), Recorded("products", log)
+    monkeypatch.setattr(torch, "Stream", lambda device: copies)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: products)
+    staging = Staging(torch.device("cuda"))
+    into, source = torch.zeros(2), torch.ones(2)
+
+    staging.wait(7)
+    assert log == [], "nothing was copied out of it yet"
+    staging.copy([(into, source)], passing_slot=7, slot=3)
+    assert torch.equal(into, source)
+    assert log == ["on copies", "off copies", "products waits for copies 1"]
+    staging.used(3)
+    log.clear()
+    staging.copy([(into, source)], passing_slot=8, slot=3)
+    assert log == ["on copies", "copies waits for products 1", "off copies", "products waits for copies 2"]
+    log.clear()
+    staging.wait(7)
+    staging.wait(8)
+    staging.wait(8)
+    assert log == ["host waits for copies 1", "host waits for copies 2"], "each once"
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("slots", [3, 7, 24])
+def test_on_cuda_tokens_are_those_of_the_resident_model(checkpoint: Checkpoint, family: str, slots: int) -> None:
+    folder = checkpoint(family)
+    ids_BT = torch.randint(2, 258, (1, 20), generator=torch.Generator().manual_seed(1)).cuda()
+    options: Any = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 64, "do_sample": False}
+    resident = AutoModelForCausalLM.from_pretrained(folder).cuda().eval()
+    expected = resident.generate(ids_BT, **options)
+    with load(folder, "100%") as (_, sized):
+        budget = min(slots * sized.demand.slot_bytes, sized.pool_bytes)
+    with load(folder, budget, device="cuda") as (model, engine):
+        assert torch.equal(model.generate(ids_BT, **options), expected)
+        assert engine.stats().misses > 0
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_device_that_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match=r"device is 'cuda', and torch finds no such accelerator here; write cpu"):
+        load(checkpoint(), "100%", device="cuda").__enter__()
+
+
+def test_a_device_that_does_not_exist_is_refused(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match="device 'gpu' is not known to torch; write cpu or cuda"):
+        load(checkpoint(), "100%", device="gpu").__enter__()
+
+
+def test_a_memory_budget_is_for_the_processors_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    with pytest.raises(UserError, match="a memory budget counts the processor's memory, and device is cuda"):
+        load(checkpoint(), memory_budget="1GiB", device="cuda").__enter__()

@@ -1,0 +1,184 @@
+"""Every family end to end: routers train and nothing else, the delta goes over to the engine, tokens stay the resident ones.
+
+A tiny random model is made of any mixture-of-experts configuration class of transformers. To try another one:
+`python -m pytest tests/evaluation/test_families.py --family Qwen3MoeConfig`
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from configs.load import UserError
+from evaluation.engine import load
+from tests.conftest import byte_tokenizer
+from training import proof, router_delta
+from training.loop import TrainArguments, build, finish, save_checkpoint, train_step
+from training.model import load_pretrained
+from training.routers import find_routers, router_kind, router_parameters
+
+FAMILIES = (
+    "OlmoeConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "MixtralConfig", "DeepseekV2Config", "DeepseekV2Config:groups",
+    "DeepseekV3Config", "GptOssConfig", "GraniteMoeConfig", "PhimoeConfig", "Glm4MoeConfig", "Ernie4_5_MoeConfig",
+    "Qwen3NextConfig",
+)  # fmt: skip
+SIGMOID = {"DeepseekV3Config", "Glm4MoeConfig"}
+NOT_THE_LARGEST = {"DeepseekV2Config:groups", "DeepseekV3Config", "Glm4MoeConfig", "Ernie4_5_MoeConfig"}
+SMALL: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0, "rope_scaling": None,
+    "intermediate_size": 16, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
+    "num_experts_per_tok": 3, "moe_k": 3, "n_shared_experts": 1, "moe_num_shared_experts": 1,
+    "first_k_dense_replace": 1, "moe_layer_start_index": 1, "decoder_sparse_step": 1,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "n_group": 1, "topk_group": 1,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+GROUPS = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
+TERMS = {
+    "router_kl_coef": "trust_kl", "reuse_coef": "reuse_loss", "smooth_coef": "smooth_loss", "lag_coef": "lag_loss",
+    "working_set_coef": "working_set_loss",
+}  # fmt: skip
+
+
+def tiny_config(family: str) -> Any:
+    """A small configuration of this class, with whichever of the sizes it knows."""
+    name, _, variant = family.partition(":")
+    config_class = getattr(transformers, name)
+    known = config_class()
+    values = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    if not hasattr(known, "linear_num_key_heads"):
+        values.pop("layer_types", None)
+    return config_class(**{**values, **(GROUPS if variant == "groups" else {})})
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", metafunc.config.getoption("--family") or FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The saved model of a family, experts as they lie on the Hub, and a tokenizer. Never write into it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family.replace(":", "-"))
+            torch.manual_seed(1)
+            model = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+            with torch.no_grad():
+                for router in find_routers(model).values():  # gates that start at zero, biases that choose
+                    for tensor in [*router.parameters(), *router.buffers()]:
+                        tensor.normal_(0, 0.2)
+            model.save_pretrained(made[family])
+            byte_tokenizer().save_pretrained(made[family])
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def arguments(train_args: Callable[..., TrainArguments], family: str, family_dir: Any) -> Callable[..., TrainArguments]:
+    return lambda **changed: train_args(model_name_or_path=str(family_dir(family)), **changed)
+
+
+def logits_of(model: Any) -> Tensor:
+    ids = torch.randint(1, 264, (2, 11), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def test_how_routers_score_and_choose_is_found_out(family: str, family_dir: Any) -> None:
+    model = load_pretrained(str(family_dir(family)))
+    with torch.inference_mode():
+        kind = router_kind(model)
+    assert kind.scoring == ("sigmoid" if family in SIGMOID else "softmax")
+    assert kind.takes_largest == (family not in NOT_THE_LARGEST)
+    assert kind.trained == (("weight", "bias") if family == "GptOssConfig" else ("weight",))
+
+
+def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir: Any, tmp_path: Path) -> None:
+    run = build(arguments())
+    base = family_dir(family)
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    for _ in range(run.args.max_steps):  # the first one checks that routers have gradients and nothing else has any
+        metrics = train_step(run)
+    terms = {key: metrics[f"train/{key}"] for key in ("loss", *TERMS.values())}
+    assert all(torch.isfinite(torch.tensor(value)) for value in terms.values()), terms
+    changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(router_parameters(run.model)) == set(run.trained)
+    assert not any("correction" in name for name in changed)
+    assert proof.frozen_sha256(run.model, run.trained) == run.frozen_sha256
+    (Path(run.args.output_dir) / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    delta = router_delta.load_for(base, finish(run))
+
+    tuned = load_pretrained(str(base), dtype=torch.float32)
+    untouched = logits_of(tuned)
+    router_delta.apply(tuned, delta)
+    assert not torch.equal(logits_of(tuned), untouched)
+    tuned.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits_of(load_pretrained(str(tmp_path / "saved"))), logits_of(tuned))
+
+    ids = torch.randint(1, 264, (1, 9), generator=torch.Generator().manual_seed(3))
+    options: Any = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    expected = tuned.generate(ids, **options)
+    with load(base, "100%") as (_, sized):
+        smallest = sized.demand.top_k * sized.demand.slot_bytes
+    with load(base, smallest, router_delta=delta) as (paged, engine):
+        assert torch.equal(paged.generate(ids, **options), expected)
+        assert engine.stats().misses > engine.demand.top_k, "something was evicted"
+
+
+@pytest.mark.parametrize("coefficient", TERMS)
+def test_a_term_that_is_optimised_falls(coefficient: str, arguments: Any) -> None:
+    """With a weight that leaves the task loss nothing to say."""
+    others = dict.fromkeys(TERMS, 0.0)
+    args = arguments(
+        **{**others, coefficient: 1e4}, objective="remoe", max_steps=8, warmup_steps=0, lr_scheduler_type="constant",
+        reuse_warmup_steps=0, consistency_warmup_steps=0, learning_rate=0.02, per_device_train_batch_size=4,
+    )  # fmt: skip
+    run = build(args)
+    if coefficient == "router_kl_coef":  # the distance to the original is zero at first
+        with torch.no_grad():
+            for parameter in run.trained.values():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1)
+    found = []
+    for _ in range(args.max_steps):
+        found.append(train_step(run)[f"train/{TERMS[coefficient]}"])
+        run.step = 0  # the same rows again
+    assert found[-1] < found[0], found
+
+
+def test_soft_misses_are_refused_where_not_the_largest_logits_are_chosen(family: str, arguments: Any) -> None:
+    args = replace(arguments(), objective="cache_miss", miss_coef=0.25)
+    if family not in NOT_THE_LARGEST:
+        build(args)
+        return
+    with pytest.raises(
+        UserError, match=r"miss_coef=0.25: .*choose experts by groups or a correction bias.*objective=cache"
+    ):
+        build(args)
+
+
+def test_checkpoints_hold_the_routers_alone(arguments: Any) -> None:
+    run = build(arguments(max_steps=1))
+    train_step(run)
+    save_checkpoint(run)
+    files = (Path(run.args.output_dir) / "checkpoint-1").glob("*")
+    routers = sum(parameter.nbytes for parameter in run.trained.values())
+    assert sum(path.stat().st_size for path in files) < 4 * routers + 20_000

@@ -1,0 +1,95 @@
+"""Our trainer beside transformers': the same rows and losses, and figures that follow from what was measured."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.load import UserError
+from training.bench_side import Measured
+from training.bench_train import compare, main, table
+
+
+def measured(seconds: float, peak: int) -> Measured:
+    return Measured(
+        step_seconds=[9.0, seconds, seconds], losses=[5.0, 4.0, 4.0], tokens_per_step=100, model_bytes=1000,
+        peak_bytes=peak, forward_flop_per_step=200, matrix_flop_per_second=4000.0,
+    )  # fmt: skip
+
+
+def test_ours_is_compared_with_the_fastest_stock_side_of_the_same_repeat() -> None:
+    result = compare(
+        {
+            "remoe": [measured(1.0, 300), measured(2.0, 300)],
+            "eager": [measured(4.0, 100), measured(8.0, 100)],
+            "grouped_mm": [measured(1.5, 500), measured(3.0, 600)],
+        }
+    )
+    assert result["fastest_stock"] == "grouped_mm"
+    assert result["speed_ratio"] == {"median": 1.5, "each": [1.5, 1.5]}
+    assert result["memory_ratio"]["each"] == [0.6, 0.5]
+    ours = result["sides"]["remoe"]
+    assert ours["step_seconds"] == 1.5, "the first step warms up"
+    assert ours["tokens_per_second"] == pytest.approx(100 / 1.5)
+    assert ours["bound_share"] == pytest.approx((0.1 / 1.0 + 0.1 / 2.0) / 2), "2 x 200 / 4000 seconds"
+    assert "grouped_mm: 1.50 x" in str(table(result).caption)
+
+
+def test_unknown_sides_and_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--stock 'deepspeed': write one or more of grouped_mm, batched_mm, eager"):
+        main(["x.yaml", "--stock", "deepspeed"])
+    with pytest.raises(UserError, match="--steps is 0; write at least 1"):
+        main(["x.yaml", "--steps", "0"])
+
+
+@pytest.mark.slow
+def test_both_sides_see_the_same_rows_and_train_the_same_routers(
+    train_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = train_values(gradient_accumulation_steps=2)
+    overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
+    config = tmp_path / "c.yaml"
+    config.write_text("objective: ce_only\n", encoding="utf-8")
+    main(
+        [
+            str(config),
+            *overrides,
+            "--repeats",
+            "1",
+            "--steps",
+            "3",
+            "--threads",
+            "1",
+            "--output",
+            str(tmp_path / "o.json"),
+        ]
+    )
+    result = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    ours, *others = (runs[0] for runs in result["runs"].values())
+    assert len(others) == 2
+    for theirs in others:
+        assert theirs["losses"] == pytest.approx(ours["losses"], abs=2e-4), "Trainer rounds what it logs to 4 digits"
+        assert theirs["tokens_per_step"] == ours["tokens_per_step"] == 2 * 2 * 24
+    assert ours["losses"][-1] < ours["losses"][0]
+    assert all(side["peak_bytes"] > 0 for side in (ours, *others))
+    assert ours["forward_flop_per_step"] == others[0]["forward_flop_per_step"]
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_says_why(train_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("objective: ce_only\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"side remoe ended with exit code 1: .*does not exist"):
+        main(
+            [
+                str(config),
+                "model_name_or_path=./nowhere",
+                f"output_dir={tmp_path}/run",
+                "--repeats",
+                "1",
+                "--steps",
+                "1",
+            ]
+        )

@@ -43,7 +43,7 @@ Sides: remoe (this engine, once for every cache size), accelerate (experts of th
 llamacpp (GGUF in F16, mapped), resident (plain transformers, everything in memory, no limit).
 """
 LONG_SIDES = ("remoe", "resident")
-AROUND_DEPTHS, AROUND_SECONDS = (2, 8, 16), 0.5
+AROUND_DEPTHS, AROUND_SECONDS = (2, 8, 16), 1.0
 """Reads in flight, and how long each, when the disk is measured around every process."""
 
 
@@ -169,7 +169,7 @@ def _take_turns(
                 order, contender=contender.name, repeat=repeat, hierarchy=hierarchy, limit_bytes=contender.limit_bytes,
                 timeout_seconds=arguments.timeout,
             )  # fmt: skip
-            one.read_rate = max(before, _read_rate(order))
+            one.read_rate = (before + _read_rate(order)) / 2
             runs.append(one)
             if order.offload_dir:
                 shutil.rmtree(order.offload_dir)

@@ -29,7 +29,7 @@ class SideRun:
     peak_memory_bytes: int | None = None  # of the memory group: page cache included
     load_seconds: float | None = None
     peak_rss_bytes: int | None = None
-    read_rate: float | None = None  # bytes per second of the disk right before and after, the better of both
+    read_rate: float | None = None  # bytes per second of the disk, mean of right before and right after
     settings: dict[str, Any] = field(default_factory=dict)
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.load import UserError
 
@@ -30,7 +30,7 @@ def save(
     run_dir: Path,
     step: int,
     *,
-    trained: Mapping[str, nn.Parameter],
+    trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
@@ -96,7 +96,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before") from error
 
 
-def load(checkpoint: Path, *, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def load(checkpoint: Path, *, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put trained tensors, optimizer and random state back, in place.
 
     Raises:
@@ -122,7 +122,7 @@ def load(checkpoint: Path, *, trained: Mapping[str, nn.Parameter], optimizer: to
     torch.set_rng_state(random_state)
 
 
-def _optimizer_tensors(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}/{field}": value.detach().contiguous()
         for name, parameter in trained.items()

@@ -62,9 +62,10 @@ class _FrozenExperts(torch.autograd.Function):
         for part in _parts(sorted_R, experts.num_experts):
             tokens_r = tokens_R[part.rows]
             gate_up_rJ = _product(experts, _up(experts), inputs_TH.index_select(0, tokens_r), part, sorted_R)
-            out_rH = _product(experts, "down_proj", _activate(experts, gate_up_rJ), part, sorted_R).float()
+            activated_rI = _activate(experts, gate_up_rJ)
+            out_rH = _product(experts, "down_proj", activated_rI, part, sorted_R).float()
             out_TH.index_add_(0, tokens_r, out_rH.mul_(weights_R1[part.rows]))
-            kept.append(gate_up_rJ)
+            kept.append(gate_up_rJ if ctx.needs_input_grad[1] else activated_rI)
         ctx.experts, ctx.hidden_dtype = experts, hidden_TH.dtype
         ctx.save_for_backward(weights_TK, sorted_R, order_R, *kept)
         return out_TH.to(hidden_TH.dtype)
@@ -76,13 +77,15 @@ class _FrozenExperts(torch.autograd.Function):
         tokens_R, weights_R1 = order_R // weights_TK.shape[1], weights_TK.flatten()[order_R, None]
         grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(order_R))
         grad_hidden_TH = torch.zeros_like(grad_TH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part, gate_up_rJ in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
+        for part, kept_r in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
             tokens_r = tokens_R[part.rows]
             grad_rH = grad_TH.index_select(0, tokens_r)
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
-            with torch.enable_grad():
-                gate_up_rJ = gate_up_rJ.detach().requires_grad_()
-                activated_rI = _activate(experts, gate_up_rJ)
+            gate_up_rJ, activated_rI = kept_r, kept_r
+            if grad_hidden_TH is not None:
+                with torch.enable_grad():
+                    gate_up_rJ = kept_r.detach().requires_grad_()
+                    activated_rI = _activate(experts, gate_up_rJ)
             grad_r = (grad_rI * activated_rI.detach()).sum(1, dtype=grad_R.dtype)
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)

@@ -6,11 +6,9 @@ addressed by index, so a resumed run reads what an uninterrupted one would have 
 
 import json
 import math
-import os
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,11 @@ from data.batches import Batch, DataArguments, PackedRows
 from data.sources import training_texts
 from data.token_cache import cached_tokens
 from training import checkpoint, proof, router_delta
-from training.model import ModelArguments, build_model, load_tokenizer, local_folder, trained_parameters
+from training.model import ModelArguments, build_model, load_tokenizer, local_folder, plain_head, trained_parameters
 from training.objective import Objective, ObjectiveArguments, objective, total_counts
 from training.routers import RouterObserver
+from training.sharding import REPLICATED, make_accelerator, spread, wanted, whole_tensors
+from training.token_loss import Head
 from training.tracking import Tracker
 
 # Keys that may differ between a run and its continuation: none of them changes a number.
@@ -90,13 +90,13 @@ class Run:
     args: TrainArguments
     accelerator: Accelerator
     model: PreTrainedModel
-    wrapped: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: PackedRows
     observer: RouterObserver
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    trained: dict[str, torch.nn.Parameter]
+    trained: dict[str, Tensor]
+    head: Head | None  # makes logits of hidden states, some at a time; None: the model makes all of them
     frozen_sha256: str
     step: int = 0
     num_tokens: int = 0
@@ -141,9 +141,7 @@ def train(args: TrainArguments) -> Path:
 
 def build(args: TrainArguments) -> Run:
     """Load model and data, freeze, and take up a checkpoint if there is one."""
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if args.bf16 else "no")
+    accelerator = make_accelerator(bf16=args.bf16)
     out = Path(args.output_dir)
     resume_from = checkpoint.find(out, args.resume_from_checkpoint)
     _check_output_dir(args, out, resume_from)
@@ -158,7 +156,12 @@ def build(args: TrainArguments) -> Run:
             f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
             "not by the largest logits, which soft misses are made of; write objective=cache"
         )
-    trained = trained_parameters(model)
+    parameters, n_all = trained_parameters(model), model.num_parameters()
+    frozen_sha256 = proof.frozen_sha256(model.state_dict().items(), parameters)
+    held = wanted(accelerator)
+    with accelerator.autocast():
+        head = plain_head(model) if held == REPLICATED else None
+    trained = spread(model, parameters, accelerator, how=held)
     optimizer = torch.optim.AdamW(
         trained.values(),
         lr=args.learning_rate,
@@ -169,9 +172,9 @@ def build(args: TrainArguments) -> Run:
         args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
     )
     run = Run(
-        args=args, accelerator=accelerator, model=model, wrapped=accelerator.prepare_model(model), tokenizer=tokenizer,
+        args=args, accelerator=accelerator, model=model, tokenizer=tokenizer,
         rows=PackedRows(documents, max_length=args.max_length, seed=args.seed), observer=observer, optimizer=optimizer,
-        scheduler=scheduler, trained=trained, frozen_sha256=proof.frozen_sha256(model, trained),
+        scheduler=scheduler, trained=trained, head=head, frozen_sha256=frozen_sha256,
     )  # fmt: skip
     if resume_from is not None:
         _resume(run, resume_from)
@@ -179,11 +182,11 @@ def build(args: TrainArguments) -> Run:
         out.mkdir(parents=True, exist_ok=True)
         dump(args, out / "config.yaml")
         _update_json(out / "proof.json", {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(trained)})
-        n_trained, n_all = sum(p.numel() for p in trained.values()), sum(p.numel() for p in model.parameters())
+        n_trained = sum(tensor.numel() for tensor in trained.values())
         accelerator.print(
             f"{args.run_name}: {len(trained)} tensors train ({n_trained:,} of {n_all:,} parameters), "
             f"e.g. {next(iter(trained))}; routers: {observer.kind}; frozen tensors {run.frozen_sha256[:16]}; "
-            f"objective {args.objective}; "
+            f"objective {args.objective}; weights {held}; "
             f"{rows_summary(run)}"
         )
     return run
@@ -201,6 +204,7 @@ def train_step(run: Run) -> dict[str, float]:
     batches = [_micro_batch(run, index) for index in range(run.args.gradient_accumulation_steps)]
     count = _sum_over_processes(run.accelerator, total_counts(run.args, batches))
     shares = [_backward(run, batch, count, index) for index, batch in enumerate(batches)]
+    _add_up_gradients(run)
     if run.step == 0:
         _record_gradients(run)
     gradient_norm = _clip(run)
@@ -240,7 +244,7 @@ def finish(run: Run) -> Path:
     """Check that nothing frozen has changed and write the result."""
     run.observer.close()
     out = Path(run.args.output_dir)
-    after = proof.frozen_sha256(run.model, run.trained)
+    after = proof.frozen_sha256(whole_tensors(run.model), run.trained)
     if after != run.frozen_sha256:
         raise UserError(
             f"frozen tensors changed during training ({run.frozen_sha256[:16]} -> {after[:16]}): no delta is written"
@@ -297,40 +301,62 @@ def _micro_batch(run: Run, index: int) -> Batch:
 
 
 def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -> Objective:
-    """Forward and backward of one micro-batch; gradients are exchanged with the last one of the step."""
-    last = index == run.args.gradient_accumulation_steps - 1
-    base_logits = _base_logits(run, batch) if run.args.distill_coef else None
-    with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-        with run.observer.recording(*batch.input_ids_BS.shape) as routings:
-            output = run.wrapped(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
-        share = objective(
-            run.args, logits_BSV=output.logits, routings=routings, batch=batch, count=count, step=run.step,
-            base_logits_BSV=base_logits,
-        )  # fmt: skip
-        if not torch.isfinite(share.loss):
-            raise UserError(
-                f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
-                f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
-            )
-        # DDP averages gradients over processes, but the shares are to be added up.
-        run.accelerator.backward(share.loss * run.accelerator.num_processes)
+    """Forward and backward of one micro-batch."""
+    base_outputs = _base_outputs(run, batch) if run.args.distill_coef else None
+    with run.observer.recording(*batch.input_ids_BS.shape) as routings:
+        outputs = _outputs(run, batch)
+    share = objective(
+        run.args, outputs_BSX=outputs, routings=routings, batch=batch, count=count, step=run.step,
+        base_outputs_BSX=base_outputs, head=run.head and _under_autocast(run.head, run.accelerator),
+    )  # fmt: skip
+    if not torch.isfinite(share.loss):
+        raise UserError(
+            f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
+            f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+        )
+    share.loss.backward()
     return share
 
 
+def _outputs(run: Run, batch: Batch) -> Tensor:
+    """Last hidden states where the loss takes them through the head itself, logits otherwise."""
+    inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+    with run.accelerator.autocast():
+        outputs: Tensor = run.model.base_model(**inputs)[0] if run.head else run.model(**inputs).logits
+    return outputs
+
+
+def _under_autocast(head: Head, accelerator: Accelerator) -> Head:
+    def run_head(hidden_tX: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return head(hidden_tX)
+
+    return run_head
+
+
+def _add_up_gradients(run: Run) -> None:
+    """Every process has its shares of the objective; what trains is small, so one exchange after the last is enough."""
+    if run.accelerator.num_processes == 1:
+        return
+    tensors = list(run.trained.values())
+    shares = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    total: Tensor = run.accelerator.reduce(torch.cat([share.flatten() for share in shares]), "sum")
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
+        if tensor.grad is not None or part.any():  # what has none anywhere is named by `_record_gradients`
+            tensor.grad = part.view_as(tensor).clone()
+
+
 @torch.no_grad()
-def _base_logits(run: Run, batch: Batch) -> Tensor:
+def _base_outputs(run: Run, batch: Batch) -> Tensor:
     """What the untouched model predicts: the same frozen weights with the original routers."""
     with run.observer.original_routers():
-        logits: Tensor = run.wrapped(
-            input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False
-        ).logits
-    return logits
+        return _outputs(run, batch)
 
 
 def _clip(run: Run) -> float:
     # looked for before clipping, which would spread one NaN over every gradient
     bad = [name for name, p in run.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    norm = float(run.accelerator.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm))
     if bad or not math.isfinite(norm):
         raise UserError(
             f"gradient of {bad[0] if bad else 'all tensors together'} is not finite at step {run.step + 1}: stopped before "

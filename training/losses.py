@@ -7,9 +7,11 @@ Letters: B batch, S sequence, E experts, K chosen, C cache slots, N sequences, M
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from data.batches import IGNORE_LABEL
 
@@ -60,10 +62,11 @@ def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], w
     return {key: value.double() for key, value in items.items()}
 
 
-def trust_kl_sum(log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
+def trust_kl_sum(
+    probs_BSE: Tensor, log_probs_BSE: Tensor, reference_log_probs_BSE: Tensor, document_ids_BS: Tensor
+) -> Tensor:
     """L_trust: KL(P_t || P_t^ref), no gradient to the reference; over valid positions."""
-    reference = reference_log_probs_BSE.detach()
-    kl_BS = (log_probs_BSE.exp() * (log_probs_BSE - reference)).sum(-1)
+    kl_BS = (probs_BSE * (log_probs_BSE - reference_log_probs_BSE.detach())).sum(-1)
     return kl_BS[document_ids_BS >= 0].sum()
 
 
@@ -136,9 +139,43 @@ def symmetric_kl_sum(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: 
     """Half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth at lag 1, one part of L_lag else."""
     if lag >= probs_BSE.shape[1]:
         return probs_BSE.new_zeros(())
-    change, log_change = (tensor[:, lag:] - tensor[:, :-lag] for tensor in (probs_BSE, log_probs_BSE))
-    kl_BS = 0.5 * (change * log_change).sum(-1)
-    return kl_BS[same_document(document_ids_BS, lag)[:, lag:]].sum()
+    pairs_BS = same_document(document_ids_BS, lag)[:, lag:]
+    total: Tensor = _SymmetricKl.apply(probs_BSE, log_probs_BSE, pairs_BS, lag)
+    return total
+
+
+class _SymmetricKl(torch.autograd.Function):
+    """0.5 * sum over pairs of (P_t - P_s) (log P_t - log P_s); nothing is kept but the probabilities, whatever the lag."""
+
+    @staticmethod
+    def forward(ctx: Any, probs_BSE: Tensor, log_probs_BSE: Tensor, pairs_BS: Tensor, lag: int) -> Tensor:
+        ctx.save_for_backward(probs_BSE, log_probs_BSE, pairs_BS)
+        ctx.lag = lag
+        kl_BS = 0.5 * (_change(probs_BSE, lag).mul_(_change(log_probs_BSE, lag))).sum(-1)
+        return kl_BS[pairs_BS].sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        probs_BSE, log_probs_BSE, pairs_BS = ctx.saved_tensors
+        weight_BS1 = (0.5 * grad * pairs_BS).unsqueeze(-1)
+        of_probs, of_log_probs = (
+            _to_both(_change(other, ctx.lag).mul_(weight_BS1), ctx.lag) for other in (log_probs_BSE, probs_BSE)
+        )
+        return of_probs, of_log_probs, None, None
+
+
+def _change(tensor_BSE: Tensor, lag: int) -> Tensor:
+    return tensor_BSE[:, lag:] - tensor_BSE[:, :-lag]
+
+
+def _to_both(grad_BSE: Tensor, lag: int) -> Tensor:
+    """The gradient of `_change`'s input: to the later position, and with the other sign to the earlier one."""
+    batch, length, n_experts = grad_BSE.shape
+    both_BSE = grad_BSE.new_zeros(batch, length + lag, n_experts)
+    both_BSE[:, lag:] += grad_BSE
+    both_BSE[:, :-lag] -= grad_BSE
+    return both_BSE
 
 
 def working_set_sum(probs_BSE: Tensor, document_ids_BS: Tensor, window: int) -> Tensor:

@@ -112,6 +112,17 @@ def _as_it_is_used(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def plain_head(model: PreTrainedModel) -> nn.Module | None:
+    """What makes the logits of the last hidden states, if it does not train and nothing comes after it."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    ids_BS = torch.arange(8, device=model.device)[None]
+    found: torch.Tensor = head(model.base_model(input_ids=ids_BS, use_cache=False)[0])
+    return head if torch.equal(found, model(input_ids=ids_BS, use_cache=False).logits) else None
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that trains, in a fixed order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

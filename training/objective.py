@@ -17,7 +17,7 @@ from configs.load import UserError
 from data.batches import Batch
 from training import losses
 from training.routers import Routing
-from training.token_loss import token_sums
+from training.token_loss import Head, token_sums
 
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
@@ -117,29 +117,36 @@ class Objective:
 def objective(
     args: ObjectiveArguments,
     *,
-    logits_BSV: Tensor,
+    outputs_BSX: Tensor,
     routings: Sequence[Routing],
     batch: Batch,
     count: Mapping[str, Tensor],
     step: int,
-    base_logits_BSV: Tensor | None = None,
+    base_outputs_BSX: Tensor | None = None,
+    head: Head | None = None,
 ) -> Objective:
     """The objective of one micro-batch, every term divided by the **global** `count` of its items; `step` is 0-based.
 
-    `base_logits_BSV`, the base's predictions, are needed for distillation only.
+    `outputs_BSX` are the model's logits, or with a `head` that makes logits of them its last hidden states, and
+    `base_outputs_BSX`, needed for distillation only, those of the base.
     """
     _check_slots(args, top_k=max(routing.ids_BSK.shape[-1] for routing in routings))
     weights = _weights(args, step)
     layers = [_layer(args, routing, batch, count, weights) for routing in routings]
     terms = {key: torch.stack([layer.terms[key] for layer in layers]).mean() for key in layers[0].terms}
     distill = bool(weights["distill_kl"])
-    assert not distill or base_logits_BSV is not None, "distillation needs the base's predictions"
-    sums = token_sums(logits_BSV, batch.labels_BS, base_logits_BSV if distill else None)
-    terms["loss"] = sums.cross_entropy / at_least_one(count["tokens"])
+    assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
+    tokens = at_least_one(count["tokens"]).float()
+    task = token_sums(
+        outputs_BSX, batch.labels_BS, base_outputs_BSX if distill else None, head=head,
+        weights=(weights["loss"] / tokens, weights["distill_kl"] / tokens),
+    )  # fmt: skip
+    loss = torch.stack([task.loss, *(weights[key] * value for key, value in terms.items() if weights[key])]).sum()
+    terms["loss"] = task.cross_entropy / tokens
     if distill:
-        terms["distill_kl"] = sums.distill_kl / at_least_one(count["tokens"])
+        terms["distill_kl"] = task.distill_kl / tokens
     return Objective(
-        loss=torch.stack([weights[key] * terms[key] for key in terms if weights[key]]).sum(),
+        loss=loss,
         terms={key: value.detach() for key, value in terms.items()},
         reuse_L=torch.stack([_reuse_rate(routing, batch, count) for routing in routings]),
         load_LE=torch.stack([_load(routing, batch) for routing in routings]),
@@ -212,7 +219,7 @@ def _layer(
     def trust() -> Tensor:
         assert routing.reference_logits_BSE is not None, "asked for below only with a reference"
         reference = routing.reference_logits_BSE.log_softmax(-1)
-        return losses.trust_kl_sum(log_probs, reference, documents) / at_least_one(count["positions"])
+        return losses.trust_kl_sum(probs, log_probs, reference, documents) / at_least_one(count["positions"])
 
     def balance() -> Tensor:
         return losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(count["positions"])

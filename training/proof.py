@@ -1,7 +1,8 @@
 """Proof that a run trained its routers and nothing else: names, gradients at step 1, and hashes of frozen tensors."""
 
 import hashlib
-from collections.abc import Collection
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +18,32 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def frozen_sha256(model: nn.Module, trained: Collection[str]) -> str:
-    """One SHA-256 over the names and bytes of every saved tensor that is not in `trained` or tied to one that is."""
-    tensors = model.state_dict()
-    trained_memory = {tensors[name].data_ptr() for name in trained}
-    index = {name: tensor_sha256(t) for name, t in tensors.items() if t.data_ptr() not in trained_memory}
+def frozen_sha256(tensors: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> str:
+    """One SHA-256 over names and bytes of every saved tensor that is not in `trained` or tied to one that is."""
+    trained_memory = {tensor.data_ptr() for tensor in trained.values()}
+    index = {
+        name: tensor_sha256(t) for name, t in tensors if name not in trained and t.data_ptr() not in trained_memory
+    }
     return hashlib.sha256("\n".join(f"{name} {index[name]}" for name in sorted(index)).encode()).hexdigest()
 
 
-def check_gradients(model: nn.Module, trained: Collection[str]) -> dict[str, float]:
+def check_gradients(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, float]:
     """Gradient norm of every trained tensor after the first backward pass.
 
     Raises:
         UserError: a trained tensor has no finite, non-zero gradient, or another one has any.
     """
-    norms = {}
     for name, parameter in model.named_parameters():
-        norm = None if parameter.grad is None else float(parameter.grad.norm())
-        if name not in trained:
-            if norm is not None:
-                raise UserError(f"frozen tensor {name} has a gradient (norm {norm:.3g}); only {len(trained)} may train")
-            continue
-        if norm is None or norm == 0 or norm != norm or norm == float("inf"):
+        if name not in trained and parameter.grad is not None:
+            norm = float(parameter.grad.norm())
+            raise UserError(f"frozen tensor {name} has a gradient (norm {norm:.3g}); only {len(trained)} may train")
+    norms = {}
+    for name, tensor in trained.items():
+        norm_or_none = None if tensor.grad is None else float(tensor.grad.norm())
+        if norm_or_none is None or norm_or_none == 0 or not math.isfinite(norm_or_none):
             raise UserError(
-                f"trained tensor {name} has gradient {norm} at the first step: it would not be trained. "
+                f"trained tensor {name} has gradient {norm_or_none} at the first step: it would not be trained. "
                 "Check that the objective has a term that reaches it"
             )
-        norms[name] = norm
+        norms[name] = norm_or_none
     return norms

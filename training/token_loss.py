@@ -1,11 +1,13 @@
-"""The task loss: next-token cross entropy, and the KL to the base's own predictions, in one pass over the logits.
+"""The task loss: next-token cross entropy, and the KL to the base's own predictions, some positions at a time.
 
-With vocabularies of 100,000 tokens the logits are the largest tensor of a step. Autograd would keep log-probabilities,
-probabilities and float32 copies of them; here some positions at a time are worked on, and the only thing made that is as
-large as the logits is their gradient. Letters: T = B S positions, V vocabulary, t positions of one part.
+With vocabularies of 100,000 tokens the logits are the largest tensor of a step, and autograd would keep log-probabilities,
+probabilities and float32 copies of them. Here a part of the positions goes from hidden states through the head to
+losses and to the gradient of the hidden states before the next part's turn, so neither logits nor their gradient ever
+exist as a whole. Where there is no head to apply, what comes in are logits, and only their gradient is made.
+Letters: T = B S positions, X numbers of a position: hidden states, or logits, V vocabulary, t positions of one part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,68 +17,98 @@ from torch.autograd.function import once_differentiable
 from data.batches import IGNORE_LABEL
 
 PART_NUMBERS = 2**19
-"""Logits worked on together: few enough to stay in a processor's cache, enough to outweigh the calls."""
+"""Logits worked on together: few enough to stay in a processor's cache, enough to outweigh the calls ..."""
+PART_POSITIONS = 128
+"""... but at least so many positions, for a head's matrix product to be one."""
+
+Head = Callable[[Tensor], Tensor]
 
 
 class TokenSums(NamedTuple):
-    """Sums over the positions that have a label, in nats, float32 scalars."""
+    """Sums over the positions that have a label, float32 scalars."""
 
-    cross_entropy: Tensor  # L_CE: -log p of the label
-    distill_kl: Tensor  # KL(p_base || p) (knowledge distillation, arXiv 1503.02531); 0 without a base
+    loss: Tensor  # weighted sum of both, with gradient
+    cross_entropy: Tensor  # L_CE: -log p of the label, in nats
+    distill_kl: Tensor  # KL(p_base || p) (knowledge distillation, arXiv 1503.02531), in nats; 0 without a base
 
 
-def token_sums(logits_BSV: Tensor, labels_BS: Tensor, base_logits_BSV: Tensor | None = None) -> TokenSums:
-    """Cross entropy with the labels, and KL from the base's predictions to ours; no gradient goes to the base."""
-    base_logits_TV = None if base_logits_BSV is None else base_logits_BSV.detach().flatten(0, 1)
-    return TokenSums(*_TokenSums.apply(logits_BSV.flatten(0, 1), labels_BS.flatten(), base_logits_TV))
+def token_sums(
+    outputs_BSX: Tensor, labels_BS: Tensor, base_outputs_BSX: Tensor | None = None, *, head: Head | None = None,
+    weights: tuple[float | Tensor, float | Tensor] = (1.0, 0.0),
+) -> TokenSums:  # fmt: skip
+    """Cross entropy with the labels, KL from the base's predictions to ours, and their sum with these weights.
+
+    Args:
+        outputs_BSX: the model's logits, or with `head` its last hidden states; only they get a gradient.
+        base_outputs_BSX: the base's.
+        head: makes logits [t, V] of hidden states [t, X]; its own weights do not train.
+        weights: of cross entropy and KL in `loss`.
+    """
+    base_outputs_TX = None if base_outputs_BSX is None else base_outputs_BSX.detach().flatten(0, 1)
+    outputs_TX = outputs_BSX.flatten(0, 1)
+    return TokenSums(*_TokenSums.apply(outputs_TX, labels_BS.flatten(), base_outputs_TX, head or _as_it_is, weights))
+
+
+def _as_it_is(logits_tV: Tensor) -> Tensor:
+    return logits_tV
 
 
 class _TokenSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, base_logits_TV: Tensor | None) -> tuple[Tensor, Tensor]:
-        nll_T, kl_T = (torch.zeros(len(labels_T), device=logits_TV.device) for _ in range(2))
-        log_norms_2T = torch.zeros(2, len(labels_T), device=logits_TV.device)  # ours, the base's
-        for part in _parts(logits_TV):
-            log_p_tV = _log_probabilities(logits_TV, part, log_norms_2T[0])
-            nll_T[part] = -log_p_tV.gather(1, labels_T[part, None].clamp(min=0)).squeeze(1)
-            if base_logits_TV is not None:
-                log_q_tV = _log_probabilities(base_logits_TV, part, log_norms_2T[1])
-                difference_tV = log_p_tV.neg_().add_(log_q_tV)
-                kl_T[part] = difference_tV.mul_(log_q_tV.exp_()).sum(1)
-        ctx.save_for_backward(logits_TV, labels_T, base_logits_TV, log_norms_2T)
-        has_label_T = labels_T != IGNORE_LABEL
-        return nll_T[has_label_T].sum(), kl_T[has_label_T].sum()
+    def forward(
+        ctx: Any, outputs_TX: Tensor, labels_T: Tensor, base_outputs_TX: Tensor | None, head: Head,
+        weights: tuple[float | Tensor, float | Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        cross_entropy, kl = (torch.zeros((), device=outputs_TX.device) for _ in range(2))
+        needs_gradient = ctx.needs_input_grad[0]
+        grad_TX = torch.empty_like(outputs_TX) if needs_gradient else None
+        for part in _parts(outputs_TX, labels_T, head):
+            with torch.set_grad_enabled(needs_gradient and head is not _as_it_is):
+                outputs_tX = outputs_TX[part].detach().requires_grad_(torch.is_grad_enabled())
+                logits_tV = head(outputs_tX)
+            log_p_tV = logits_tV.detach().float().log_softmax(-1)
+            has_label_t1 = (labels_T[part] != IGNORE_LABEL).unsqueeze(-1)
+            labels_t1 = labels_T[part].clamp(min=0).unsqueeze(-1)
+            cross_entropy -= log_p_tV.gather(1, labels_t1).masked_fill_(~has_label_t1, 0.0).sum()
+            log_q_tV = None if base_outputs_TX is None else head(base_outputs_TX[part]).float().log_softmax(-1)
+            if log_q_tV is not None:
+                kl += ((log_q_tV - log_p_tV).mul_(log_q_tV.exp()).sum(1, keepdim=True) * has_label_t1).sum()
+            if grad_TX is None:
+                continue
+            grad_tV = _gradient(log_p_tV, labels_t1, log_q_tV, weights).masked_fill_(~has_label_t1, 0.0)
+            if head is _as_it_is:
+                grad_TX[part] = grad_tV
+            else:
+                (grad_TX[part],) = torch.autograd.grad(logits_tV, outputs_tX, grad_tV.to(logits_tV.dtype))
+        ctx.save_for_backward(grad_TX)
+        ctx.mark_non_differentiable(cross_entropy, kl)
+        loss = weights[0] * cross_entropy + (weights[1] * kl if base_outputs_TX is not None else 0.0)
+        return loss.float(), cross_entropy, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """With p ours, q the base's and y the label as probabilities: of L_CE p - y, of the KL p - q."""
-        logits_TV, labels_T, base_logits_TV, log_norms_2T = ctx.saved_tensors
-        of_cross_entropy, of_kl = grads if base_logits_TV is not None else (grads[0], torch.zeros_like(grads[1]))
-        grad_TV = torch.empty_like(logits_TV)
-        for part in _parts(logits_TV):
-            grad_tV = _probabilities(logits_TV, part, log_norms_2T[0]).mul_(of_cross_entropy + of_kl)
-            if base_logits_TV is not None:
-                grad_tV.sub_(_probabilities(base_logits_TV, part, log_norms_2T[1]).mul_(of_kl))
-            labels_t1 = labels_T[part, None]
-            grad_tV.scatter_add_(1, labels_t1.clamp(min=0), -of_cross_entropy.expand(labels_t1.shape))
-            grad_TV[part] = grad_tV.masked_fill_(labels_t1 == IGNORE_LABEL, 0.0)
-        return grad_TV, None, None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (grad_TX,) = ctx.saved_tensors
+        return grad_TX * grad.to(grad_TX.dtype), None, None, None, None
 
 
-def _parts(logits_TV: Tensor) -> Iterator[slice]:
-    positions, vocabulary = logits_TV.shape
-    size = max(1, PART_NUMBERS // vocabulary)
-    return (slice(first, first + size) for first in range(0, positions, size))
+def _gradient(
+    log_p_tV: Tensor, labels_t1: Tensor, log_q_tV: Tensor | None, weights: tuple[float | Tensor, float | Tensor]
+) -> Tensor:
+    """With p ours, q the base's and y the label as probabilities: of L_CE p - y, of the KL p - q; written over `log_p_tV`."""
+    of_cross_entropy, of_kl = weights if log_q_tV is not None else (weights[0], 0.0)
+    grad_tV = log_p_tV.exp_().mul_(of_cross_entropy + of_kl)
+    if log_q_tV is not None:
+        grad_tV.sub_(log_q_tV.exp_().mul_(of_kl))
+    share = torch.as_tensor(of_cross_entropy, dtype=grad_tV.dtype, device=grad_tV.device)
+    return grad_tV.scatter_add_(1, labels_t1, -share.expand(labels_t1.shape))
 
 
-def _log_probabilities(logits_TV: Tensor, part: slice, log_norm_T: Tensor) -> Tensor:
-    """[t, V] in float32, to be written over; notes the normalisation in `log_norm_T`."""
-    logits_tV = logits_TV[part].float()
-    log_norm_T[part] = logits_tV.logsumexp(1)
-    return logits_tV - log_norm_T[part, None]
-
-
-def _probabilities(logits_TV: Tensor, part: slice, log_norm_T: Tensor) -> Tensor:
-    """[t, V] in float32, to be written over."""
-    return (logits_TV[part].float() - log_norm_T[part, None]).exp_()
+def _parts(outputs_TX: Tensor, labels_T: Tensor, head: Head) -> Iterator[slice]:
+    """Positions that are worked on together; a head is asked once how many logits it makes."""
+    vocabulary = outputs_TX.shape[1]
+    if head is not _as_it_is:
+        with torch.no_grad():
+            vocabulary = head(outputs_TX[:1]).shape[1]
+    size = max(PART_POSITIONS if head is not _as_it_is else 1, PART_NUMBERS // vocabulary)
+    return (slice(first, first + size) for first in range(0, len(labels_T), size))

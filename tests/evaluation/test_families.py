@@ -118,7 +118,7 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
     changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(router_parameters(run.model)) == set(run.trained)
     assert not any("correction" in name for name in changed)
-    assert proof.frozen_sha256(run.model, run.trained) == run.frozen_sha256
+    assert proof.frozen_sha256(run.model.state_dict().items(), run.trained) == run.frozen_sha256
     (Path(run.args.output_dir) / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
     delta = router_delta.load_for(base, finish(run))
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
 from tests.conftest import small_config
+from training import frozen_experts
 from training.frozen_experts import IMPLEMENTATION, register
 from training.model import ModelArguments, build_model
 from training.routers import find_routers
@@ -68,23 +70,23 @@ LAYOUTS = st.fixed_dictionaries({name: st.booleans() for name in ("is_transposed
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(1, 7), top_k=st.integers(1, 3), idle=st.integers(0, 4), layout=LAYOUTS, seed=st.integers(0, 99),
-    crowded=st.booleans(),
+    crowded=st.booleans(), part_rows=st.sampled_from([1, 3, 1024]),
 )  # fmt: skip
 def test_output_and_both_gradients_are_those_of_experts_one_by_one(
-    tokens: int, top_k: int, idle: int, layout: dict[str, bool], seed: int, crowded: bool
+    tokens: int, top_k: int, idle: int, layout: dict[str, bool], seed: int, crowded: bool, part_rows: int
 ) -> None:
-    """From one token on, with experts that nobody chooses, or with everybody choosing the same ones."""
+    """From one token on, with experts that nobody chooses, or with everybody choosing the same ones; in few parts or many."""
     torch.manual_seed(seed)
     module = made(top_k + idle, layout)
     hidden, grad = torch.randn(tokens, HIDDEN, requires_grad=True), torch.randn(tokens, HIDDEN)
     scores = torch.rand(1 if crowded else tokens, top_k + idle).expand(tokens, -1)
     ids, weights = scores.topk(top_k).indices, torch.rand(tokens, top_k, requires_grad=True)
     expected = one_by_one(module, hidden, ids, weights)
-    found = module(hidden, ids, weights)
+    with patch.object(frozen_experts, "PART_ROWS", part_rows):
+        found = module(hidden, ids, weights)
+        gradients = torch.autograd.grad(found, (hidden, weights), grad)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, (hidden, weights), grad), torch.autograd.grad(expected, (hidden, weights), grad), strict=True
-    ):  # fmt: skip
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (hidden, weights), grad), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -108,13 +110,16 @@ def test_sixteen_bit_experts_take_float32_inputs_and_weights_and_give_them_float
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
 
 
-def test_only_what_gate_and_up_give_is_kept_of_every_row() -> None:
+@pytest.mark.parametrize("input_trains", [True, False])
+def test_only_what_gate_and_up_give_is_kept_of_every_row(input_trains: bool) -> None:
+    """In the first layer, whose input comes from frozen embeddings, half of that."""
     module, hidden, ids, weights = a_call()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        module(hidden, ids, weights)
+        module(hidden if input_trains else hidden.detach(), ids, weights)
     rows = ids.numel()
-    assert sum(tensor.numel() for tensor in kept if tensor.is_floating_point()) == rows * 2 * INNER + rows
+    numbers = rows * (2 * INNER if input_trains else INNER) + rows
+    assert sum(tensor.numel() for tensor in kept if tensor.is_floating_point()) == numbers
 
 
 def test_where_the_input_needs_no_gradient_none_is_computed() -> None:

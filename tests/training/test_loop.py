@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GraniteMoeConfig
 
 from configs.load import UserError
 from data.batches import IGNORE_LABEL
+from tests.conftest import SMALL
 from training import checkpoint, loop, proof, router_delta
 from training.loop import Run, TrainArguments, build, finish, save_checkpoint, train, train_step
-from training.model import load_pretrained
+from training.model import load_pretrained, plain_head
 from training.routers import router_parameters
 
 Arguments = Callable[..., TrainArguments]
@@ -67,7 +69,7 @@ def test_only_router_weights_change_after_steps(
         train_step(run)
     changed = {name for name, tensor in run.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(router_parameters(run.model)) == set(run.trained)
-    assert proof.frozen_sha256(run.model, run.trained) == run.frozen_sha256
+    assert proof.frozen_sha256(run.model.state_dict().items(), run.trained) == run.frozen_sha256
 
 
 def test_the_proof_holds_names_gradients_and_equal_hashes(train_args: Arguments) -> None:
@@ -153,7 +155,7 @@ def test_in_bfloat16_routers_stay_float32_and_frozen_tensors_as_they_were(
         train_step(run)
     assert {parameter.dtype for parameter in run.trained.values()} == {torch.float32}
     assert {t.dtype for name, t in run.model.state_dict().items() if name not in run.trained} == {torch.bfloat16}
-    assert proof.frozen_sha256(run.model, run.trained) == run.frozen_sha256
+    assert proof.frozen_sha256(run.model.state_dict().items(), run.trained) == run.frozen_sha256
 
 
 def test_a_packed_document_is_read_as_if_it_were_alone(train_args: Arguments) -> None:
@@ -162,7 +164,7 @@ def test_a_packed_document_is_read_as_if_it_were_alone(train_args: Arguments) ->
     documents = batch.document_ids_BS[0]
     assert len(documents.unique()) > 1
     with torch.no_grad():
-        packed = run.wrapped(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
+        packed = run.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
         for document in documents.unique():
             alone = run.model(input_ids=batch.input_ids_BS[:, documents == document], use_cache=False).logits
             torch.testing.assert_close(packed[:, documents == document], alone, rtol=1e-4, atol=1e-5)
@@ -182,6 +184,18 @@ def test_the_first_loss_is_the_models_own_cross_entropy(train_args: Arguments) -
             losses += [-logs[0, t, target] for t, target in enumerate(targets.tolist()) if target != IGNORE_LABEL]
     assert found["train/loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
     assert found["train/num_tokens"] == len(losses)
+
+
+def test_logits_are_made_some_at_a_time_where_the_head_is_all_that_makes_them(
+    train_args: Arguments, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert build(train_args()).head is not None
+    config = GraniteMoeConfig(**{**SMALL, "num_local_experts": 8, "intermediate_size": 16, "logits_scaling": 3.0})
+    scaled = AutoModelForCausalLM.from_config(config)
+    assert plain_head(scaled.requires_grad_(False)) is None, "logits are divided after the head"
+    trains = tiny_model("olmoe")
+    assert plain_head(trains) is None
+    assert plain_head(trains.requires_grad_(False)) is trains.lm_head
 
 
 # sharing out the work

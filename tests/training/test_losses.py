@@ -88,7 +88,9 @@ def test_trust_kl_is_summed_over_valid_positions(case: Case) -> None:
         for positions in sequences(case.documents)
         for at in positions
     )
-    found = losses.trust_kl_sum(case.logits.log_softmax(-1), case.reference.log_softmax(-1), case.documents)
+    found = losses.trust_kl_sum(
+        case.logits.softmax(-1), case.logits.log_softmax(-1), case.reference.log_softmax(-1), case.documents
+    )
     assert_equal(found, expected)
 
 
@@ -286,8 +288,8 @@ def test_pairs_of_lag_one_are_counted_even_if_lag_one_is_not_asked_for() -> None
 def every_sum(case: Case) -> dict[str, Tensor]:
     probs, log_probs = case.logits.softmax(-1), case.logits.log_softmax(-1)
     return {
-        "ce": token_sums(case.logits_vocabulary, case.labels).cross_entropy,
-        "trust": losses.trust_kl_sum(log_probs, case.reference.log_softmax(-1), case.documents),
+        "ce": token_sums(case.logits_vocabulary, case.labels).loss,
+        "trust": losses.trust_kl_sum(log_probs.exp(), log_probs, case.reference.log_softmax(-1), case.documents),
         "reuse": losses.reuse_loss_sum(probs, losses.previous_choice(case.ids, case.documents, E), case.documents, K),
         "cache": losses.reuse_loss_sum(probs, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K),
         "miss": losses.miss_loss_sum(
@@ -324,7 +326,9 @@ def test_padding_changes_nothing() -> None:
 def test_no_gradient_reaches_the_reference_of_the_trust_term() -> None:
     case = make_case([[6]])
     logits, reference = case.logits.requires_grad_(), case.reference.requires_grad_()
-    losses.trust_kl_sum(logits.log_softmax(-1), reference.log_softmax(-1), case.documents).backward()
+    losses.trust_kl_sum(
+        logits.softmax(-1), logits.log_softmax(-1), reference.log_softmax(-1), case.documents
+    ).backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
     assert reference.grad is None

@@ -50,7 +50,13 @@ def evaluate(args: ObjectiveArguments, batch: Batch, routings: list[Routing], *,
     vocabulary = torch.randn(*batch.input_ids_BS.shape, 264, generator=torch.Generator().manual_seed(5))
     count = total_counts(args, [batch])
     return objective(
-        args, logits_BSV=vocabulary, routings=routings, batch=batch, count=count, step=step, base_logits_BSV=vocabulary
+        args,
+        outputs_BSX=vocabulary,
+        routings=routings,
+        batch=batch,
+        count=count,
+        step=step,
+        base_outputs_BSX=vocabulary,
     )
 
 
@@ -113,7 +119,9 @@ def test_distillation_takes_its_share_of_the_task_loss() -> None:
     batch, layers = a_batch(), two_layers()
     ours, base = (torch.randn(2, 12, 264, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6))
     count = total_counts(args, [batch])
-    found = objective(args, logits_BSV=ours, routings=layers, batch=batch, count=count, step=LATE, base_logits_BSV=base)
+    found = objective(
+        args, outputs_BSX=ours, routings=layers, batch=batch, count=count, step=LATE, base_outputs_BSX=base
+    )
     kl = token_sums(ours, batch.labels_BS, base).distill_kl / count["tokens"]
     torch.testing.assert_close(found.terms["distill_kl"], kl.float(), check_dtype=False)
     torch.testing.assert_close(found.loss, 0.25 * found.terms["loss"] + 0.75 * kl, check_dtype=False)
@@ -179,7 +187,7 @@ def test_terms_are_means_over_layers_and_items_and_lags_that_do_not_fit_are_skip
     logs = [layer.logits_BSE.log_softmax(-1) for layer in layers]
     expected = {
         "trust_kl": mean(
-            losses.trust_kl_sum(log, layer.reference_logits_BSE.log_softmax(-1), documents) / 24  # type: ignore[union-attr]
+            losses.trust_kl_sum(log.exp(), log, layer.reference_logits_BSE.log_softmax(-1), documents) / 24  # type: ignore[union-attr]
             for log, layer in zip(logs, layers, strict=True)
         ),
         "reuse_loss": mean(
@@ -222,7 +230,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole() -> None:
         part = [Routing(*(tensor[rows] for tensor in layer)) for layer in layers]  # type: ignore[index]
         shares.append(
             objective(
-                args, logits_BSV=vocabulary[rows], routings=part, batch=Batch(*(t[rows] for t in batch)), count=count,
+                args, outputs_BSX=vocabulary[rows], routings=part, batch=Batch(*(t[rows] for t in batch)), count=count,
                 step=LATE,
             )
         )  # fmt: skip
@@ -280,11 +288,11 @@ def check_that_it_decreases(
         with observer.recording(2, 12) as routings:
             logits = model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
         found = objective(
-            args, logits_BSV=logits, routings=routings, batch=batch, count=total_counts(args, [batch]), step=LATE
+            args, outputs_BSX=logits, routings=routings, batch=batch, count=total_counts(args, [batch]), step=LATE
         )
         course.append(float(found.terms[term]))
         assert found.loss.item() == pytest.approx(float(found.terms["loss"]) + course[-1], rel=1e-5)
         optimizer.zero_grad()
-        (found.loss - token_sums(logits, batch.labels_BS).cross_entropy / 20).backward()
+        (found.loss - token_sums(logits, batch.labels_BS).loss / 20).backward()
         optimizer.step()
     assert course[-1] < course[0] - 1e-4, course

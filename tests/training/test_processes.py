@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,43 @@ def test_two_processes_do_what_one_with_twice_the_accumulation_does(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_gives(
+    launcher: str, train_values: Values, tmp_path: Path
+) -> None:
+    """The shipped configuration on two CPU processes; the second half of the run starts from a checkpoint."""
+    shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{launcher}.yaml").read_text(encoding="utf-8"))
+    on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    accelerate_config = tmp_path / "accelerate.yaml"
+    accelerate_config.write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
+    rows = {"per_device_train_batch_size": 2, "objective": "remoe", "resume_from_checkpoint": "auto"}
+    alone = {**train_values(), **rows, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}
+    both = written({**train_values(), **rows, "output_dir": str(tmp_path / "two")}, tmp_path / "both")
+    finish(command(written(alone, tmp_path / "alone")))
+    shown = finish(command(both, "--accelerate-config", str(accelerate_config)))
+    held = {"fsdp2": "fsdp2", "deepspeed_zero2": "replicated", "deepspeed_zero3": "zero3"}[launcher]
+    assert f"weights {held}; 2 processes" in shown
+    assert_same_course(tmp_path / "one", tmp_path / "two", steps=4)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    whole = {name: tensor.clone() for name, tensor in routers(tmp_path / "two").items()}
+    shown = finish(command(both, "--accelerate-config", str(accelerate_config)))
+    assert "resumed from" in shown
+    assert_same_course(tmp_path / "one", tmp_path / "two", steps=4)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in routers(tmp_path / "two").items())
+    proofs = [json.loads((tmp_path / run / "proof.json").read_text(encoding="utf-8")) for run in ("one", "two")]
+    assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
+
+
+def assert_same_course(one: Path, two: Path, *, steps: int) -> None:
+    """Losses to 1e-5, routers to 1e-6."""
+    before, after = metrics(one), metrics(two)
+    assert [line["train/global_step"] for line in after] == list(range(1, steps + 1))
+    for expected, found in zip(before, after, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    for name, tensor in routers(one).items():
+        torch.testing.assert_close(routers(two)[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_accelerate_launch_starts_the_same_training(train_values: Values, tmp_path: Path) -> None:

@@ -56,36 +56,36 @@ def test_a_frozen_tensor_with_a_gradient_is_refused(value: float, model: Any) ->
 
 def test_the_frozen_hash_does_not_see_the_routers(model: Any) -> None:
     trained = trained_parameters(model)
-    before = proof.frozen_sha256(model, trained)
+    before = proof.frozen_sha256(model.state_dict().items(), trained)
     with torch.no_grad():
         for parameter in trained.values():
             parameter += 1
-    assert proof.frozen_sha256(model, trained) == before
+    assert proof.frozen_sha256(model.state_dict().items(), trained) == before
 
 
 def test_the_frozen_hash_sees_every_frozen_tensor(model: Any) -> None:
     trained = trained_parameters(model)
-    before = proof.frozen_sha256(model, trained)
+    before = proof.frozen_sha256(model.state_dict().items(), trained)
     frozen = [(name, tensor) for name, tensor in model.state_dict().items() if name not in trained]
     assert len(frozen) > 20
     for name, tensor in frozen:
         last = tensor.flatten()[-1:]  # a view: the smallest change at the end
         old = last.clone()
         last.copy_(torch.nextafter(old, torch.full_like(old, torch.inf)))
-        assert proof.frozen_sha256(model, trained) != before, name
+        assert proof.frozen_sha256(model.state_dict().items(), trained) != before, name
         last.copy_(old)
-    assert proof.frozen_sha256(model, trained) == before
+    assert proof.frozen_sha256(model.state_dict().items(), trained) == before
 
 
 def test_the_frozen_hash_sees_two_tensors_that_change_places(model: Any) -> None:
     trained = trained_parameters(model)
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight += 1
-    before = proof.frozen_sha256(model, trained)
+    before = proof.frozen_sha256(model.state_dict().items(), trained)
     with torch.no_grad():
         model.model.layers[0].input_layernorm.weight -= 1
         model.model.layers[1].input_layernorm.weight += 1
-    assert proof.frozen_sha256(model, trained) != before
+    assert proof.frozen_sha256(model.state_dict().items(), trained) != before
 
 
 def test_the_hash_of_a_tensor_covers_dtype_shape_and_bytes() -> None:
@@ -107,7 +107,7 @@ def test_a_tied_tensor_counts_as_trained_under_both_names(tiny_model: Make) -> N
     assert model.lm_head.weight is model.model.embed_tokens.weight
     trained = trained_parameters(model)
     assert "lm_head.weight" not in trained
-    before = proof.frozen_sha256(model, trained)
+    before = proof.frozen_sha256(model.state_dict().items(), trained)
     with torch.no_grad():
         model.lm_head.weight += 1
-    assert proof.frozen_sha256(model, trained) == before
+    assert proof.frozen_sha256(model.state_dict().items(), trained) == before

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
 IMPLEMENTATION = "remoe_frozen"
-PART_ROWS = 1024
+PART_ROWS = 512
 """Rows that are worked on together on the CPU, rounded up to whole experts."""
 
 

@@ -29,6 +29,7 @@ class DataArguments:
     train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
     domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
     max_length: int = 512  # tokens in a packed row
+    assistant_only_loss: bool = False  # of chats, predict only what the assistant says; the rest is read, not learnt
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -52,11 +53,24 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self))
 
 
+class Chat(str):
+    """A text of which only some characters are to be learnt: `learned` holds where such spans begin and end."""
+
+    learned: tuple[tuple[int, int], ...]
+
+    def __new__(cls, text: str, learned: Iterable[tuple[int, int]]) -> "Chat":
+        chat = super().__new__(cls, text)
+        chat.learned = tuple(learned)
+        return chat
+
+
 def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chunk: int = 1000) -> list[np.ndarray]:
     """Token ids of every text, with the end-of-text token before and after it.
 
+    A token of a `Chat` that is not to be learnt is the complement ~id of its id, which is negative.
+
     Raises:
-        UserError: the tokenizer has no end-of-text token, or there is no text.
+        UserError: the tokenizer has no end-of-text token or no offsets, or there is no text.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path} has no eos_token; set one in its tokenizer_config.json")
@@ -66,9 +80,31 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chunk:
         raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
     documents = []
     for start in range(0, len(everything), chunk):
-        encoded = tokenizer(everything[start : start + chunk], add_special_tokens=False, verbose=False)["input_ids"]
-        documents += [np.asarray(edge + ids + edge, dtype=np.int32) for ids in encoded]
+        part = everything[start : start + chunk]
+        with_offsets = any(isinstance(text, Chat) for text in part)
+        if with_offsets and not tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path} does not tell which characters its tokens come from, which "
+                "assistant_only_loss needs; give one with a tokenizer.json, or write assistant_only_loss=false"
+            )
+        encoded = tokenizer(
+            [str(text) for text in part], add_special_tokens=False, verbose=False, return_offsets_mapping=with_offsets
+        )
+        for number, text in enumerate(part):
+            document = np.asarray(edge + encoded["input_ids"][number] + edge, dtype=np.int32)
+            if isinstance(text, Chat):
+                _hide(document[1:-1], [begin for begin, _ in encoded["offset_mapping"][number]], text.learned)
+            documents.append(document)
     return documents
+
+
+def _hide(ids: np.ndarray, begins: Sequence[int], learned: Sequence[tuple[int, int]]) -> None:
+    """Complement the ids of tokens that begin outside of the learned spans, in place."""
+    places = np.asarray(begins, dtype=np.int64)
+    inside = np.zeros(len(ids), dtype=bool)
+    for begin, end in learned:
+        inside |= (places >= begin) & (places < end)
+    ids[~inside] = ~ids[~inside]
 
 
 class PackedRows:
@@ -114,8 +150,8 @@ class PackedRows:
             offset = start + filled - (int(self._ends[which]) - len(document))
             part = document[offset : offset + size - filled]
             here = slice(filled, filled + len(part))
-            ids[here] = part
-            labels[filled : filled + len(part) - 1] = part[1:]
+            ids[here] = np.where(part < 0, ~part, part)
+            labels[filled : filled + len(part) - 1] = np.where(part[1:] < 0, IGNORE_LABEL, part[1:])
             positions[here] = np.arange(len(part))
             documents[here] = which
             filled += len(part)

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
-from data.batches import DataArguments
+from data.batches import Chat, DataArguments
 from data.corpus import read_corpus
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -38,7 +38,7 @@ def training_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> I
     if args.train_file is not None:
         path = Path(args.train_file)
         if path.suffix == ".jsonl":
-            yield from _jsonl(path, tokenizer)
+            yield from _jsonl(path, args, tokenizer)
         elif path.suffix == ".txt":
             yield from (text for text in read_text(path).split("\n\n") if text.strip())
         else:
@@ -49,7 +49,7 @@ def training_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> I
         yield from _hugging_face(args, tokenizer)
 
 
-def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _jsonl(path: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     # not splitlines(): JSON strings may hold U+2028 and other characters that Python takes for line ends
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
@@ -58,7 +58,7 @@ def _jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        yield _text_of(row, tokenizer, where=f"{path}, line {number}")
+        yield _text_of(row, args, tokenizer, where=f"{path}, line {number}")
 
 
 def _hugging_face(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
@@ -69,10 +69,10 @@ def _hugging_face(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> It
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         raise UserError(f"data set {args.dataset_name} ({args.dataset_split}) cannot be loaded: {error}") from error
     for number, row in enumerate(rows):
-        yield _text_of(row, tokenizer, where=f"{args.dataset_name}, row {number}")
+        yield _text_of(row, args, tokenizer, where=f"{args.dataset_name}, row {number}")
 
 
-def _text_of(row: Any, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str:
+def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if isinstance(row, dict) and row.get("messages"):
@@ -82,12 +82,37 @@ def _text_of(row: Any, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str
     else:
         raise UserError(f"{where}: needs a field text, messages (role, content) or conversations (from, value)")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return Chat(text, _said_by_assistant(messages, text, tokenizer)) if args.assistant_only_loss else text
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except (ValueError, TypeError, TemplateError) as error:
         raise UserError(
             f"{where}: the chat cannot be written as text ({error}); give a tokenizer with a chat_template, or a field "
             "text"
         ) from error
+
+
+def _said_by_assistant(
+    messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, int]]:
+    """Where the assistant's turns are in the chat's text: from after what asks for one to where it ends.
+
+    Raises:
+        UserError: there is none, or the template writes a chat's beginning differently once it goes on.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError("no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out")
+    for turn in turns:
+        before = str(tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
+        if not (text.startswith(after) and after.startswith(before)):
+            raise UserError(
+                "the chat template writes earlier turns differently once a chat goes on, so that the assistant's cannot be "
+                "found in the text; write assistant_only_loss=false"
+            )
+        yield len(before), len(after)
 
 
 def _from_sharegpt(turn: Any, *, where: str) -> dict[str, str]:

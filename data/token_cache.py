@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from data.batches import tokenize
+from data.batches import Chat, tokenize
 
 
 def cached_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
@@ -53,6 +53,8 @@ def _fingerprint(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> st
     digest = hashlib.sha256(f"{about} {tokenizer.eos_token_id}".encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        if isinstance(text, Chat):
+            digest.update(repr(text.learned).encode())
     return digest.hexdigest()
 
 

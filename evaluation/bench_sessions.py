@@ -50,10 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = prepare(arguments.output) if arguments.output else None
     if arguments.repeats < 1:
         raise UserError(f"--repeats is {arguments.repeats}; write at least 1")
+    workloads = [name.strip() for name in arguments.workloads.split(",")]
+    if unknown := [name for name in workloads if name not in WORKLOADS]:
+        raise UserError(
+            f"--workloads {unknown[0]!r} is not known; write {' or '.join(WORKLOADS)}, or both with a comma"
+        )
     transformers.utils.logging.disable_progress_bar()
     model_dir = local_folder(arguments.model)
     result: dict[str, Any] = {"config": vars(arguments), "workloads": {}}
-    for name in WORKLOADS:
+    for name in workloads:
         requests = _requests(model_dir, arguments, changing=name == "changing")
         result["workloads"][name] = found = _measure(model_dir, requests, arguments)
         Console().print(_table(name, found))
@@ -167,6 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--question-tokens", type=int, default=40, metavar="N", help="of a later turn (default 40)")
     parser.add_argument("--max-new-tokens", type=int, default=24, metavar="N", help="of an answer (default 24)")
     parser.add_argument("--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help=f"default {BLOCK_TOKENS}")
+    parser.add_argument(
+        "--workloads", default=",".join(WORKLOADS), metavar="NAMES", help=f"default {','.join(WORKLOADS)}"
+    )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of everything (default 3)")
     parser.add_argument("--output", metavar="JSON", help="where to write everything that was measured")
     return parser

@@ -32,9 +32,9 @@ from evaluation.report import write_report
 from evaluation.reuse import routing_summary
 from evaluation.trace import teacher_forced_trace
 from training import router_delta
-from training.loop import code_commit
 from training.model import load_pretrained, load_tokenizer, local_folder
 from training.routers import find_routers
+from training.run_folder import code_commit
 
 EXAMPLE = """example:
   remoe evaluate --model data/embedded/model --router-delta runs/tiny/router_delta \\

@@ -6,7 +6,6 @@ addressed by index, so a resumed run reads what an uninterrupted one would have 
 
 import json
 import math
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, SchedulerType, get_scheduler
 
-from configs.load import UserError, dump, load, write_whole
+from configs.load import UserError, dump
 from data.batches import Batch, DataArguments, PackedRows
 from data.sources import training_texts
 from data.token_cache import cached_tokens
@@ -27,15 +26,11 @@ from training import checkpoint, proof, router_delta
 from training.model import ModelArguments, build_model, load_tokenizer, local_folder, plain_head, trained_parameters
 from training.objective import Objective, ObjectiveArguments, objective, total_counts
 from training.routers import RouterObserver
-from training.sharding import REPLICATED, make_accelerator, spread, wanted, whole_tensors
+from training.run_folder import check_output_dir, code_commit, update_json
+from training.sharding import REPLICATED, make_accelerator, place, spread, wanted, whole_tensors
+from training.stop_signal import StopSignal, listening
 from training.token_loss import Head
 from training.tracking import Tracker
-
-# Keys that may differ between a run and its continuation: none of them changes a number.
-FREE_ON_RESUME = {
-    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
-}  # fmt: skip
 
 
 @dataclass
@@ -124,19 +119,36 @@ def train(args: TrainArguments) -> Path:
         step=run.step, wandb_id=run.wandb_id, active=run.accelerator.is_main_process,
     )  # fmt: skip
     run.wandb_id = tracker.wandb_id
-    metrics: dict[str, float] = {}
     try:
-        while run.step < args.max_steps:
-            metrics = train_step(run)
-            if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
-                tracker.log(run.step, metrics)
-            tracker.advance(run.step, metrics)
-            if run.step % args.save_steps == 0 or run.step == args.max_steps:
-                tracker.flush()
-                save_checkpoint(run)
+        with listening() as stop:
+            while run.step < args.max_steps:
+                _one_step(run, tracker, stop)
     finally:
         tracker.close()
     return finish(run)
+
+
+def _one_step(run: Run, tracker: Tracker, stop: StopSignal) -> None:
+    """Train, record, and save when it is time to.
+
+    Raises:
+        UserError: a process was told to stop; everything is saved.
+    """
+    args = run.args
+    metrics = train_step(run)
+    if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
+        tracker.log(run.step, metrics)
+    tracker.advance(run.step, metrics)
+    told = torch.tensor(float(stop.came), device=run.accelerator.device)
+    told_to_stop = bool(_sum_over_processes(run.accelerator, {"told": told})["told"]) and run.step < args.max_steps
+    if run.step % args.save_steps == 0 or run.step == args.max_steps or told_to_stop:
+        tracker.flush()
+        save_checkpoint(run)
+    if told_to_stop:
+        raise UserError(
+            f"{args.run_name} was told to stop (SIGUSR1) after step {run.step}; everything is saved: start it again with "
+            "resume_from_checkpoint=auto"
+        )
 
 
 def build(args: TrainArguments) -> Run:
@@ -144,12 +156,13 @@ def build(args: TrainArguments) -> Run:
     accelerator = make_accelerator(bf16=args.bf16)
     out = Path(args.output_dir)
     resume_from = checkpoint.find(out, args.resume_from_checkpoint)
-    _check_output_dir(args, out, resume_from)
+    check_output_dir(args, out, resume_from)
     torch.manual_seed(args.seed)
     model = build_model(args, seed=args.seed)
     tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents = cached_tokens(training_texts(args, tokenizer), tokenizer)
-    model.to(accelerator.device)
+    held = wanted(accelerator)
+    place(model, accelerator.device, how=held)
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
     if args.miss_coef and not observer.kind.takes_largest:
         raise UserError(
@@ -158,7 +171,6 @@ def build(args: TrainArguments) -> Run:
         )
     parameters, n_all = trained_parameters(model), model.num_parameters()
     frozen_sha256 = proof.frozen_sha256(model.state_dict().items(), parameters)
-    held = wanted(accelerator)
     with accelerator.autocast():
         head = plain_head(model) if held == REPLICATED else None
     trained = spread(model, parameters, accelerator, how=held)
@@ -181,7 +193,7 @@ def build(args: TrainArguments) -> Run:
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         dump(args, out / "config.yaml")
-        _update_json(out / "proof.json", {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(trained)})
+        update_json(out / "proof.json", {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(trained)})
         n_trained = sum(tensor.numel() for tensor in trained.values())
         accelerator.print(
             f"{args.run_name}: {len(trained)} tensors train ({n_trained:,} of {n_all:,} parameters), "
@@ -251,7 +263,7 @@ def finish(run: Run) -> Path:
         )
     result = out / ("router_delta" if run.args.trainable == "routers" else "model")
     if run.accelerator.is_main_process:
-        _update_json(out / "proof.json", {"frozen_sha256_after": after})
+        update_json(out / "proof.json", {"frozen_sha256_after": after})
         if run.args.trainable == "routers":
             _save_delta(run, result)
         else:
@@ -369,7 +381,7 @@ def _record_gradients(run: Run) -> None:
     """At step 1: every trained tensor has a finite, non-zero gradient and nothing else has any."""
     norms = proof.check_gradients(run.model, run.trained)
     if run.accelerator.is_main_process:
-        _update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})
+        update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})
 
 
 def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
@@ -418,36 +430,3 @@ def _resume(run: Run, path: Path) -> None:
         group["lr"] = learning_rate  # a scheduler's load_state_dict leaves the optimizer's rate as it was
     run.step, run.num_tokens, run.wandb_id = state["global_step"], state["num_tokens"], state["wandb_id"]
     run.accelerator.print(f"{run.args.run_name}: resumed from {path}")
-
-
-def _check_output_dir(args: TrainArguments, out: Path, resume_from: Path | None) -> None:
-    """A folder that holds a run is only touched to go on with that same run."""
-    if not (out / "config.yaml").exists():
-        return
-    if args.resume_from_checkpoint is None:
-        raise UserError(
-            f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to go on with it, or another output_dir"
-        )
-    before = asdict(load(TrainArguments, out / "config.yaml"))
-    changed = [key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value]
-    if resume_from is not None and changed:
-        key = changed[0]  # the objective stands before the coefficients that it sets
-        raise UserError(
-            f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
-            f"run. Write {key}={before[key]}, or another output_dir"
-        )
-
-
-def code_commit() -> str | None:
-    """The commit of this checkout, with +dirty if files differ from it; None outside of git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode != 0:
-        return None
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
-    return head.stdout.strip() + ("+dirty" if dirty.strip() else "")
-
-
-def _update_json(path: Path, values: Mapping[str, Any]) -> None:
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_whole(path, json.dumps({**known, **values}, indent=2) + "\n")

@@ -8,7 +8,9 @@ environment; a stage of ZeRO below 3 shards nothing but what trains, so weights 
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
     with_deepspeed, on_cpu = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
+    if with_deepspeed:  # it compiles with the ninja that was installed beside this Python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if on_cpu and with_deepspeed:  # without it accelerate takes this for a run of one process
         handlers = [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(
@@ -63,6 +67,17 @@ def wanted(accelerator: Accelerator) -> str:
             "and all weights are replicated; write zero_stage: 3 to shard the frozen weights"
         )
     return ZERO3 if stage == 3 else REPLICATED
+
+
+def place(model: PreTrainedModel, device: Any, *, how: str) -> None:
+    """Move to the device what will be whole there: everything, or routers and buffers, the rest as it is sharded."""
+    if how == REPLICATED:
+        model.to(device)
+        return
+    for router in find_routers(model).values():
+        router.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def spread(
@@ -139,6 +154,11 @@ def _zero3(model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelera
         "zero_optimization": {k: v for k, v in given["zero_optimization"].items() if v != "auto"},
         **{key: given[key] for key in ("aio",) if key in given},
     }
+    offload = config["zero_optimization"].get("offload_param") or {}
+    remote_device = {"none": None}.get(offload.get("device", "none"), offload.get("device"))
+    deepspeed.zero.Init(  # one parameter at a time: `initialize` would move the whole model to the device first
+        module=model, config_dict_or_path=config, remote_device=remote_device, dtype=model.dtype
+    )
     engine, *_ = deepspeed.initialize(model=model, config=config)
     object.__setattr__(model, "_zero3_engine", engine)  # lives as long as the model; no module of it
     return leaves

@@ -5,7 +5,8 @@ Rank 0 only. `metrics.jsonl` is the truth; on resume it is cut back to the check
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Tracker:
         wandb_id: str | None, active: bool,
     ) -> None:  # fmt: skip
         self.path = run_dir / "metrics.jsonl"
+        self.wandb_id = wandb_id
         self.wandb_run: Any = None
         self._file: Any = None
         self._bar = tqdm(total=max_steps, initial=step, disable=not active, desc=run_name, unit="step", leave=True)
@@ -32,11 +34,9 @@ class Tracker:
         _cut_back(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
         if report_to == "wandb":
-            self.wandb_run = _start_wandb(run_dir, run_name=run_name, config=config, run_id=wandb_id)
-
-    @property
-    def wandb_id(self) -> str | None:
-        return None if self.wandb_run is None else str(self.wandb_run.id)
+            with self._only_the_copy_is_lost():
+                self.wandb_run = _start_wandb(run_dir, run_name=run_name, config=config, run_id=wandb_id)
+                self.wandb_id = str(self.wandb_run.id)
 
     def log(self, step: int, metrics: Metrics) -> None:
         if self._file is None:
@@ -44,8 +44,9 @@ class Tracker:
         line = {"train/global_step": step, **metrics}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self.wandb_run is not None:
-            self.wandb_run.log(line, step=step)
+        with self._only_the_copy_is_lost():
+            if self.wandb_run is not None:
+                self.wandb_run.log(line, step=step)
 
     def advance(self, step: int, metrics: Metrics) -> None:
         """Move the bar; it shows loss, reuse rate and the time left."""
@@ -64,8 +65,18 @@ class Tracker:
         self._bar.close()
         if self._file is not None:
             self._file.close()
-        if self.wandb_run is not None:
-            self.wandb_run.finish()
+        with self._only_the_copy_is_lost():
+            if self.wandb_run is not None:
+                self.wandb_run.finish()
+
+    @contextmanager
+    def _only_the_copy_is_lost(self) -> Iterator[None]:
+        """Whatever W&B fails with, its own service dying included, training goes on."""
+        try:
+            yield
+        except Exception as error:
+            print(f"W&B failed ({type(error).__name__}: {error}); training goes on, all metrics are in {self.path}")
+            self.wandb_run = None
 
 
 def _cut_back(path: Path, step: int) -> None:

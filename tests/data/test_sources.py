@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from configs.load import UserError
-from data.batches import DataArguments
+from data.batches import IGNORE_LABEL, Chat, DataArguments, PackedRows, tokenize
 from data.corpus import read_corpus
 from data.sources import read_text, training_texts
 
@@ -138,3 +138,74 @@ def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreT
     args = DataArguments(dataset_name=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data set .*nowhere \(train\) cannot be loaded"):
         list(training_texts(args, tokenizer))
+
+
+# learning what the assistant says alone
+
+CHAT = [
+    {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "and"}, {"role": "assistant", "content": "no."},
+]  # fmt: skip
+ASKING = CHAT_TEMPLATE + "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, eos_token=tokenizer.eos_token
+    )
+
+
+def test_of_a_chat_only_what_the_assistant_says_is_a_label(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}, {"text": "plain text is learnt as a whole"}])
+    asking = with_template(tokenizer, ASKING)
+    args = DataArguments(train_file=str(path), assistant_only_loss=True)
+    documents = tokenize(training_texts(args, asking), asking)
+    rows = PackedRows(documents, max_length=len(documents[0]), seed=0)
+    found = {}
+    for row in range(rows.rows_per_epoch):
+        batch = rows.batch([row])
+        assert (batch.input_ids_BS >= 0).all(), "what is not learnt is read all the same"
+        for document in batch.document_ids_BS.unique().tolist():
+            here = (batch.document_ids_BS == document) & (batch.labels_BS != IGNORE_LABEL)
+            found[document] = found.get(document, "") + asking.decode(batch.labels_BS[here])
+    assert found[0] == f"yesno.{asking.eos_token}"
+    assert set(found.get(1, "")) <= set("plain text is learnt as a whole")
+
+
+def test_without_that_the_whole_chat_is_learnt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path, asking = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), with_template(tokenizer, ASKING)
+    (document,) = tokenize(training_texts(DataArguments(train_file=str(path)), asking), asking)
+    assert (document >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        (ASKING, CHAT[:1], r"a\.jsonl, line 1: no turn of the assistant"),
+        (
+            "{{ messages | length }}" + ASKING,
+            CHAT,
+            r"line 1: the chat template writes earlier turns differently .*=false",
+        ),
+        (
+            CHAT_TEMPLATE + "{% if add_generation_prompt %}<machine>{% endif %}",
+            CHAT,
+            "writes earlier turns differently",
+        ),
+    ],
+)
+def test_chats_in_which_the_assistant_cannot_be_found_are_refused(
+    template: str, messages: list[dict[str, str]], words: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    args = DataArguments(train_file=str(path), assistant_only_loss=True)
+    with pytest.raises(UserError, match=words):
+        list(training_texts(args, with_template(tokenizer, template)))
+
+
+def test_a_tokenizer_that_does_not_tell_where_tokens_come_from_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
+    with pytest.raises(UserError, match="does not tell which characters its tokens come from"):
+        tokenize([Chat("ab", [(0, 1)])], tokenizer)

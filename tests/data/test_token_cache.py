@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
 from data import token_cache
-from data.batches import tokenize
+from data.batches import Chat, tokenize
 from data.token_cache import cached_tokens
 from training.model import load_tokenizer
 
@@ -89,3 +89,11 @@ def test_a_home_that_cannot_be_written_is_no_error(
 def test_no_text_is_refused_as_without_a_cache(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="holds no text"):
         cached_tokens([], tokenizer)
+
+
+def test_what_of_a_chat_is_learnt_makes_another_entry(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = TEXTS[1]
+    for chat in (text, Chat(text, [(4, 8)]), Chat(text, [(4, 9)])):
+        for _ in range(2):
+            assert same(cached_tokens([chat], tokenizer), tokenize([chat], tokenizer))
+    assert (cached_tokens([Chat(text, [(4, 8)])], tokenizer)[0] < 0).any()

@@ -144,3 +144,5 @@ def test_the_benchmark_runs_every_division_and_the_controller(
         assert workload["answers_equal"]
         assert set(workload["median_seconds"]) == {*map(str, SHARES), "controller"}
     assert "controller" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
+        bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--workloads", "changing,mixd"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from training import tracking as tracking_module
 from training.loop import TrainArguments, train
 from training.tracking import Tracker
 
@@ -113,3 +114,45 @@ def test_the_loss_that_is_logged_is_cross_entropy_whatever_the_objective(
         train(args)
         found.append(lines(Path(args.output_dir))[0]["train/loss"])
     assert found[0] == found[1] == found[2]
+
+
+class FailingRun:
+    """A W&B run that stops working after so many calls."""
+
+    id = "abc"
+
+    def __init__(self, works: int) -> None:
+        self.works = works
+
+    def log(self, *_: Any, **__: Any) -> None:
+        self.works -= 1
+        if self.works < 0:
+            raise OSError("the service is gone")
+
+    finish = log
+
+
+@pytest.mark.parametrize("works", [0, 1, 2])
+def test_a_failing_copy_costs_the_copy_and_nothing_else(
+    works: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking_module, "_start_wandb", lambda *_, **__: FailingRun(works))
+    tracking = tracker(tmp_path, report_to="wandb")
+    log_steps(tracking, 1, 2)
+    assert [line["train/global_step"] for line in lines(tmp_path)] == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("W&B failed (OSError: the service is gone); training goes on") == 1
+    assert str(tmp_path / "metrics.jsonl") in said
+    assert tracking.wandb_id == "abc", "a later resume goes on with the same run"
+
+
+def test_a_copy_that_cannot_even_start_costs_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise PermissionError("not writable")
+
+    monkeypatch.setattr(tracking_module, "_start_wandb", fails)
+    log_steps(tracker(tmp_path, report_to="wandb", wandb_id="before"), 1)
+    assert len(lines(tmp_path)) == 1
+    assert "W&B failed (PermissionError: not writable)" in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""A run's folder: what it may be used for, which code wrote it, small JSON files in it."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.load import UserError, load, write_whole
+
+# Keys that may differ between a run and its continuation: none of them changes a number.
+FREE_ON_RESUME = {
+    "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def check_output_dir(args: Any, out: Path, resume_from: Path | None) -> None:
+    """A folder that holds a run is only touched to go on with that same run.
+
+    Args:
+        args: the arguments dataclass of the run.
+
+    Raises:
+        UserError: it holds another run, or going on was not asked for.
+    """
+    if not (out / "config.yaml").exists():
+        return
+    if args.resume_from_checkpoint is None:
+        raise UserError(
+            f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to go on with it, or another output_dir"
+        )
+    before = asdict(load(type(args), out / "config.yaml"))
+    changed = [key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value]
+    if resume_from is not None and changed:
+        key = changed[0]  # the objective stands before the coefficients that it sets
+        raise UserError(
+            f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
+            f"run. Write {key}={before[key]}, or another output_dir"
+        )
+
+
+def code_commit() -> str | None:
+    """The commit of this checkout, with +dirty if files differ from it; None outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode != 0:
+        return None
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False).stdout
+    return head.stdout.strip() + ("+dirty" if dirty.strip() else "")
+
+
+def update_json(path: Path, values: Mapping[str, Any]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_whole(path, json.dumps({**known, **values}, indent=2) + "\n")

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from configs.command import run as run_command
 from configs.load import load
 from data.batches import Batch
 from training.loop import Run, TrainArguments, build, train_step
@@ -180,4 +181,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main(Order(**json.loads(sys.argv[1])))
+    sys.exit(run_command(lambda _: main(Order(**json.loads(sys.argv[1])))))

@@ -20,7 +20,7 @@ from tests.conftest import byte_tokenizer
 from training import proof, router_delta
 from training.loop import TrainArguments, build, finish, save_checkpoint, train_step
 from training.model import load_pretrained
-from training.routers import find_routers, router_kind, router_parameters
+from training.routers import RouterObserver, find_routers, router_kind, router_parameters
 
 FAMILIES = (
     "OlmoeConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "MixtralConfig", "DeepseekV2Config", "DeepseekV2Config:groups",
@@ -105,6 +105,19 @@ def test_how_routers_score_and_choose_is_found_out(family: str, family_dir: Any)
     assert kind.scoring == ("sigmoid" if family in SIGMOID else "softmax")
     assert kind.takes_largest == (family not in NOT_THE_LARGEST)
     assert kind.trained == (("weight", "bias") if family == "GptOssConfig" else ("weight",))
+
+
+def test_the_probabilities_that_losses_see_are_those_the_router_weighs_with(family: str, family_dir: Any) -> None:
+    if family == "PhimoeConfig":
+        pytest.skip("SparseMixer weighs each of its two experts among the closest calls alone")
+    model = load_pretrained(str(family_dir(family)))
+    observer = RouterObserver(model)
+    with torch.no_grad(), observer.recording(2, 11) as routings:
+        logits_of(model)
+    for routing in routings:
+        chosen = routing.logits_BSE.softmax(-1).gather(-1, routing.ids_BSK)
+        shares, weighed = (part / part.sum(-1, keepdim=True) for part in (chosen, routing.weights_BSK))
+        torch.testing.assert_close(shares, weighed, rtol=1e-4, atol=1e-5)
 
 
 def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir: Any, tmp_path: Path) -> None:

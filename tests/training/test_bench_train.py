@@ -81,7 +81,9 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
 def test_a_side_that_fails_says_why(train_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("objective: ce_only\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"side remoe ended with exit code 1: .*does not exist"):
+    with pytest.raises(
+        UserError, match=r"side remoe ended with exit code 2: \./nowhere does not exist; give the folder"
+    ):
         main(
             [
                 str(config),

@@ -366,3 +366,16 @@ def test_the_reuse_loss_of_a_sequence_that_always_chooses_the_same_is_near_its_m
 def test_sequence_index_numbers_runs_and_restarts_with_every_row() -> None:
     documents = torch.tensor([[3, 3, 5], [5, 5, PADDING]])
     assert losses.sequence_index(documents).tolist() == [[0, 0, 1], [2, 2, 3]]
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_the_gradient_of_the_symmetric_kl_goes_to_both_positions_as_autograd_says(lag: int) -> None:
+    documents = torch.tensor([[0] * 5 + [1] * 4, [2] * 7 + [-1] * 2])
+    logits = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    probs, log_probs = logits.softmax(-1), logits.log_softmax(-1)
+    change, log_change = probs[:, lag:] - probs[:, :-lag], log_probs[:, lag:] - log_probs[:, :-lag]
+    plain = 0.5 * (change * log_change).sum(-1)[losses.same_document(documents, lag)[:, lag:]].sum()
+    found = losses.symmetric_kl_sum(probs, log_probs, documents, lag)
+    torch.testing.assert_close(found, plain)
+    ours, theirs = (torch.autograd.grad(3 * loss, logits, retain_graph=True)[0] for loss in (found, plain))
+    torch.testing.assert_close(ours, theirs)

@@ -29,6 +29,9 @@ class DataArguments:
     train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
     domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
     max_length: int = 512  # tokens in a packed row
+    skip_bad_rows: bool = (
+        False  # leave out rows that hold neither text nor a chat, and say how many; otherwise refuse them
+    )
     assistant_only_loss: bool = False  # of chats, predict only what the assistant says; the rest is read, not learnt
 
     def __post_init__(self) -> None:
@@ -119,9 +122,10 @@ class PackedRows:
 
     def __init__(self, documents: Sequence[np.ndarray], *, max_length: int, seed: int) -> None:
         self.documents = documents
+        self._lengths = np.array([len(document) for document in documents], dtype=np.int64)
         self.max_length = max_length
         self.seed = seed
-        self.tokens_per_epoch = sum(len(document) for document in documents)
+        self.tokens_per_epoch = int(self._lengths.sum())
         self.rows_per_epoch = self.tokens_per_epoch // max_length
         if self.rows_per_epoch == 0:
             raise UserError(
@@ -162,6 +166,6 @@ class PackedRows:
         if epoch != self._epoch:
             draw = np.random.default_rng([self.seed, epoch])
             self._order = draw.permutation(len(self.documents))
-            self._ends = np.cumsum([len(self.documents[int(index)]) for index in self._order])
+            self._ends = np.cumsum(self._lengths[self._order])
             self._rows = draw.permutation(self.rows_per_epoch)
             self._epoch = epoch

@@ -1,9 +1,10 @@
-"""Where text comes from: the shipped corpus, a local JSONL or text file, or a Hugging Face data set."""
+"""Where text comes from: the shipped corpus, a local JSONL or text file, or a Hugging Face data set; row by row."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -33,35 +34,85 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def training_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The documents that `args` names, as plain text; chats go through the tokenizer's chat template."""
+class Row(NamedTuple):
+    """One row of a data set as it is stored: plain text, or an object in JSON."""
+
+    where: str  # for messages: file and line, or data set and row
+    content: str
+    is_json: bool = False
+
+
+def training_rows(args: DataArguments) -> Iterator[Row]:
+    """The rows that `args` names, one at a time.
+
+    Raises:
+        UserError: the file or data set cannot be read.
+    """
     if args.train_file is not None:
         path = Path(args.train_file)
         if path.suffix == ".jsonl":
-            yield from _jsonl(path, args, tokenizer)
+            for number, line in enumerate(_lines(path), start=1):
+                if line.strip():
+                    yield Row(f"{path}, line {number}", line, is_json=True)
         elif path.suffix == ".txt":
-            yield from (text for text in read_text(path).split("\n\n") if text.strip())
+            yield from (Row(f"{path}, paragraph {n}", text) for n, text in enumerate(_paragraphs(path), start=1))
         else:
             raise UserError(f"train_file {path} must end in .jsonl or .txt")
     elif args.dataset_name == "embedded":
-        yield from (document.text for document in read_corpus(args.dataset_split, args.domains))
+        yield from (Row(document.id, document.text) for document in read_corpus(args.dataset_split, args.domains))
     else:
-        yield from _hugging_face(args, tokenizer)
+        yield from _hugging_face(args)
 
 
-def _jsonl(path: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    # not splitlines(): JSON strings may hold U+2028 and other characters that Python takes for line ends
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        yield _text_of(row, args, tokenizer, where=f"{path}, line {number}")
+def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row as a document; chats go through the tokenizer's chat template.
+
+    Raises:
+        UserError: it is none; the message begins with where it is.
+    """
+    if not row.is_json:
+        return row.content
+    try:
+        return _text_of(json.loads(row.content), args, tokenizer)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{row.where}: not JSON ({error.msg})") from error
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
 
 
-def _hugging_face(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str]:
+    """As in `read_text`, one line at a time; only newline ends one, as JSON strings may hold U+2028 and the like."""
+    if not path.is_file():
+        raise UserError(f"text file {path} does not exist")
+    is_empty, position = True, 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8 text (byte {position + error.start}: {error.reason}); save it as UTF-8"
+                ) from error
+            position += len(line)
+            is_empty = is_empty and not text.strip()
+            yield text
+    if is_empty:
+        raise UserError(f"{path} is empty; write some text into it")
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    """What stands between empty lines."""
+    part: list[str] = []
+    for line in itertools.chain(_lines(path), ["\n"]):
+        if line == "\n":
+            if text := "".join(part).strip("\n"):
+                yield text
+            part = []
+        else:
+            part.append(line)
+
+
+def _hugging_face(args: DataArguments) -> Iterator[Row]:
     import datasets
 
     try:
@@ -69,27 +120,26 @@ def _hugging_face(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> It
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         raise UserError(f"data set {args.dataset_name} ({args.dataset_split}) cannot be loaded: {error}") from error
     for number, row in enumerate(rows):
-        yield _text_of(row, args, tokenizer, where=f"{args.dataset_name}, row {number}")
+        yield Row(f"{args.dataset_name}, row {number}", json.dumps(row, default=str), is_json=True)
 
 
-def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, where: str) -> str:
+def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"]
     if isinstance(row, dict) and row.get("messages"):
         messages = row["messages"]
     elif isinstance(row, dict) and row.get("conversations"):
-        messages = [_from_sharegpt(turn, where=where) for turn in row["conversations"]]
+        messages = [_from_sharegpt(turn) for turn in row["conversations"]]
     else:
-        raise UserError(f"{where}: needs a field text, messages (role, content) or conversations (from, value)")
+        raise UserError("needs a field text, messages (role, content) or conversations (from, value)")
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         return Chat(text, _said_by_assistant(messages, text, tokenizer)) if args.assistant_only_loss else text
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (ValueError, TypeError, TemplateError) as error:
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, TemplateError) as error:
         raise UserError(
-            f"{where}: the chat cannot be written as text ({error}); give a tokenizer with a chat_template, or a field "
-            "text"
+            f"the chat cannot be written as text ({error}); give a tokenizer with a chat_template, or a field text"
         ) from error
 
 
@@ -115,9 +165,9 @@ def _said_by_assistant(
         yield len(before), len(after)
 
 
-def _from_sharegpt(turn: Any, *, where: str) -> dict[str, str]:
+def _from_sharegpt(turn: Any) -> dict[str, str]:
     try:
         return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
     except (KeyError, TypeError) as error:
         roles = ", ".join(SHAREGPT_ROLES)
-        raise UserError(f"{where}: a turn of conversations needs from (one of {roles}) and value") from error
+        raise UserError(f"a turn of conversations needs from (one of {roles}) and value") from error

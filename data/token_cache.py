@@ -1,62 +1,161 @@
-"""Tokens of documents, kept between runs: the arms of a pipeline, and its processes, tokenize the same text once.
+"""Tokens of a data set, made once, kept on disk and mapped into memory: no process holds the text or all of its tokens.
 
-A file in `$XDG_CACHE_HOME/remoe/tokens` (`~/.cache` if unset), named by a hash of the texts and of the tokenizer, so that
+A folder in `$XDG_CACHE_HOME/remoe/tokens` (`~/.cache` if unset), named by a hash of the rows and of the tokenizer, so that
 it can neither be stale nor belong to something else. It may be deleted at any time.
 """
 
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from data.batches import Chat, tokenize
+from configs.load import UserError
+from data.batches import DataArguments, tokenize
+from data.sources import Row, text_of, training_rows
+
+IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
+CHUNK = 1000  # rows that are tokenized at a time
+NAMED = 10  # rows left out that are told one by one
 
 
-def cached_tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
-    """What `tokenize` gives, from the cache if it is there.
+class Documents(Sequence[np.ndarray]):
+    """Token ids of every document, as `tokenize` makes them, in a file that is mapped into memory.
+
+    `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        self.left_out: int = about["left_out"]
+        self.first_left_out: list[str] = about["first_left_out"]
+        lengths = np.load(folder / LENGTHS)
+        if (folder / IDS).stat().st_size != 4 * int(lengths.sum()):
+            raise ValueError(f"{folder / IDS} is not {4 * int(lengths.sum())} bytes long")
+        self._ends = np.cumsum(lengths)
+        self._ids = np.memmap(folder / IDS, dtype=np.int32, mode="r") if len(lengths) else np.empty(0, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        return self._ids[self._ends[number - 1] if number else 0 : self._ends[number]]
+
+
+def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> Documents:
+    """The documents that `args` names, from the cache if they are there.
 
     Raises:
-        UserError: see `tokenize`.
+        UserError: rows that are no documents (unless `skip_bad_rows`), no text at all, or no room on the disk.
     """
-    everything = list(texts)
-    path = _folder() / f"{_fingerprint(everything, tokenizer)}.safetensors"
+    folder = _cache() / _fingerprint(args, tokenizer)
     try:
-        stored = load_file(path)
-        return np.split(stored["ids"], np.cumsum(stored["lengths"])[:-1])
-    except (OSError, SafetensorError, KeyError):
-        documents = tokenize(everything, tokenizer)
-        _write(path, documents)
-        return documents
+        documents = Documents(folder)
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(folder, ignore_errors=True)
+        documents = _make(folder, args, tokenizer, progress=progress)
+    if documents.left_out and not args.skip_bad_rows:
+        raise UserError(f"{left_out_text(documents)}\nRepair them, or write skip_bad_rows=true to leave them out")
+    if not len(documents):
+        raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
+    return documents
 
 
-def _write(path: Path, documents: Sequence[np.ndarray]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def left_out_text(documents: Documents) -> str:
+    """How many rows are no documents, and which."""
+    more = documents.left_out - len(documents.first_left_out)
+    lines = [*documents.first_left_out, *[f"and {more} more"] * bool(more)]
+    total = documents.left_out + len(documents)
+    return f"{documents.left_out} of {total} rows cannot be used:\n  " + "\n  ".join(lines)
+
+
+def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> Documents:
+    """Tokenize into a folder aside, which then takes its place; where none can be written, a temporary one does."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        save_file({"ids": np.concatenate(documents), "lengths": lengths}, aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError):
-        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            aside.unlink()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="remoe-tokens-") as name:
+            _write(Path(name), args, tokenizer, progress=progress)
+            return Documents(Path(name))
+    try:
+        _write(aside, args, tokenizer, progress=progress)
+        documents = Documents(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    try:
+        os.replace(aside, folder)
+    except OSError:  # another process was faster; what is mapped stays when its name is gone
+        shutil.rmtree(aside, ignore_errors=True)
+    return documents
 
 
-def _fingerprint(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    about = backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {tokenizer.get_vocab()}"
-    digest = hashlib.sha256(f"{about} {tokenizer.eos_token_id}".encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-        if isinstance(text, Chat):
-            digest.update(repr(text.learned).encode())
+def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> None:
+    lengths: list[int] = []
+    left_out: list[str] = []
+    count = 0
+    rows = iter(tqdm(training_rows(args), desc="tokenizing", unit="row", disable=not progress))
+    try:
+        with (folder / IDS).open("wb") as ids:
+            while part := list(itertools.islice(rows, CHUNK)):
+                texts, bad = _texts(part, args, tokenizer)
+                count += len(bad)
+                left_out += bad[: NAMED - len(left_out)]
+                for document in tokenize(texts, tokenizer) if texts else []:
+                    lengths.append(len(document))
+                    ids.write(document.tobytes())
+        np.save(folder / LENGTHS, np.array(lengths, dtype=np.int64))
+        about = {"left_out": count, "first_left_out": left_out}
+        (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"tokens of the data cannot be written to {folder.parent} ({error}); free some space, or set XDG_CACHE_HOME to "
+            "a folder on another disk"
+        ) from error
+
+
+def _texts(rows: Sequence[Row], args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """The documents of these rows, and what is wrong with those that are none."""
+    texts, bad = [], []
+    for row in rows:
+        try:
+            texts.append(text_of(row, args, tokenizer))
+        except UserError as error:
+            bad.append(str(error))
+    return [text for text in texts if text], bad
+
+
+def _fingerprint(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256()
+    for part in _what_decides(args, tokenizer):
+        digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
 
 
-def _folder() -> Path:
+def _what_decides(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    yield backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {tokenizer.get_vocab()}"
+    yield f"{tokenizer.eos_token_id} {tokenizer.chat_template} {args.assistant_only_loss}"
+    yield str(args.train_file or args.dataset_name)  # rows left out are told by it
+    for row in training_rows(args):
+        yield f"{row.is_json} {row.content}"
+
+
+def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "tokens"

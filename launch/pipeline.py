@@ -20,7 +20,7 @@ from evaluation.evaluate import (
     read_history,
     write_results,
 )
-from training.loop import TrainArguments
+from training.arguments import TrainArguments
 from training.train import launch_training
 
 EXAMPLE = """examples:

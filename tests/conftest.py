@@ -27,7 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from training.loop import TrainArguments
+from training.arguments import TrainArguments
 
 ROOT = Path(__file__).parent.parent
 END_OF_TEXT = "<|endoftext|>"

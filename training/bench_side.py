@@ -27,7 +27,9 @@ from transformers.trainer_callback import PrinterCallback
 from configs.command import run as run_command
 from configs.load import load
 from data.batches import Batch
-from training.loop import Run, TrainArguments, build, train_step
+from training.arguments import TrainArguments
+from training.loop import train_step
+from training.run import Run, build
 
 OURS = "remoe"
 RATE_SIZE, RATE_SECONDS = 1024, 0.5

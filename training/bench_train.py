@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from configs.command import run
 from configs.load import UserError, dump, load, write_whole
+from training.arguments import TrainArguments
 from training.bench_side import OURS, Measured, Order
-from training.loop import TrainArguments
 
 EXAMPLE = """example:
   remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 --check-tokens 0

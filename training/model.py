@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
 from training import frozen_experts
+from training.layerwise import LayerwiseCheckpoint
 from training.routers import find_routers, router_parameters
 
 
@@ -26,6 +27,9 @@ class ModelArguments:
     trainable: str = "routers"  # routers (fine-tuning) or all (pretraining)
     bf16: bool = False  # bfloat16 autocast; routers and optimizer state stay float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    torch_compile: bool = (
+        False  # compile decoder layers; routers and experts stay as they are. Minutes at first; not with ZeRO-3
+    )
 
     def __post_init__(self) -> None:
         if self.trainable not in ("routers", "all"):
@@ -79,11 +83,17 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
 
 
-def build_model(args: ModelArguments, *, seed: int) -> PreTrainedModel:
-    """The model to train: a loaded one, or a new one whose weights depend only on `seed`; frozen as `args` says."""
-    if args.model_name_or_path is not None:
-        # float32 masters unless autocast does the arithmetic in bfloat16, where frozen weights stay as stored
-        model = load_pretrained(args.model_name_or_path, dtype="auto" if args.bf16 else torch.float32)
+def weights_dtype(args: ModelArguments) -> str | torch.dtype:
+    """float32 masters unless autocast does the arithmetic in bfloat16, where frozen weights stay as stored."""
+    return "auto" if args.bf16 and args.model_name_or_path else torch.float32
+
+
+def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None) -> PreTrainedModel:
+    """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
+    if weights is not None:
+        model = weights.skeleton()
+    elif args.model_name_or_path is not None:
+        model = load_pretrained(args.model_name_or_path, dtype=weights_dtype(args))
     else:
         assert args.config_name is not None, "ModelArguments checks this"
         _check_exists(args.config_name)

@@ -18,13 +18,20 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def frozen_sha256(tensors: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> str:
-    """One SHA-256 over names and bytes of every saved tensor that is not in `trained` or tied to one that is."""
+def digests(tensors: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> SHA-256 of every tensor that is not in `trained` or tied to one that is."""
     trained_memory = {tensor.data_ptr() for tensor in trained.values()}
-    index = {
-        name: tensor_sha256(t) for name, t in tensors if name not in trained and t.data_ptr() not in trained_memory
-    }
-    return hashlib.sha256("\n".join(f"{name} {index[name]}" for name in sorted(index)).encode()).hexdigest()
+    return {name: tensor_sha256(t) for name, t in tensors if name not in trained and t.data_ptr() not in trained_memory}
+
+
+def frozen_sha256(tensors: Iterable[tuple[str, Tensor]], trained: Mapping[str, Tensor]) -> str:
+    """One SHA-256 over names and bytes of every tensor that `digests` gives."""
+    return combined(digests(tensors, trained))
+
+
+def combined(digest_of: Mapping[str, str]) -> str:
+    """One SHA-256 over names and digests."""
+    return hashlib.sha256("\n".join(f"{name} {digest_of[name]}" for name in sorted(digest_of)).encode()).hexdigest()
 
 
 def check_gradients(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,14 +1,16 @@
 """Frozen weights spread over processes; routers stay whole on every one.
 
 What trains is small (a router is experts x hidden numbers) and what does not is the model, so only the frozen weights are
-sharded: by torch's `fully_shard` (FSDP2) or by the parameter side of DeepSpeed's ZeRO-3, with or without offload. Both
-leave routers alone, whose gradients the loop adds up itself. So optimizer, checkpoints, resume and the router delta are
-those of one process, whatever the launcher. What was asked for is read from what `accelerate launch` put into the
-environment; a stage of ZeRO below 3 shards nothing but what trains, so weights are replicated and it says so.
+sharded, layer by layer as they are loaded: by torch's `fully_shard` (FSDP2) or by the parameter side of DeepSpeed's ZeRO-3,
+with or without offload. Both leave routers alone, whose gradients the loop adds up itself. So optimizer, checkpoints, resume
+and the router delta are those of one process, whatever the launcher. What was asked for is read from what
+`accelerate launch` put into the environment; a stage of ZeRO below 3 shards nothing but what trains, so weights are
+replicated and it says so.
 """
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from configs.load import UserError
+from training import proof
+from training.layerwise import LayerwiseCheckpoint, decoder_layers
 from training.routers import find_routers
 
 REPLICATED, FSDP2, ZERO3 = "replicated", "fsdp2", "zero3"
+NVME = "nvme"
+IN_HOST_MEMORY = {"offload_param": {"device": "cpu"}}
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
@@ -69,6 +76,14 @@ def wanted(accelerator: Accelerator) -> str:
     return ZERO3 if stage == 3 else REPLICATED
 
 
+def offload_device(accelerator: Accelerator) -> str | None:
+    """Where a DeepSpeed configuration wants parameters: `cpu`, `nvme`, or None for the device itself."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.state.distributed_type == "DEEPSPEED" else None
+    given = {} if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param") or {}
+    device = given.get("device")
+    return None if device in (None, "none") else str(device)
+
+
 def place(model: PreTrainedModel, device: Any, *, how: str) -> None:
     """Move to the device what will be whole there: everything, or routers and buffers, the rest as it is sharded."""
     if how == REPLICATED:
@@ -81,26 +96,24 @@ def place(model: PreTrainedModel, device: Any, *, how: str) -> None:
 
 
 def spread(
-    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, *, how: str
-) -> dict[str, Tensor]:
-    """Shard all of `model` but `trained`, in place, as `wanted` says.
+    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, *, how: str,
+    weights: LayerwiseCheckpoint,
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """Load the decoder layers of a skeleton, each of them sharded before the next one is read.
 
     Returns:
-        The trained tensors by name: the same ones, or those that have taken their place.
-
-    Raises:
-        UserError: sharding is asked for and everything trains.
+        The trained tensors by name (the same ones, or those that have taken their place), and the digests of all others.
     """
-    if how == REPLICATED:
-        return dict(trained)
-    if len(trained) == len(list(model.parameters())):
-        raise UserError(
-            f"{how} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
-        )
-    if how == FSDP2:
-        _fully_shard(model, trained, accelerator)
-        return dict(trained)
-    return _zero3(model, trained, accelerator)
+    layers = decoder_layers(model)
+    digest_of = proof.digests(((name, t) for name, t in model.state_dict().items() if not t.is_meta), trained)
+    sharder = _FullyShard(model, trained, accelerator) if how == FSDP2 else _Zero3(model, trained, accelerator)
+    for name, layer in tqdm(layers.items(), desc="loading", unit="layer", disable=not accelerator.is_main_process):
+        weights.fill(model, name)
+        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        digest_of |= proof.digests(((key, t) for key, t in tensors.items() if key not in digest_of), trained)
+        sharder.shard(layer)
+    sharder.shard_rest()
+    return sharder.trained, digest_of
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -117,48 +130,99 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _fully_shard(model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
-    """Layer by layer, so that one layer is whole at a time."""
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(trained.values())}
-    for layer in _layers(model):
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+class _FullyShard:
+    """torch's FSDP2, layer by layer, so that one layer is whole at a time."""
+
+    def __init__(self, model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self._model, self.trained = model, dict[str, Tensor](trained)
+        self._options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(trained.values())}
+
+    def shard(self, layer: nn.Module) -> None:
+        fully_shard(layer, **self._options)
+
+    def shard_rest(self) -> None:
+        fully_shard(self._model, **self._options)
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers: the children of the list in which the routers are."""
-    names = {name.split(".layers.")[0] + ".layers" for name in find_routers(model) if ".layers." in name}
-    assert len(names) == 1, f"routers in {names or 'no layers'}: nothing to shard by"
-    return list(model.get_submodule(names.pop()).children())
-
-
-def _zero3(model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator) -> dict[str, Tensor]:
+class _Zero3:
     """DeepSpeed without an optimizer partitions parameters and gathers them around each module, forward and backward.
 
-    It would partition routers too, so these become plain tensors of their modules.
+    It would partition routers too, so these become plain tensors of their modules. With offload to NVMe experts go to disk
+    and all else to the host's memory, so that DeepSpeed's buffers, each as large as the largest tensor, are few.
     """
-    import deepspeed
 
-    leaves: dict[str, Tensor] = {}
-    for name, parameter in trained.items():
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        leaves[name] = parameter.detach().clone().requires_grad_(True)
-        delattr(module, attribute)
-        setattr(module, attribute, leaves[name])
-    plugin: Any = accelerator.state.deepspeed_plugin
-    given = plugin.deepspeed_config
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {k: v for k, v in given["zero_optimization"].items() if v != "auto"},
-        **{key: given[key] for key in ("aio",) if key in given},
-    }
-    offload = config["zero_optimization"].get("offload_param") or {}
-    remote_device = {"none": None}.get(offload.get("device", "none"), offload.get("device"))
-    deepspeed.zero.Init(  # one parameter at a time: `initialize` would move the whole model to the device first
-        module=model, config_dict_or_path=config, remote_device=remote_device, dtype=model.dtype
-    )
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    object.__setattr__(model, "_zero3_engine", engine)  # lives as long as the model; no module of it
-    return leaves
+    def __init__(self, model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+        self._model = model
+        self.trained: dict[str, Tensor] = {}
+        for name, parameter in trained.items():
+            module_name, _, attribute = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            self.trained[name] = parameter.detach().clone().requires_grad_(True)
+            delattr(module, attribute)
+            setattr(module, attribute, self.trained[name])
+        given: Any = accelerator.state.deepspeed_plugin.deepspeed_config
+        self._zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
+        self._config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": self._zero,
+            **{key: given[key] for key in ("aio",) if key in given},
+        }
+        self._device = offload_device(accelerator)
+        self._swapper: Any = None
+        if self._device == NVME:
+            self._swap_to(self._zero["offload_param"], accelerator)
+
+    def shard(self, layer: nn.Module) -> None:
+        import deepspeed  # seconds, for those alone who use it
+
+        if self._device == NVME:
+            for experts in expert_modules(layer):
+                deepspeed.zero.Init(
+                    module=experts, config_dict_or_path=self._config, remote_device=NVME, dtype=self._model.dtype,
+                    param_swapper=self._swapper,
+                )  # fmt: skip
+        in_memory = {**self._config, "zero_optimization": {**self._zero, **IN_HOST_MEMORY}}
+        config, device = (in_memory, "cpu") if self._device == NVME else (self._config, self._device)
+        # what is partitioned already stays as it is
+        deepspeed.zero.Init(module=layer, config_dict_or_path=config, remote_device=device, dtype=self._model.dtype)
+
+    def shard_rest(self) -> None:
+        import deepspeed
+
+        self.shard(self._model)
+        engine, *_ = deepspeed.initialize(model=self._model, config=self._config)
+        object.__setattr__(self._model, "_zero3_engine", engine)  # lives as long as the model; no module of it
+
+    def _swap_to(self, offload: dict[str, Any], accelerator: Accelerator) -> None:
+        """Prepare a folder of this process's own, buffers that hold one layer's experts, and settings that keep no more."""
+        import deepspeed
+
+        if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError("offload to nvme needs libaio's headers: install Debian's libaio-dev (RPM: libaio-devel)")
+        parent = Path(offload["nvme_path"])
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(dir=parent, prefix=f"process{accelerator.process_index}-")
+        except OSError as error:
+            raise UserError(f"offload_param_nvme_path {parent} cannot be written: {error}") from error
+        object.__setattr__(self._model, "_zero3_folder", self._folder)  # removed with the model
+        experts = [list(module.parameters(recurse=False)) for module in expert_modules(self._model)]
+        largest = max(tensor.numel() for tensors in experts for tensor in tensors)
+        self._zero["offload_param"] = {
+            "buffer_size": -(-largest // accelerator.num_processes) + accelerator.num_processes,
+            "buffer_count": 1 + max(len(tensors) for tensors in experts),
+            **offload,
+            "nvme_path": self._folder.name,
+        }
+        # nothing is kept whole, or read ahead, that there is no buffer for
+        self._zero.update(
+            {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+        )
+        first = deepspeed.zero.Init(config_dict_or_path=self._config, remote_device=NVME, dtype=self._model.dtype)
+        self._swapper = first.param_swapper
+
+
+def expert_modules(module: nn.Module) -> list[nn.Module]:
+    """Those that hold the stacked weights of all experts of a layer, [experts, rows, columns]."""
+    return [m for m in module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]

@@ -16,7 +16,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from configs.command import run
 from configs.load import UserError, dump, keys_help, load
-from training.loop import TrainArguments, train
+from training.arguments import TrainArguments
+from training.loop import train
 
 EXAMPLE = """examples:
   remoe train configs/train/tiny.yaml objective=cache output_dir=runs/cache

@@ -8,7 +8,7 @@ import pytest
 
 from configs.load import UserError, dump, keys_help, load, write_whole
 from evaluation.evaluate import EvaluationArguments
-from training.loop import TrainArguments
+from training.arguments import TrainArguments
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from configs.load import dump, load
-from training.loop import TrainArguments
+from training.arguments import TrainArguments
 
 ROOT = Path(__file__).parents[2]
 TRAIN = sorted((ROOT / "configs" / "train").rglob("*.yaml"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.load import UserError
 from data.batches import IGNORE_LABEL, Chat, DataArguments, PackedRows, tokenize
 from data.corpus import read_corpus
-from data.sources import read_text, training_texts
+from data.sources import read_text, text_of, training_rows
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 
@@ -27,19 +27,23 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
 
 
 def texts(path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return list(training_texts(DataArguments(train_file=str(path)), tokenizer))
+    return texts_of(DataArguments(train_file=str(path)), tokenizer)
+
+
+def texts_of(args: DataArguments, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [text_of(row, args, tokenizer) for row in training_rows(args)]
 
 
 def test_the_shipped_corpus_is_read_by_split_and_domain(tokenizer: PreTrainedTokenizerFast) -> None:
     args = DataArguments(dataset_split="validation", domains=["code", "puzzles"])
     expected = [document.text for document in read_corpus("validation", ["code", "puzzles"])]
-    assert list(training_texts(args, tokenizer)) == expected
+    assert texts_of(args, tokenizer) == expected
 
 
 def test_paragraphs_of_a_text_file_are_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("one\nstill one\n\ntwo\n\n  \n\nthree\n", encoding="utf-8")
-    assert texts(path, tokenizer) == ["one\nstill one", "two", "three\n"]
+    path.write_text("one\nstill one\n\ntwo\n\n  \n\n\n\nthree\n", encoding="utf-8")
+    assert texts(path, tokenizer) == ["one\nstill one", "two", "  ", "three"]
 
 
 def test_a_jsonl_line_is_text_or_a_chat(tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
@@ -131,13 +135,13 @@ def test_a_local_hugging_face_data_set_is_read(
     (tmp_path / "set").mkdir()
     write_lines(tmp_path / "set" / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     args = DataArguments(dataset_name=str(tmp_path / "set"))
-    assert list(training_texts(args, tokenizer)) == ["a", "b"]
+    assert texts_of(args, tokenizer) == ["a", "b"]
 
 
 def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     args = DataArguments(dataset_name=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data set .*nowhere \(train\) cannot be loaded"):
-        list(training_texts(args, tokenizer))
+        texts_of(args, tokenizer)
 
 
 # learning what the assistant says alone
@@ -159,7 +163,7 @@ def test_of_a_chat_only_what_the_assistant_says_is_a_label(tmp_path: Path, token
     path = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}, {"text": "plain text is learnt as a whole"}])
     asking = with_template(tokenizer, ASKING)
     args = DataArguments(train_file=str(path), assistant_only_loss=True)
-    documents = tokenize(training_texts(args, asking), asking)
+    documents = tokenize(texts_of(args, asking), asking)
     rows = PackedRows(documents, max_length=len(documents[0]), seed=0)
     found = {}
     for row in range(rows.rows_per_epoch):
@@ -174,7 +178,7 @@ def test_of_a_chat_only_what_the_assistant_says_is_a_label(tmp_path: Path, token
 
 def test_without_that_the_whole_chat_is_learnt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path, asking = write_lines(tmp_path / "a.jsonl", [{"messages": CHAT}]), with_template(tokenizer, ASKING)
-    (document,) = tokenize(training_texts(DataArguments(train_file=str(path)), asking), asking)
+    (document,) = tokenize(texts_of(DataArguments(train_file=str(path)), asking), asking)
     assert (document >= 0).all()
 
 
@@ -200,7 +204,7 @@ def test_chats_in_which_the_assistant_cannot_be_found_are_refused(
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
     args = DataArguments(train_file=str(path), assistant_only_loss=True)
     with pytest.raises(UserError, match=words):
-        list(training_texts(args, with_template(tokenizer, template)))
+        texts_of(args, with_template(tokenizer, template))
 
 
 def test_a_tokenizer_that_does_not_tell_where_tokens_come_from_is_refused(

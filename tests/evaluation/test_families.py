@@ -18,9 +18,12 @@ from configs.load import UserError
 from evaluation.engine import load
 from tests.conftest import byte_tokenizer
 from training import proof, router_delta
-from training.loop import TrainArguments, build, finish, save_checkpoint, train_step
+from training.arguments import TrainArguments
+from training.layerwise import LayerwiseCheckpoint, decoder_layers
+from training.loop import train_step
 from training.model import load_pretrained
 from training.routers import RouterObserver, find_routers, router_kind, router_parameters
+from training.run import build, finish, save_checkpoint
 
 FAMILIES = (
     "OlmoeConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "MixtralConfig", "DeepseekV2Config", "DeepseekV2Config:groups",
@@ -155,6 +158,16 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
     with load(base, smallest, router_delta=delta) as (paged, engine):
         assert torch.equal(paged.generate(ids, **options), expected)
         assert engine.stats().misses > engine.demand.top_k, "something was evicted"
+
+
+def test_layers_loaded_one_by_one_are_the_model(family: str, family_dir: Any) -> None:
+    weights = LayerwiseCheckpoint(str(family_dir(family)), dtype=torch.float32)
+    model = weights.skeleton()
+    for layer in decoder_layers(model):
+        weights.fill(model, layer)
+    whole = load_pretrained(str(family_dir(family)), dtype=torch.float32).state_dict()
+    assert model.state_dict().keys() == whole.keys()
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, whole[name])] == []
 
 
 @pytest.mark.parametrize("coefficient", TERMS)

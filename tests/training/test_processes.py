@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,7 +73,10 @@ def test_two_processes_do_what_one_with_twice_the_accumulation_does(
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("launcher", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu_offload"])
+SHARDED = ["fsdp2", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_cpu_offload", "deepspeed_zero3_nvme"]
+
+
+@pytest.mark.parametrize("launcher", SHARDED)
 def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_gives(
     launcher: str, train_values: Values, tmp_path: Path
 ) -> None:
@@ -81,6 +85,9 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
         pytest.skip("DeepSpeed compiles its communication, and there is no C++ compiler")
     shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{launcher}.yaml").read_text(encoding="utf-8"))
     on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    if launcher == "deepspeed_zero3_nvme":
+        needs_libaio()
+        on_cpu["deepspeed_config"]["offload_param_nvme_path"] = str(tmp_path / "nvme")
     accelerate_config = tmp_path / "accelerate.yaml"
     accelerate_config.write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
     rows = {"per_device_train_batch_size": 2, "objective": "remoe", "resume_from_checkpoint": "auto"}
@@ -97,8 +104,14 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
     assert "resumed from" in shown
     assert_same_course(tmp_path / "one", tmp_path / "two", steps=4)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in routers(tmp_path / "two").items())
+    assert not list((tmp_path / "nvme").glob("*")), "nothing of the weights stays on the disk"
     proofs = [json.loads((tmp_path / run / "proof.json").read_text(encoding="utf-8")) for run in ("one", "two")]
     assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
+
+
+def needs_libaio() -> None:
+    if not Path("/usr/include/libaio.h").exists():
+        pytest.skip("offload to disk needs libaio's headers; on Debian: apt-get install libaio-dev")
 
 
 def assert_same_course(one: Path, two: Path, *, steps: int) -> None:
@@ -118,6 +131,40 @@ def test_accelerate_launch_starts_the_same_training(train_values: Values, tmp_pa
     shown = finish([*launch, "-m", "training.train", str(config), "max_steps=2"])
     assert shown.count("; 2 processes, 96 tokens a step") == 1  # the main process speaks, the other is silent
     assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_two_machines_do_what_two_processes_of_one_do(train_values: Values, tmp_path: Path) -> None:
+    """The shipped configuration, both machines this one; each is started by itself, as on a cluster."""
+    config = written({**train_values(), "objective": "remoe"}, tmp_path / "config")
+    shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / "multi_node.yaml").read_text(encoding="utf-8"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no", "main_process_port": port}
+    (tmp_path / "machines.yaml").write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "machines.yaml")]
+    train = ["-m", "training.train", str(config), f"output_dir={tmp_path / 'machines'}"]
+    with subprocess.Popen([*launch, "--machine_rank", "1", *train], cwd=ROOT) as second:
+        finish([*launch, "--machine_rank", "0", *train])
+    assert second.returncode == 0
+    finish(command(config, f"output_dir={tmp_path / 'processes'}", "--accelerate-config", str(TWO_PROCESSES)))
+    assert metrics(tmp_path / "machines") == metrics(tmp_path / "processes")
+    ours, theirs = routers(tmp_path / "machines"), routers(tmp_path / "processes")
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("arguments", [[], ["max_steps=2"]])
+def test_the_local_script_trains_on_what_there_is(arguments: list[str], train_values: Values, tmp_path: Path) -> None:
+    script = ["bash", str(ROOT / "launch" / "local.sh")]
+    environment = {**os.environ, "VENV": sys.prefix}
+    if not arguments:
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, "launch/local.sh CONFIG [key=value ...]" in done.stderr) == (2, True)
+        return
+    config = written(train_values(), tmp_path / "config")
+    for steps in (2, 4):  # the second time it goes on from the first
+        subprocess.run([*script, str(config), f"max_steps={steps}"], env=environment, check=True)
+        assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 1))
 
 
 def test_a_mistake_under_two_processes_ends_with_its_message(train_values: Values, tmp_path: Path) -> None:

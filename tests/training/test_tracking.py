@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from training import tracking as tracking_module
-from training.loop import TrainArguments, train
+from training.arguments import TrainArguments
+from training.loop import train
 from training.tracking import Tracker
 
 METRICS = {"train/loss": 2.5, "moe/reuse_rate_mean": 0.25}

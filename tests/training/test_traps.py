@@ -16,8 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from configs.load import UserError
 from data.batches import PADDING, Batch
 from tests.conftest import SMALL, byte_tokenizer
-from training.loop import Run, TrainArguments, build, save_checkpoint, train_step
+from training.arguments import TrainArguments
+from training.loop import train_step
 from training.objective import objective, total_counts
+from training.run import Run, build, save_checkpoint
 
 Arguments = Callable[..., TrainArguments]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.loop import TrainArguments, train
+from training.arguments import TrainArguments
+from training.loop import train
 
 BLOCK = 32768
 pytestmark = [

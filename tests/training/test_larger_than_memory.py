@@ -1,0 +1,84 @@
+"""A model three times the memory limit trains its routers through the NVMe configuration, with the resident run's losses."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig
+
+from evaluation.benchmark.memory_group import MemoryGroup, find_hierarchy
+from tests.conftest import SMALL, byte_tokenizer
+
+ROOT = Path(__file__).parents[2]
+LIMIT_BYTES = 1280 << 20
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def large_model(tmp_path: Path) -> Path:
+    """24 layers of 32 experts, more than three times the limit."""
+    config = Qwen2MoeConfig(
+        **{**SMALL, "hidden_size": 256, "num_hidden_layers": 24, "initializer_range": 0.05}, num_experts=32,
+        num_experts_per_tok=4, moe_intermediate_size=1728, shared_expert_intermediate_size=64, intermediate_size=64,
+        norm_topk_prob=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert sum(p.nbytes for p in model.parameters()) > 3 * LIMIT_BYTES
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_three_times_the_memory_limit_trains_as_in_memory(
+    large_model: Path, train_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    hierarchy = find_hierarchy()
+    if hierarchy is None:
+        pytest.skip("no memory controller in which this user may make groups")
+    if not Path("/usr/include/libaio.h").exists():
+        pytest.skip("offload to disk needs libaio's headers; on Debian: apt-get install libaio-dev")
+    values = {**train_values(model_name_or_path=str(large_model)), "objective": "remoe", "max_steps": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    shipped = yaml.safe_load((ROOT / "configs/accelerate/deepspeed_zero3_nvme.yaml").read_text(encoding="utf-8"))
+    on_cpu = {**shipped, "num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    on_cpu["deepspeed_config"]["offload_param_nvme_path"] = str(tmp_path / "nvme")
+    (tmp_path / "nvme.yaml").write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
+    train = [sys.executable, "-m", "training.train", str(tmp_path / "config.yaml")]
+    resident, offloaded = (f"output_dir={tmp_path / name}" for name in ("resident", "offloaded"))
+
+    subprocess.run([*train, resident], cwd=ROOT, check=True)
+    with MemoryGroup(hierarchy, LIMIT_BYTES) as group:
+        refused = subprocess.run(
+            group.command([*train, offloaded]), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert refused.returncode == 2
+        assert "write --accelerate-config configs/accelerate/deepspeed_zero3_nvme.yaml" in refused.stderr
+        arguments = [*train, offloaded, "--accelerate-config", str(tmp_path / "nvme.yaml")]
+        done = subprocess.run(group.command(arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not group.was_killed
+
+    assert "GiB on disk (activations come on top)" in done.stdout
+    for expected, found in zip(steps(tmp_path / "resident"), steps(tmp_path / "offloaded"), strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+    ours, theirs = (routers(tmp_path / run) for run in ("resident", "offloaded"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)
+    assert not list((tmp_path / "nvme").iterdir()), "the experts' copy is removed"
+
+
+def steps(run_dir: Path) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def routers(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "router_delta" / "router_delta.safetensors")

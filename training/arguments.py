@@ -1,0 +1,55 @@
+"""Everything that decides a training run, as keys of one YAML."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import SchedulerType
+
+from data.batches import DataArguments
+from training.model import ModelArguments
+from training.objective import ObjectiveArguments
+
+
+@dataclass
+class OptimizerArguments:
+    """AdamW and its schedule."""
+
+    max_steps: int = 2000  # optimizer steps
+    per_device_train_batch_size: int = 8  # rows of a micro-batch on each process
+    gradient_accumulation_steps: int = 1  # micro-batches of a step
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "cosine"  # any name transformers' get_scheduler takes
+    warmup_steps: int = 200
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+
+
+@dataclass
+class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, OptimizerArguments):
+    """`remoe train`: everything that decides a run."""
+
+    output_dir: str = field(default="???")  # the run's own folder; all that a run writes is in it
+    run_name: str | None = None  # the folder's name if left out
+    seed: int = 0  # data order and, for a new model, its weights
+    logging_steps: int = 10  # a line of metrics.jsonl every so many steps
+    save_steps: int = 200  # a checkpoint every so many steps
+    save_total_limit: int = 2  # newest checkpoints that are kept
+    resume_from_checkpoint: str | None = None  # auto, or a checkpoint folder
+    report_to: str = "none"  # none or wandb
+
+    def __post_init__(self) -> None:
+        for base in (ModelArguments, DataArguments, ObjectiveArguments):
+            base.__post_init__(self)
+        if self.report_to not in ("none", "wandb"):
+            raise ValueError(f"report_to={self.report_to!r}: write none or wandb")
+        if self.lr_scheduler_type not in {known.value for known in SchedulerType}:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: write one of {', '.join(SchedulerType)}")
+        for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                    "save_steps", "save_total_limit"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.distill_coef and self.trainable != "routers":
+            raise ValueError(f"distill_coef={self.distill_coef} needs a base that stays: write trainable=routers")
+        self.run_name = self.run_name or Path(self.output_dir).name

@@ -1,0 +1,240 @@
+"""A training run: how it is built, saved, taken up again and finished; what happens in between is loop.py."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from configs.load import UserError, dump
+from data.batches import PackedRows
+from data.token_cache import Documents, left_out_text, training_documents
+from training import checkpoint, proof, router_delta
+from training.arguments import TrainArguments
+from training.layerwise import LayerwiseCheckpoint, decoder_layers
+from training.model import (
+    build_model,
+    load_tokenizer,
+    local_folder,
+    plain_head,
+    trained_parameters,
+    weights_dtype,
+)
+from training.placement import check_room
+from training.routers import RouterObserver
+from training.run_folder import check_output_dir, code_commit, update_json
+from training.sharding import REPLICATED, ZERO3, make_accelerator, place, spread, wanted, whole_tensors
+from training.token_loss import Head
+
+
+@dataclass
+class Run:
+    """What the loop works on; everything that has state."""
+
+    args: TrainArguments
+    accelerator: Accelerator
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    documents: Documents
+    rows: PackedRows
+    observer: RouterObserver
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    trained: dict[str, Tensor]
+    head: Head | None  # makes logits of hidden states, some at a time; None: the model makes all of them
+    frozen_sha256: str
+    step: int = 0
+    num_tokens: int = 0
+    wandb_id: str | None = None
+
+    @property
+    def rows_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def build(args: TrainArguments) -> Run:
+    """Load model and data, freeze, and take up a checkpoint if there is one."""
+    accelerator = make_accelerator(bf16=args.bf16)
+    out = Path(args.output_dir)
+    resume_from = checkpoint.find(out, args.resume_from_checkpoint)
+    check_output_dir(args, out, resume_from)
+    held = wanted(accelerator)
+    check_room(args, accelerator, how=held)
+    torch.manual_seed(args.seed)
+    weights = None if held == REPLICATED else _layerwise(args, how=held)
+    model = build_model(args, seed=args.seed, weights=weights)
+    tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
+    documents = _read(args, tokenizer, accelerator)
+    place(model, accelerator.device, how=held)
+    observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
+    if args.miss_coef and not observer.kind.takes_largest:
+        raise UserError(
+            f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
+            "not by the largest logits, which soft misses are made of; write objective=cache"
+        )
+    parameters, n_all = trained_parameters(model), model.num_parameters()
+    head: Head | None = None
+    if weights is None:
+        trained, digest_of = dict[str, Tensor](parameters), proof.digests(model.state_dict().items(), parameters)
+        with accelerator.autocast():
+            head = plain_head(model)
+    else:
+        trained, digest_of = spread(model, parameters, accelerator, how=held, weights=weights)
+    if args.torch_compile:
+        _compile(model, how=held)
+    optimizer = torch.optim.AdamW(
+        trained.values(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+    scheduler = get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+    )
+    run = Run(
+        args=args, accelerator=accelerator, model=model, tokenizer=tokenizer, documents=documents,
+        rows=PackedRows(documents, max_length=args.max_length, seed=args.seed), observer=observer, optimizer=optimizer,
+        scheduler=scheduler, trained=trained, head=head, frozen_sha256=proof.combined(digest_of),
+    )  # fmt: skip
+    if resume_from is not None:
+        _resume(run, resume_from)
+    if accelerator.is_main_process:
+        _announce(run, f"{n_all:,} parameters", held=held)
+    return run
+
+
+def _layerwise(args: TrainArguments, *, how: str) -> LayerwiseCheckpoint:
+    if args.trainable == "all":
+        raise UserError(
+            f"{how} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
+        )
+    return LayerwiseCheckpoint(local_folder(str(args.model_name_or_path)), dtype=weights_dtype(args))
+
+
+def _compile(model: PreTrainedModel, *, how: str) -> None:
+    if how == ZERO3:
+        raise UserError(
+            "torch_compile=true cannot see when ZeRO-3 gathers weights; write torch_compile=false, or use fsdp2"
+        )
+    for layer in decoder_layers(model).values():
+        layer.compile()
+
+
+def _announce(run: Run, size: str, *, held: str) -> None:
+    """Say what trains, and write it into the run's folder."""
+    out = Path(run.args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    dump(run.args, out / "config.yaml")
+    about = {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(run.trained)}
+    update_json(out / "proof.json", {**about, "rows_left_out": run.documents.left_out})
+    n_trained = sum(tensor.numel() for tensor in run.trained.values())
+    print(
+        f"{run.args.run_name}: {len(run.trained)} tensors train ({n_trained:,} of {size}), e.g. {next(iter(run.trained))}; "
+        f"routers: {run.observer.kind}; frozen tensors {run.frozen_sha256[:16]}; objective {run.args.objective}; "
+        f"weights {held}; {rows_summary(run)}"
+    )
+
+
+def _read(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Documents:
+    """Tokens of the data; one process of every machine makes them, the others find them made."""
+    with accelerator.local_main_process_first():
+        documents = training_documents(args, tokenizer, progress=accelerator.is_local_main_process)
+    if documents.left_out:
+        accelerator.print(left_out_text(documents))
+    return documents
+
+
+def rows_summary(run: Run) -> str:
+    tokens = run.rows_per_step * run.args.max_length
+    n = run.accelerator.num_processes
+    return f"{n} process{'es' * (n > 1)}, {tokens:,} tokens a step, {run.rows.tokens_per_epoch:,} tokens in the data"
+
+
+def save_checkpoint(run: Run) -> None:
+    """A checkpoint of the present step, written by the main process while the others wait."""
+    state = {
+        "scheduler": run.scheduler.state_dict(),
+        "num_tokens": run.num_tokens,
+        "rows_per_step": run.rows_per_step,
+        "frozen_sha256": run.frozen_sha256,
+        "wandb_id": run.wandb_id,
+    }
+    if run.accelerator.is_main_process:
+        checkpoint.save(
+            Path(run.args.output_dir), run.step, trained=run.trained, optimizer=run.optimizer, state=state,
+            keep=run.args.save_total_limit,
+        )  # fmt: skip
+    run.accelerator.wait_for_everyone()
+
+
+def finish(run: Run) -> Path:
+    """Check that nothing frozen has changed and write the result."""
+    run.observer.close()
+    out = Path(run.args.output_dir)
+    after = proof.frozen_sha256(whole_tensors(run.model), run.trained)
+    if after != run.frozen_sha256:
+        raise UserError(
+            f"frozen tensors changed during training ({run.frozen_sha256[:16]} -> {after[:16]}): no delta is written"
+        )
+    result = out / ("router_delta" if run.args.trainable == "routers" else "model")
+    if run.accelerator.is_main_process:
+        update_json(out / "proof.json", {"frozen_sha256_after": after})
+        if run.args.trainable == "routers":
+            _save_delta(run, result)
+        else:
+            _save_model(run, result)
+        print(
+            f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}"
+        )
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+    return result
+
+
+def _save_model(run: Run, folder: Path) -> None:
+    try:
+        model: Any = run.model
+        model.to(torch.bfloat16).save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"model {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are whole; "
+            "free some space and start again with resume_from_checkpoint=auto"
+        ) from error
+
+
+def _save_delta(run: Run, folder: Path) -> None:
+    base = str(run.args.model_name_or_path)
+    lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    router_delta.save(
+        folder, run.trained, base_model=base,
+        base_sha256=router_delta.checkpoint_sha256(local_folder(base), run.trained.keys()),
+        about={
+            "objective": run.args.objective,
+            "config": asdict(run.args),
+            "code_commit": code_commit(),
+            "metrics": json.loads(lines[-1]),
+        },
+    )  # fmt: skip
+
+
+def _resume(run: Run, path: Path) -> None:
+    state = checkpoint.load_state(path)
+    for key, now in (("rows_per_step", run.rows_per_step), ("frozen_sha256", run.frozen_sha256)):
+        if state.get(key) != now:
+            raise UserError(
+                f"{path} was written with {key}={state.get(key)}, this run has {now}: the result would not be that of one run. "
+                "Restore what changed, or write another output_dir"
+            )
+    checkpoint.load(path, trained=run.trained, optimizer=run.optimizer)
+    run.scheduler.load_state_dict(state["scheduler"])
+    for group, learning_rate in zip(run.optimizer.param_groups, run.scheduler.get_last_lr(), strict=True):
+        group["lr"] = learning_rate  # a scheduler's load_state_dict leaves the optimizer's rate as it was
+    run.step, run.num_tokens, run.wandb_id = state["global_step"], state["num_tokens"], state["wandb_id"]
+    run.accelerator.print(f"{run.args.run_name}: resumed from {path}")

@@ -5,6 +5,8 @@ meta device. `fill` then loads one layer, so that it can be sharded before the n
 stacked experts are made by transformers' own conversion, which is handed the keys of one layer at a time.
 """
 
+import ctypes
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers.utils import logging
 from configs.load import UserError
 from training.routers import find_routers
 
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 4 << 20  # malloc.h
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 
 
@@ -69,6 +72,7 @@ class LayerwiseCheckpoint:
     """The safetensors of a folder, and which module of the model each of them belongs to."""
 
     def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
+        _give_freed_memory_back()
         self._folder = folder
         self._slices = _lazy_slices(Path(folder))
         empty = empty_model(folder, dtype=dtype)
@@ -119,6 +123,9 @@ class LayerwiseCheckpoint:
         ]
         progress_bar_was_on = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = (
+            "1"  # or all parts of the layer are in memory before the first is converted
+        )
         try:
             convert_and_load_state_dict_in_model(
                 model,
@@ -142,6 +149,13 @@ class LayerwiseCheckpoint:
 
     def _is_filled_later(self, name: str) -> bool:
         return _inside(name, self._layers) and not _inside(name, self._routers)
+
+
+def _give_freed_memory_back() -> None:
+    """glibc would keep what every layer's tensors leave behind, layer after layer; large ones are mapped instead."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

@@ -33,7 +33,8 @@ from training.routers import find_routers
 
 REPLICATED, FSDP2, ZERO3 = "replicated", "fsdp2", "zero3"
 NVME = "nvme"
-IN_HOST_MEMORY = {"offload_param": {"device": "cpu"}}
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What DeepSpeed's configuration calls them; float32 is neither."""
 
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
@@ -162,65 +163,77 @@ class _Zero3:
             delattr(module, attribute)
             setattr(module, attribute, self.trained[name])
         given: Any = accelerator.state.deepspeed_plugin.deepspeed_config
-        self._zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
-        self._config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": self._zero,
-            **{key: given[key] for key in ("aio",) if key in given},
-        }
+        zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
+        config = {"train_micro_batch_size_per_gpu": 1, **{key: given[key] for key in ("aio",) if key in given}}
         self._device = offload_device(accelerator)
-        self._swapper: Any = None
+        self._in_memory = {**config, "zero_optimization": zero}
         if self._device == NVME:
-            self._swap_to(self._zero["offload_param"], accelerator)
+            self._in_memory = {**config, "zero_optimization": {**zero, "offload_param": {"device": "cpu"}}}
+            self._on_disk = {
+                **config,
+                "zero_optimization": {**zero, **self._swapping(zero["offload_param"], accelerator)},
+            }
+            self._start_swapping()
 
     def shard(self, layer: nn.Module) -> None:
         import deepspeed  # seconds, for those alone who use it
 
         if self._device == NVME:
             for experts in expert_modules(layer):
-                deepspeed.zero.Init(
-                    module=experts, config_dict_or_path=self._config, remote_device=NVME, dtype=self._model.dtype,
-                    param_swapper=self._swapper,
-                )  # fmt: skip
-        in_memory = {**self._config, "zero_optimization": {**self._zero, **IN_HOST_MEMORY}}
-        config, device = (in_memory, "cpu") if self._device == NVME else (self._config, self._device)
+                deepspeed.zero.Init(module=experts, config_dict_or_path=self._on_disk, param_swapper=self._swapper)
         # what is partitioned already stays as it is
-        deepspeed.zero.Init(module=layer, config_dict_or_path=config, remote_device=device, dtype=self._model.dtype)
+        deepspeed.zero.Init(module=layer, config_dict_or_path=self._in_memory)
 
     def shard_rest(self) -> None:
         import deepspeed
 
         self.shard(self._model)
-        engine, *_ = deepspeed.initialize(model=self._model, config=self._config)
+        config = self._on_disk if self._device == NVME else self._in_memory
+        without = {
+            key: value for key, value in config.items() if key not in PRECISIONS.values()
+        }  # nothing is converted
+        engine, *_ = deepspeed.initialize(model=self._model, config=without)
         object.__setattr__(self._model, "_zero3_engine", engine)  # lives as long as the model; no module of it
 
-    def _swap_to(self, offload: dict[str, Any], accelerator: Accelerator) -> None:
-        """Prepare a folder of this process's own, buffers that hold one layer's experts, and settings that keep no more."""
-        import deepspeed
+    def _swapping(self, offload: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+        """A folder of this process's own, buffers that hold one layer's experts, and nothing kept whole beyond them.
 
-        if not deepspeed.ops.op_builder.AsyncIOBuilder().is_compatible(verbose=False):
+        Raises:
+            UserError: there is no such folder, or nothing to write to it with.
+        """
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
             raise UserError("offload to nvme needs libaio's headers: install Debian's libaio-dev (RPM: libaio-devel)")
-        parent = Path(offload["nvme_path"])
+        parent = offload.get("nvme_path")
+        if parent in (None, "none"):
+            raise UserError(
+                "no nvme_path to offload to: accelerate does not pass on offload_param_nvme_path of its YAML; write "
+                "deepspeed_config_file there, and nvme_path in that JSON, as in configs/accelerate/deepspeed_zero3_nvme.yaml"
+            )
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self._folder = tempfile.TemporaryDirectory(dir=parent, prefix=f"process{accelerator.process_index}-")
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=parent, prefix=f"process{accelerator.process_index}-")
         except OSError as error:
-            raise UserError(f"offload_param_nvme_path {parent} cannot be written: {error}") from error
-        object.__setattr__(self._model, "_zero3_folder", self._folder)  # removed with the model
+            raise UserError(f"nvme_path {parent} cannot be written: {error}") from error
+        object.__setattr__(self._model, "_zero3_folder", folder)  # removed with the model
         experts = [list(module.parameters(recurse=False)) for module in expert_modules(self._model)]
         largest = max(tensor.numel() for tensors in experts for tensor in tensors)
-        self._zero["offload_param"] = {
+        buffers = {
             "buffer_size": -(-largest // accelerator.num_processes) + accelerator.num_processes,
             "buffer_count": 1 + max(len(tensors) for tensors in experts),
-            **offload,
-            "nvme_path": self._folder.name,
         }
-        # nothing is kept whole, or read ahead, that there is no buffer for
-        self._zero.update(
-            {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-        )
-        first = deepspeed.zero.Init(config_dict_or_path=self._config, remote_device=NVME, dtype=self._model.dtype)
-        self._swapper = first.param_swapper
+        limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+        return {**dict.fromkeys(limits, 0), "offload_param": {**buffers, **offload, "nvme_path": folder.name}}
+
+    def _start_swapping(self) -> None:
+        """One swapper for all layers, in the precision of the experts, which it takes from the configuration alone."""
+        import deepspeed
+
+        dtype = next(expert_modules(self._model)[0].parameters()).dtype
+        if dtype in PRECISIONS:
+            self._on_disk[PRECISIONS[dtype]] = {"enabled": True}
+        self._swapper = deepspeed.zero.Init(config_dict_or_path=self._on_disk).param_swapper
 
 
 def expert_modules(module: nn.Module) -> list[nn.Module]:

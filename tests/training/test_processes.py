@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import byte_tokenizer, small_config
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = ROOT / "configs" / "accelerate" / "cpu_2_processes.yaml"
@@ -87,7 +91,8 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
     on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     if launcher == "deepspeed_zero3_nvme":
         needs_libaio()
-        on_cpu["deepspeed_config"]["offload_param_nvme_path"] = str(tmp_path / "nvme")
+        on_cpu = with_nvme(on_cpu, tmp_path)
+        train_values = partial(train_values, model_name_or_path=str(model_worth_swapping(tmp_path / "model")))
     accelerate_config = tmp_path / "accelerate.yaml"
     accelerate_config.write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
     rows = {"per_device_train_batch_size": 2, "objective": "remoe", "resume_from_checkpoint": "auto"}
@@ -107,6 +112,28 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
     assert not list((tmp_path / "nvme").glob("*")), "nothing of the weights stays on the disk"
     proofs = [json.loads((tmp_path / run / "proof.json").read_text(encoding="utf-8")) for run in ("one", "two")]
     assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
+
+
+def model_worth_swapping(folder: Path) -> Path:
+    """DeepSpeed leaves in memory what is smaller than a mebibyte a process."""
+    config = small_config("qwen2_moe")
+    config.update({"hidden_size": 64, "num_experts": 32, "moe_intermediate_size": 256})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert all(p.nbytes >= 2 << 20 for name, p in model.named_parameters() if ".experts." in name)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def with_nvme(launcher: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same with the disk in this folder, and without what may not stand beside DeepSpeed's own file."""
+    shipped = json.loads((ROOT / launcher["deepspeed_config"]["deepspeed_config_file"]).read_text(encoding="utf-8"))
+    shipped["zero_optimization"]["offload_param"]["nvme_path"] = str(folder / "nvme")
+    (folder / "deepspeed.json").write_text(json.dumps(shipped), encoding="utf-8")
+    without = {key: value for key, value in launcher.items() if key != "mixed_precision"}
+    file = {"deepspeed_config_file": str(folder / "deepspeed.json")}
+    return {**without, "deepspeed_config": {**launcher["deepspeed_config"], **file}}
 
 
 def needs_libaio() -> None:

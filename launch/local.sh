@@ -11,13 +11,12 @@ fi
 cd "$(dirname "$0")/.."
 bin=${VENV:-.venv}/bin
 gpus=$("$bin/python" -c 'import torch; print(torch.accelerator.device_count())')
-launcher=()
+flags=()
 if [ -z "${ACCELERATE_CONFIG:-}" ]; then
     case $gpus in
         0) ACCELERATE_CONFIG=configs/accelerate/cpu.yaml ;;
         1) ACCELERATE_CONFIG=configs/accelerate/single_gpu.yaml ;;
-        *) ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml launcher=(--num_processes "$gpus") ;;
+        *) ACCELERATE_CONFIG=configs/accelerate/multi_gpu.yaml flags=(--num_processes "$gpus") ;;
     esac
 fi
-exec "$bin/accelerate" launch --config_file "$ACCELERATE_CONFIG" "${launcher[@]}" -m training.train \
-    "$@" resume_from_checkpoint=auto
+exec "$bin/python" -m training.train "$@" resume_from_checkpoint=auto --accelerate-config "$ACCELERATE_CONFIG" "${flags[@]}"

@@ -27,13 +27,13 @@ class ModelArguments:
     trainable: str = "routers"  # routers (fine-tuning) or all (pretraining)
     bf16: bool = False  # bfloat16 autocast; routers and optimizer state stay float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    torch_compile: bool = (
-        False  # compile decoder layers; routers and experts stay as they are. Minutes at first; not with ZeRO-3
-    )
+    torch_compile: bool = False  # compile decoder layers; routers and experts stay as they are. Minutes at first
 
     def __post_init__(self) -> None:
         if self.trainable not in ("routers", "all"):
             raise ValueError(f"trainable={self.trainable!r}: write routers or all")
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError("torch_compile=true has no effect inside gradient_checkpointing=true; write one of them")
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
         if self.model_name_or_path is None and self.trainable != "all":

@@ -25,6 +25,13 @@ EXAMPLE = """examples:
   remoe train configs/train/tiny.yaml --accelerate-config configs/accelerate/cpu_2_processes.yaml
   accelerate launch --config_file configs/accelerate/cpu_2_processes.yaml -m training.train configs/train/tiny.yaml
 """
+LAUNCH_FLAGS = {  # of `accelerate launch`
+    "num_processes": "of all machines together",
+    "num_machines": "how many",
+    "machine_rank": "which of them this is",
+    "main_process_ip": "of the first machine",
+    "main_process_port": "of the first machine",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,17 +44,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="a YAML under configs/train/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
     parser.add_argument("--accelerate-config", metavar="YAML", help="start several processes with accelerate")
+    for flag, meaning in LAUNCH_FLAGS.items():
+        parser.add_argument(f"--{flag}", metavar="X", help=f"instead of what that YAML says: {meaning}")
     args = parser.parse_intermixed_args(argv)  # key=value may stand anywhere
-    launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config)
+    given = {flag: getattr(args, flag) for flag in LAUNCH_FLAGS if getattr(args, flag) is not None}
+    launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config, **given)
 
 
-def launch_training(training: TrainArguments, accelerate_config: str | None) -> None:
-    """Train in this process, or in those that an accelerate YAML describes.
+def launch_training(training: TrainArguments, accelerate_config: str | None, **flags: str) -> None:
+    """Train in this process, or in those that an accelerate YAML and `flags` of `accelerate launch` describe.
 
     Raises:
         UserError: the YAML is missing, or training failed (its own message was printed before).
     """
     if accelerate_config is None:
+        if flags:
+            raise UserError(f"--{next(iter(flags))} needs --accelerate-config, whose YAML it changes")
         train(training)
         return
     if not Path(accelerate_config).is_file():
@@ -57,7 +69,8 @@ def launch_training(training: TrainArguments, accelerate_config: str | None) -> 
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         dump(training, resolved)
-        launch = ["--config_file", accelerate_config, "-m", "training.train", str(resolved)]
+        launch = ["--config_file", accelerate_config, *(f"--{flag}={value}" for flag, value in flags.items())]
+        launch += ["-m", "training.train", str(resolved)]
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own
         try:
             launch_command(launch_command_parser().parse_args(launch))

@@ -111,7 +111,9 @@ def test_a_job_that_is_told_to_stop_requeues_resumes_and_ends_like_one_that_neve
     until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 5, "five steps are logged", tmp_path)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], env=slurm, check=True)
     until(lambda: " Restarts=1 " in of_job(job, slurm), "the job is back in the queue", tmp_path)
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=False)  # not in two minutes
+    subprocess.run(
+        ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=slurm, check=False
+    )  # not in two minutes
     until(lambda: ended(job, slurm), "the job has ended", tmp_path)
 
     assert " JobState=COMPLETED " in of_job(job, slurm)

@@ -18,6 +18,7 @@ Arguments = Callable[..., TrainArguments]
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"torch_compile": True, "gradient_checkpointing": True}, "has no effect inside gradient_checkpointing"),
         ({"report_to": "tensorboard"}, "report_to='tensorboard': write none or wandb"),
         ({"max_steps": 0}, "max_steps=0 must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),

@@ -189,9 +189,12 @@ def test_the_local_script_trains_on_what_there_is(arguments: list[str], train_va
         assert (done.returncode, "launch/local.sh CONFIG [key=value ...]" in done.stderr) == (2, True)
         return
     config = written(train_values(), tmp_path / "config")
-    for steps in (2, 4):  # the second time it goes on from the first
-        subprocess.run([*script, str(config), f"max_steps={steps}"], env=environment, check=True)
-        assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == list(range(1, steps + 1))
+    subprocess.run([*script, str(config), *arguments], env=environment, check=True)
+    assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    again = subprocess.run(
+        [*script, str(config), *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "run: resumed from" in again.stdout
 
 
 def test_a_mistake_under_two_processes_ends_with_its_message(train_values: Values, tmp_path: Path) -> None:

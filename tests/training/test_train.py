@@ -157,6 +157,11 @@ def test_a_missing_accelerate_config_says_where_the_shipped_ones_are(
     assert "accelerate config nowhere.yaml does not exist; shipped ones are under configs/accelerate/" in found
 
 
+def test_flags_of_a_launcher_need_its_yaml(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found = error_of([str(config()), "--machine_rank", "1", "max_steps=1"], capsys)
+    assert "--machine_rank needs --accelerate-config, whose YAML it changes" in found
+
+
 @pytest.mark.parametrize("leave_bytes", [0, 8192, 40_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
     leave_bytes: int,

@@ -2,8 +2,8 @@
 
 Two workloads of real text. `mixed`: conversations with long beginnings that take turns. `changing`: the same in its first
 half; in the second one-off requests with short prompts and long answers, which have no use for kept blocks. Every
-division is run, the even one among them, then what `remoe plan --sessions` chooses, then the controller, which starts with
-the even one; all of them once in every repeat, and figures are medians over repeats.
+division is run, the even one among them, which `remoe plan --sessions` chooses from, then the controller, starting once with
+what the plan chose and once with the even one; all in every repeat, and figures are medians over repeats.
 """
 
 import argparse
@@ -33,7 +33,8 @@ EXAMPLE = """example:
   remoe make-model --size 600MiB --output runs/models/small
   python -m evaluation.bench_sessions --model runs/models/small --memory-budget 300MiB --output runs/sessions.json
 """
-EVEN, CONTROLLER = 0.5, "controller"
+EVEN = 0.5
+FROM_PLAN, FROM_EVEN = "controller, from the plan's choice", "controller, from even"
 WORKLOADS = ("mixed", "changing")
 
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = prepare(arguments.output) if arguments.output else None
     if arguments.repeats < 1:
         raise UserError(f"--repeats is {arguments.repeats}; write at least 1")
+    _divisions(arguments.divisions)
     workloads = [name.strip() for name in arguments.workloads.split(",")]
     if unknown := [name for name in workloads if name not in WORKLOADS]:
         raise UserError(
@@ -99,39 +101,50 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argpars
         planned = splits(workload, engine, policy=DEFAULT)
         assert engine.division is not None
         shared_bytes = engine.division.shared_bytes
-    runs: dict[str, list[_Run]] = {name: [] for name in (*map(str, SHARES), CONTROLLER)}
+    best_plan = min(planned, key=lambda split: split.expected_seconds)
+    chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
+    shares = sorted({*_divisions(arguments.divisions), chosen, EVEN})
+    starts = {**{str(share): share for share in shares}, FROM_PLAN: chosen, FROM_EVEN: EVEN}
+    runs: dict[str, list[_Run]] = {name: [] for name in starts}
     for repeat in range(arguments.repeats):
         first = repeat % len(runs)
         for name in [*runs][first:] + [*runs][:first]:
-            one = _timed(model_dir, requests, options, name=name, shared_bytes=shared_bytes)
+            kept_bytes = int(shared_bytes * starts[name])
+            one = _timed(model_dir, requests, options, kept_bytes=kept_bytes, controlled=name in (FROM_PLAN, FROM_EVEN))
             runs[name].append(one)
             print(f"{name}: {one.seconds:.1f} s, {one.found_tokens} prompt tokens found", file=sys.stderr)
-    best_plan = min(planned, key=lambda split: split.expected_seconds)
     medians = {name: median(one.seconds for one in repeated) for name, repeated in runs.items()}
     answers = [one.answers for repeated in runs.values() for one in repeated]
-    chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
-    best = min(medians[str(share)] for share in SHARES)
+    best = min(medians[str(share)] for share in shares)
     return {
         "requests": len(requests), "shared_bytes": shared_bytes,
         "seconds": {name: [one.seconds for one in repeated] for name, repeated in runs.items()},
         "median_seconds": medians, "planned": [vars(split) for split in planned], "plan_chooses": chosen,
-        "controller_capacities": [one.capacities for one in runs[CONTROLLER]],
+        "controller_capacities": {name: [one.capacities for one in runs[name]] for name in (FROM_PLAN, FROM_EVEN)},
         "answers_equal": all(said == answers[0] for said in answers),
         "plan_over_best": medians[str(chosen)] / best, "even_over_best": medians[str(EVEN)] / best,
-        "controller_over_best": medians[CONTROLLER] / best,
-        "controller_over_plan": medians[CONTROLLER] / medians[str(chosen)],
+        "controller_over_best": medians[FROM_PLAN] / best,
+        "controller_over_plan": medians[FROM_PLAN] / medians[str(chosen)],
     }  # fmt: skip
 
 
+def _divisions(names: str) -> list[float]:
+    """Of `SHARES`, those that are named."""
+    known = {str(share): share for share in SHARES}
+    asked = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"--divisions {unknown[0]!r} is not known; write some of {','.join(known)}")
+    return [known[name] for name in asked]
+
+
 def _timed(
-    model_dir: str, requests: Sequence[ChatRequest], options: dict[str, Any], *, name: str, shared_bytes: int
+    model_dir: str, requests: Sequence[ChatRequest], options: dict[str, Any], *, kept_bytes: int, controlled: bool
 ) -> _Run:
-    """One division (`name` is its share of kept blocks) or the controller, from a cold start."""
-    share = EVEN if name == CONTROLLER else float(name)
+    """One division, which the controller may change if `controlled`, from a cold start."""
     with load(model_dir, **options) as (model, engine):
-        kept = engine.keep_prefixes(int(shared_bytes * share))
+        kept = engine.keep_prefixes(kept_bytes)
         chat = Conversations(model, kept, block_tokens=options["prompt_tokens"])
-        controller = MemoryController(engine, chat) if name == CONTROLLER else None
+        controller = MemoryController(engine, chat) if controlled else None
         serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
         answers, capacities = [], []
         started = time.perf_counter()
@@ -149,9 +162,10 @@ def _table(name: str, found: dict[str, Any]) -> Table:
         mark = " <- plan" if share == found["plan_chooses"] else " (even)" if share == EVEN else ""
         table.add_row(
             f"{share:.3g} = {bytes_text(int(share * found['shared_bytes']))}{mark}", f"{split['expected_seconds']:.1f} s",
-            f"{found['median_seconds'][str(share)]:.1f} s",
+            f"{found['median_seconds'][str(share)]:.1f} s" if str(share) in found["median_seconds"] else "-",
         )  # fmt: skip
-    table.add_row(CONTROLLER, "-", f"{found['median_seconds'][CONTROLLER]:.1f} s")
+    for controller in (FROM_PLAN, FROM_EVEN):
+        table.add_row(controller, "-", f"{found['median_seconds'][controller]:.1f} s")
     table.caption = (
         f"of the best division: plan {found['plan_over_best']:.2f}, even {found['even_over_best']:.2f}, controller "
         f"{found['controller_over_best']:.2f}; answers {'equal' if found['answers_equal'] else 'DIFFER'}"
@@ -175,6 +189,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workloads", default=",".join(WORKLOADS), metavar="NAMES", help=f"default {','.join(WORKLOADS)}"
     )
+    parser.add_argument(
+        "--divisions", default=",".join(map(str, SHARES)), metavar="SHARES",
+        help="shares of kept blocks to run; the even one and the plan's choice always are (default: all)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of everything (default 3)")
     parser.add_argument("--output", metavar="JSON", help="where to write everything that was measured")
     return parser

@@ -72,7 +72,7 @@ class LayerwiseCheckpoint:
     """The safetensors of a folder, and which module of the model each of them belongs to."""
 
     def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
-        _give_freed_memory_back()
+        _spare_memory()
         self._folder = folder
         self._slices = _lazy_slices(Path(folder))
         empty = empty_model(folder, dtype=dtype)
@@ -123,9 +123,6 @@ class LayerwiseCheckpoint:
         ]
         progress_bar_was_on = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
-        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = (
-            "1"  # or all parts of the layer are in memory before the first is converted
-        )
         try:
             convert_and_load_state_dict_in_model(
                 model,
@@ -137,22 +134,23 @@ class LayerwiseCheckpoint:
         finally:
             if progress_bar_was_on:
                 logging.enable_progress_bar()
-        module, routers = (
-            model.get_submodule(layer),
-            {p for r in self._routers for p in model.get_submodule(r).parameters()},
-        )
-        for name, parameter in module.named_parameters():
+        for name, parameter in model.get_submodule(layer).named_parameters(prefix=layer):
             if parameter.is_meta:
-                raise UserError(f"{self._folder}: the checkpoint lacks {layer}.{name}; copy the model again")
-            if parameter not in routers:
+                raise UserError(f"{self._folder}: the checkpoint lacks {name}; copy the model again")
+            if not _inside(name, self._routers):
                 parameter.requires_grad_(False)
 
     def _is_filled_later(self, name: str) -> bool:
         return _inside(name, self._layers) and not _inside(name, self._routers)
 
 
-def _give_freed_memory_back() -> None:
-    """glibc would keep what every layer's tensors leave behind, layer after layer; large ones are mapped instead."""
+def _spare_memory() -> None:
+    """Settings of the whole process, under which loading a layer takes little more than the layer.
+
+    Otherwise transformers reads all parts of a layer ahead before it converts the first, and glibc keeps what tensors of
+    every layer leave behind; large ones are mapped instead.
+    """
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

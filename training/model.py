@@ -1,5 +1,6 @@
 """Loading the model, and deciding which of its tensors train."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> 
         UserError: the folder is missing or damaged, or the model has no routers.
     """
     _check_exists(name_or_path)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # or weights pile up as they are read, before they are stacked
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, SafetensorError, ValueError) as error:

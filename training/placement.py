@@ -80,12 +80,15 @@ def check_room(args: ModelArguments, accelerator: Accelerator, *, how: str) -> N
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
     """Of a model that may be on the meta device."""
-    layers = [_bytes(layer) for layer in decoder_layers(model).values()]
     experts = [list(module.parameters(recurse=False)) for module in expert_modules(model)]
+    try:
+        layers = list(decoder_layers(model).values())
+    except UserError:  # such a model cannot be sharded
+        layers = [model]
     return Sizes(
         total=_bytes(model),
         experts=sum(tensor.nbytes for tensors in experts for tensor in tensors),
-        largest_layer=max(layers),
+        largest_layer=max(_bytes(layer) for layer in layers),
         swap_buffers=max((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts),
     )
 
@@ -97,9 +100,9 @@ class Room:
         self.on_cpu = accelerator.device.type == "cpu"
         self.processes = accelerator.num_processes
         # torch's launcher tells how many share the host; one process that was started alone has it to itself
-        self.local_processes = max(1, min(self.processes, _local_world_size()))
+        self.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.host = min(psutil.virtual_memory().available, memory_limit() or 2**63)
-        self.device = self.host if self.on_cpu else torch.cuda.mem_get_info(accelerator.device)[0]
+        self.device = self.host if self.on_cpu else torch.accelerator.get_memory_info(accelerator.device)[0]
 
     def lacks(self, planned: Placement) -> str | None:
         """What there is too little of, in words."""
@@ -141,10 +144,6 @@ def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
                     text = file.read_text(encoding="utf-8").strip()
                     limits += [int(text)] if text.isdigit() else []
     return min(limits, default=None)
-
-
-def _local_world_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _bytes(module: nn.Module) -> int:

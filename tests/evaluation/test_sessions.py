@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from configs.load import UserError
+from evaluation.bench_sessions import FROM_EVEN, FROM_PLAN
 from evaluation.bench_sessions import main as bench
 from evaluation.engine import load
 from evaluation.engine.conversations import Conversations
@@ -134,6 +135,8 @@ def test_the_benchmark_runs_every_division_and_the_controller(
             "--block-tokens",
             "16",
             *flags.split(),
+            "--divisions",
+            "0.0,1.0",
             "--output",
             str(output),
         ]
@@ -142,7 +145,15 @@ def test_the_benchmark_runs_every_division_and_the_controller(
     assert list(found) == ["mixed", "changing"]
     for workload in found.values():
         assert workload["answers_equal"]
-        assert set(workload["median_seconds"]) == {*map(str, SHARES), "controller"}
-    assert "controller" in capsys.readouterr().out
+        assert {"0.0", "0.5", "1.0", str(workload["plan_chooses"])} <= set(workload["median_seconds"]) < {
+            *map(str, SHARES), FROM_PLAN, FROM_EVEN
+        }  # fmt: skip
+        from_plan, from_even = (workload["controller_capacities"][name][0][0] for name in (FROM_PLAN, FROM_EVEN))
+        assert from_plan == int(workload["plan_chooses"] * workload["shared_bytes"])
+        assert from_even == int(0.5 * workload["shared_bytes"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
+    with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
+        bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--divisions", "0.5,0.3"])
     with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
         bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--workloads", "changing,mixd"])

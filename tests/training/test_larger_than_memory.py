@@ -76,6 +76,27 @@ def test_a_model_three_times_the_memory_limit_trains_as_in_memory(
     assert not list((tmp_path / "nvme").iterdir()), "the experts' copy is removed"
 
 
+def test_a_model_that_does_not_fit_twice_still_loads(
+    large_model: Path, train_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """From a checkpoint in bfloat16, as hubs hold them, to the float32 that it is trained in."""
+    hierarchy = find_hierarchy()
+    if hierarchy is None:
+        pytest.skip("no memory controller in which this user may make groups")
+    half = AutoModelForCausalLM.from_pretrained(large_model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="500MB")
+    byte_tokenizer().save_pretrained(tmp_path / "half")
+    float32_bytes = 4 * sum(p.numel() for p in half.parameters())
+    del half
+    values = {**train_values(model_name_or_path=str(tmp_path / "half")), "objective": "ce_only", "max_steps": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with MemoryGroup(hierarchy, int(1.4 * float32_bytes)) as group:
+        train = [sys.executable, "-m", "training.train", str(tmp_path / "config.yaml")]
+        done = subprocess.run(group.command(train), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert not group.was_killed
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
 def steps(run_dir: Path) -> list[dict[str, float]]:
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]

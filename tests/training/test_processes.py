@@ -160,6 +160,22 @@ def test_accelerate_launch_starts_the_same_training(train_values: Values, tmp_pa
     assert [line["train/global_step"] for line in metrics(tmp_path / "run")] == [1, 2]
 
 
+def test_a_disk_to_offload_to_that_accelerate_does_not_pass_on_is_missed(train_values: Values, tmp_path: Path) -> None:
+    """What accelerate's documentation names, and its launcher drops."""
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its communication, and there is no C++ compiler")
+    needs_libaio()
+    shipped = yaml.safe_load((ROOT / "configs/accelerate/deepspeed_zero3_cpu_offload.yaml").read_text(encoding="utf-8"))
+    shipped["deepspeed_config"].update(offload_param_device="nvme", offload_param_nvme_path=str(tmp_path / "nvme"))
+    on_cpu = {**shipped, "num_processes": 1, "use_cpu": True, "mixed_precision": "no"}
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
+    config = written(train_values(), tmp_path / "config")
+    arguments = command(config, "--accelerate-config", str(tmp_path / "accelerate.yaml"))
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: no nvme_path to offload to: accelerate does not pass on offload_param_nvme_path" in done.stderr
+
+
 def test_two_machines_do_what_two_processes_of_one_do(train_values: Values, tmp_path: Path) -> None:
     """The shipped configuration, both machines this one; each is started by itself, as on a cluster."""
     config = written({**train_values(), "objective": "remoe"}, tmp_path / "config")
@@ -167,12 +183,12 @@ def test_two_machines_do_what_two_processes_of_one_do(train_values: Values, tmp_
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no", "main_process_port": port}
+    on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     (tmp_path / "machines.yaml").write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "machines.yaml")]
-    train = ["-m", "training.train", str(config), f"output_dir={tmp_path / 'machines'}"]
-    with subprocess.Popen([*launch, "--machine_rank", "1", *train], cwd=ROOT) as second:
-        finish([*launch, "--machine_rank", "0", *train])
+    launch = ["--accelerate-config", str(tmp_path / "machines.yaml"), "--main_process_port", str(port)]
+    train = command(config, f"output_dir={tmp_path / 'machines'}", *launch)
+    with subprocess.Popen([*train, "--machine_rank", "1"], cwd=ROOT) as second:
+        finish([*train, "--machine_rank", "0"])
     assert second.returncode == 0
     finish(command(config, f"output_dir={tmp_path / 'processes'}", "--accelerate-config", str(TWO_PROCESSES)))
     assert metrics(tmp_path / "machines") == metrics(tmp_path / "processes")

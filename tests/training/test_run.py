@@ -211,6 +211,11 @@ def test_a_checkpoint_of_another_program_is_refused(train_args: Arguments, tmp_p
         train(train_args(resume_from_checkpoint=str(tmp_path / "checkpoint-5")))
 
 
+def test_compiling_what_zero3_gathers_is_refused(tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="torch_compile=true cannot see when ZeRO-3 gathers weights"):
+        run_module._compile(tiny_model(), how="zero3")
+
+
 # a full disk
 
 

@@ -109,6 +109,7 @@ def test_another_kind_of_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTo
         (b"", "is empty; write some text into it"),
         (b" \n\n", "is empty; write some text into it"),
         (b"caf\xe9", "is not UTF-8 text (byte 3: "),
+        (b'{"text": "a"}\ncaf\xe9', "is not UTF-8 text (byte 17: "),
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

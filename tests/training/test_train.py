@@ -1,5 +1,6 @@
 """`python -m training.train`: what a user may get wrong ends in exit code 2 and one line that helps."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,22 @@ def test_a_missing_accelerate_config_says_where_the_shipped_ones_are(
 ) -> None:
     found = error_of([str(config()), "--accelerate-config", "nowhere.yaml"], capsys)
     assert "accelerate config nowhere.yaml does not exist; shipped ones are under configs/accelerate/" in found
+
+
+def test_rows_that_are_left_out_are_told_and_written_down(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": "some tea " * 20})] * 3 + ['{"txt": "some tea"}']
+    (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    path = config(train_file=str(tmp_path / "data.jsonl"), max_steps=1)
+    assert "error: 1 of 4 rows cannot be used:" in error_of([str(path)], capsys)
+    assert not (tmp_path / "run").exists()
+    assert run(main, [str(path), "skip_bad_rows=true"]) == 0
+    assert (
+        f"1 of 4 rows cannot be used:\n  {tmp_path / 'data.jsonl'}, line 4: needs a field text"
+        in capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "run" / "proof.json").read_text(encoding="utf-8"))["rows_left_out"] == 1
 
 
 def test_flags_of_a_launcher_need_its_yaml(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,18 +70,20 @@ def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, 
         shutil.rmtree(folder, ignore_errors=True)
         documents = _make(folder, args, tokenizer, progress=progress)
     if documents.left_out and not args.skip_bad_rows:
-        raise UserError(f"{left_out_text(documents)}\nRepair them, or write skip_bad_rows=true to leave them out")
+        raise UserError(
+            f"{left_out_text(documents, between='; ')}. Repair them, or write skip_bad_rows=true to leave them out"
+        )
     if not len(documents):
         raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
     return documents
 
 
-def left_out_text(documents: Documents) -> str:
+def left_out_text(documents: Documents, *, between: str = "\n  ") -> str:
     """How many rows are no documents, and which."""
     more = documents.left_out - len(documents.first_left_out)
     lines = [*documents.first_left_out, *[f"and {more} more"] * bool(more)]
     total = documents.left_out + len(documents)
-    return f"{documents.left_out} of {total} rows cannot be used:\n  " + "\n  ".join(lines)
+    return between.join([f"{documents.left_out} of {total} rows cannot be used", *lines])
 
 
 def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> Documents:

@@ -171,7 +171,7 @@ def test_bad_rows_are_counted_and_named_and_refused(tmp_path: Path, tokenizer: P
         with pytest.raises(UserError) as caught:
             training_documents(args, tokenizer)
         said = str(caught.value)
-        assert said.startswith("3 of 6 rows cannot be used:\n")
+        assert said.startswith("3 of 6 rows cannot be used; ")
         assert re.findall(r"data\.jsonl, line (\d+): (\w+)", said) == [("2", "needs"), ("4", "not"), ("5", "a")]
         assert said.endswith("write skip_bad_rows=true to leave them out")
 
@@ -181,7 +181,7 @@ def test_bad_rows_are_left_out_when_that_is_asked_for(tmp_path: Path, tokenizer:
     documents = training_documents(args, tokenizer)
     assert same(documents, tokenize(TEXTS[:2], tokenizer))
     assert documents.left_out == 16
-    assert left_out_text(documents).startswith("16 of 18 rows cannot be used:")
+    assert left_out_text(documents).startswith("16 of 18 rows cannot be used\n")
     assert left_out_text(documents).endswith("\n  and 6 more")
 
 

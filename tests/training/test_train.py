@@ -164,11 +164,11 @@ def test_rows_that_are_left_out_are_told_and_written_down(
     rows = [json.dumps({"text": "some tea " * 20})] * 3 + ['{"txt": "some tea"}']
     (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
     path = config(train_file=str(tmp_path / "data.jsonl"), max_steps=1)
-    assert "error: 1 of 4 rows cannot be used:" in error_of([str(path)], capsys)
+    assert "error: 1 of 4 rows cannot be used; " in error_of([str(path)], capsys)
     assert not (tmp_path / "run").exists()
     assert run(main, [str(path), "skip_bad_rows=true"]) == 0
     assert (
-        f"1 of 4 rows cannot be used:\n  {tmp_path / 'data.jsonl'}, line 4: needs a field text"
+        f"1 of 4 rows cannot be used\n  {tmp_path / 'data.jsonl'}, line 4: needs a field text"
         in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "run" / "proof.json").read_text(encoding="utf-8"))["rows_left_out"] == 1

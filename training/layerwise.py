@@ -5,8 +5,6 @@ meta device. `fill` then loads one layer, so that it can be sharded before the n
 stacked experts are made by transformers' own conversion, which is handed the keys of one layer at a time.
 """
 
-import ctypes
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from configs.load import UserError
+from training.host_memory import spare_memory
 from training.routers import find_routers
 
-M_MMAP_THRESHOLD, LARGE_BYTES = -3, 4 << 20  # malloc.h
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 
 
@@ -72,7 +70,7 @@ class LayerwiseCheckpoint:
     """The safetensors of a folder, and which module of the model each of them belongs to."""
 
     def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
-        _spare_memory()
+        spare_memory()  # for as long as it runs: tensors are gathered again and again
         self._folder = folder
         self._slices = _lazy_slices(Path(folder))
         empty = empty_model(folder, dtype=dtype)
@@ -142,18 +140,6 @@ class LayerwiseCheckpoint:
 
     def _is_filled_later(self, name: str) -> bool:
         return _inside(name, self._layers) and not _inside(name, self._routers)
-
-
-def _spare_memory() -> None:
-    """Settings of the whole process, under which loading a layer takes little more than the layer.
-
-    Otherwise transformers reads all parts of a layer ahead before it converts the first, and glibc keeps what tensors of
-    every layer leave behind; large ones are mapped instead.
-    """
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _inside(name: str, modules: Iterable[str]) -> bool:

@@ -1,6 +1,5 @@
 """Loading the model, and deciding which of its tensors train."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
 from training import frozen_experts
+from training.host_memory import sparing_memory
 from training.layerwise import LayerwiseCheckpoint
 from training.routers import find_routers, router_parameters
 
@@ -63,9 +63,9 @@ def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> 
         UserError: the folder is missing or damaged, or the model has no routers.
     """
     _check_exists(name_or_path)
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # or weights pile up as they are read, before they are stacked
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        with sparing_memory():
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     find_routers(model)

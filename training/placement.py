@@ -5,7 +5,6 @@ Counted are weights alone, exactly, from the configuration; activations and what
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.host_memory import memory_limit
 from training.layerwise import decoder_layers, empty_model
 from training.model import ModelArguments, local_folder, weights_dtype
 from training.sharding import FSDP2, NVME, REPLICATED, expert_modules, offload_device
@@ -125,25 +125,6 @@ def _advice(sizes: Sizes, room: Room) -> str:
         if room.lacks(placement(sizes, how=how, offload=offload, processes=room.processes)) is None:
             return f"write --accelerate-config configs/accelerate/{name}.yaml"
     return "no launcher here makes them fit: give more memory or more processes on other machines"
-
-
-def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Of the memory group this process is in, if it or one above it has any (cgroup v2, else v1).
-
-    Source: kernel documentation, admin-guide/cgroup-v2 (memory.max) and cgroup-v1/memory (memory.limit_in_bytes).
-    """
-    limits = []
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        own = root / controllers / path.lstrip("/")
-        for group in (own, *own.parents):
-            for file in (group / "memory.max", group / "memory.limit_in_bytes"):
-                if group.is_relative_to(root) and file.exists():
-                    text = file.read_text(encoding="utf-8").strip()
-                    limits += [int(text)] if text.isdigit() else []
-    return min(limits, default=None)
 
 
 def _bytes(module: nn.Module) -> int:

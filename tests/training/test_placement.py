@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from configs.load import UserError
 from training import placement as module
 from training.arguments import TrainArguments
+from training.host_memory import memory_limit
 from training.layerwise import empty_model
 from training.model import load_pretrained
-from training.placement import Placement, Sizes, check_room, memory_limit, placement, sizes_of
+from training.placement import Placement, Sizes, check_room, placement, sizes_of
 
 SIZES = Sizes(total=1000, experts=800, largest_layer=100, swap_buffers=240)
 Arguments = Callable[..., TrainArguments]

@@ -1,0 +1,55 @@
+"""The host's memory: how much a process may hold, and loading weights without holding much more than the weights."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BYTES, USUAL_BYTES = 4 << 20, 32 << 20  # the second is what glibc comes to by itself
+
+
+def spare_memory() -> None:
+    """Settings of the whole process, under which loading takes little more than what is loaded.
+
+    Otherwise transformers reads weights ahead faster than it stacks them, and glibc keeps the room of what was freed, too
+    cut up to be used again; memory of large tensors is given back instead, which makes allocating them slower.
+    """
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    _set_mmap_threshold(LARGE_BYTES)
+
+
+@contextmanager
+def sparing_memory() -> Iterator[None]:
+    """`spare_memory` for a while."""
+    spare_memory()
+    try:
+        yield
+    finally:
+        _set_mmap_threshold(USUAL_BYTES)
+
+
+def _set_mmap_threshold(size: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # where there is a glibc
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, size)
+
+
+def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Of the memory group this process is in, if it or one above it has any (cgroup v2, else v1).
+
+    Source: kernel documentation, admin-guide/cgroup-v2 (memory.max) and cgroup-v1/memory (memory.limit_in_bytes).
+    """
+    limits = []
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        own = root / controllers / path.lstrip("/")
+        for group in (own, *own.parents):
+            for file in (group / "memory.max", group / "memory.limit_in_bytes"):
+                if group.is_relative_to(root) and file.exists():
+                    text = file.read_text(encoding="utf-8").strip()
+                    limits += [int(text)] if text.isdigit() else []
+    return min(limits, default=None)

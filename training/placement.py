@@ -16,7 +16,7 @@ from configs.load import UserError
 from training.host_memory import memory_limit
 from training.layerwise import decoder_layers, empty_model
 from training.model import ModelArguments, local_folder, weights_dtype
-from training.sharding import FSDP2, NVME, REPLICATED, expert_modules, offload_device
+from training.sharding import FSDP2, NVME, REPLICATED, ZERO3, expert_modules, offload_device
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         total=_bytes(model),
         experts=sum(tensor.nbytes for tensors in experts for tensor in tensors),
         largest_layer=max(_bytes(layer) for layer in layers),
-        swap_buffers=max((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts),
+        swap_buffers=max(
+            ((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts), default=0
+        ),
     )
 
 
@@ -118,8 +120,8 @@ class Room:
 def _advice(sizes: Sizes, room: Room) -> str:
     launchers = {
         "fsdp2": (FSDP2, None),
-        "deepspeed_zero3_cpu_offload": ("zero3", "cpu"),
-        "deepspeed_zero3_nvme": ("zero3", NVME),
+        "deepspeed_zero3_cpu_offload": (ZERO3, "cpu"),
+        "deepspeed_zero3_nvme": (ZERO3, NVME),
     }
     for name, (how, offload) in launchers.items():
         if room.lacks(placement(sizes, how=how, offload=offload, processes=room.processes)) is None:

@@ -50,6 +50,13 @@ def test_sizes_are_those_of_the_loaded_model(model_dir: Callable[[str], Path]) -
     )
 
 
+def test_a_model_whose_experts_are_not_stacked_has_sizes_too(tiny_model: Callable[..., Any]) -> None:
+    """Nor its layers in one list: it can be trained whole, so what it needs has to be told."""
+    model = tiny_model("llama")
+    total = sum(p.nbytes for p in model.parameters())
+    assert sizes_of(model) == Sizes(total=total, experts=0, largest_layer=total, swap_buffers=0)
+
+
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """`free(bytes)`: so much memory is free on the host."""

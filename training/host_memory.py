@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BYTES, USUAL_BYTES = 4 << 20, 32 << 20  # the second is what glibc comes to by itself
 
 
@@ -34,6 +34,7 @@ def _set_mmap_threshold(size: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # where there is a glibc
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, size)
+        mallopt(M_TRIM_THRESHOLD, 2 * size)  # as glibc does; it stops once it is told the other
 
 
 def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:

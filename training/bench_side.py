@@ -1,7 +1,7 @@
 """The process of one side of `remoe bench-train`: `python -m training.bench_side ORDER_JSON`.
 
-Loads the model, takes the steps, and says on standard output how long each took, how much memory they needed above the
-model, and what the machine's matrix rate is. Both sides see the same rows and train the same tensors.
+Loads the model, takes each step when it is told to, and says on standard output how long each took, how much memory they
+needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.
 """
 
 import ctypes
@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from configs.command import run as run_command
-from configs.load import load
+from configs.load import UserError, load
 from data.batches import Batch
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.run import Run, build
 
 OURS = "remoe"
+READY = "ready for a step"
+"""What a process prints before each step; it takes the step when a line comes in."""
 RATE_SIZE, RATE_SECONDS = 1024, 0.5
 """The square matrices with which the machine's rate is measured, and how long."""
 
@@ -71,23 +72,31 @@ def main(order: Order) -> None:
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)
-    moments, losses = take_steps(run)
+    seconds, losses = take_steps(run)
     peak_bytes = _peak_bytes(run.accelerator.device) - model_bytes
     measured = Measured(
-        step_seconds=[after - before for before, after in pairwise(moments)],
-        losses=losses, tokens_per_step=run.rows_per_step * run.args.max_length, model_bytes=model_bytes,
+        step_seconds=seconds, losses=losses, tokens_per_step=run.rows_per_step * run.args.max_length, model_bytes=model_bytes,
         peak_bytes=peak_bytes, forward_flop_per_step=flop, matrix_flop_per_second=_matrix_rate(run),
     )  # fmt: skip
     print(json.dumps(asdict(measured)), flush=True)
 
 
+def _wait_for_turn() -> float:
+    """The moment at which the step may begin, in seconds."""
+    print(READY, flush=True)
+    if not sys.stdin.readline():
+        raise UserError("whoever gives the turns has ended")
+    return time.perf_counter()
+
+
 def _our_steps(run: Run) -> tuple[list[float], list[float]]:
-    """Moments before the first step and after each, in seconds, and the loss of each."""
-    moments, losses = [time.perf_counter()], []
+    """Seconds of each step, and its loss."""
+    seconds, losses = [], []
     while run.step < run.args.max_steps:
+        began = _wait_for_turn()
         losses.append(train_step(run)["train/loss"])
-        moments.append(time.perf_counter())
-    return moments, losses
+        seconds.append(time.perf_counter() - began)
+    return seconds, losses
 
 
 def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
@@ -106,19 +115,20 @@ def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
         trainer = Trainer(run.model, settings, train_dataset=_StockRows(run), callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.moments, clock.losses
+    return clock.seconds, clock.losses
 
 
 class _Clock(TrainerCallback):
     def __init__(self) -> None:
-        self.moments: list[float] = []
+        self.began = 0.0
+        self.seconds: list[float] = []
         self.losses: list[float] = []
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.moments.append(time.perf_counter())
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = _wait_for_turn()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.moments.append(time.perf_counter())
+        self.seconds.append(time.perf_counter() - self.began)
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:

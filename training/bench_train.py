@@ -1,6 +1,7 @@
 """`remoe bench-train`: our trainer beside transformers' own, on the same rows, training the same routers.
 
-Every side runs in processes of its own and the sides take turns. The opponent computes the task loss alone, with each
+Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
+machine changes from one second to the next. The opponent computes the task loss alone, with each
 stock experts_implementation that is named; ours computes the config's objective with every ramp at its end.
 """
 
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from configs.command import run
 from configs.load import UserError, dump, load, write_whole
 from training.arguments import TrainArguments
-from training.bench_side import OURS, Measured, Order
+from training.bench_side import OURS, READY, Measured, Order
 
 EXAMPLE = """example:
   remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 --check-tokens 0
@@ -68,41 +70,89 @@ def _check(stock: Sequence[str], arguments: argparse.Namespace) -> None:
 def take_turns(
     sides: Sequence[str], config: TrainArguments, *, repeats: int, threads: int
 ) -> dict[str, list[Measured]]:
-    """Every repeat begins with another side.
+    """New processes in every repeat, loaded one after the other; in every round of steps another side begins.
 
     Raises:
         UserError: a process failed; with what it said last.
     """
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
-    turns = [sides[(i + j) % len(sides)] for i in range(repeats) for j in range(len(sides))]
-    with tempfile.TemporaryDirectory() as folder, tqdm(turns, unit="process") as progress:
-        for number, side in enumerate(progress):
-            progress.set_description(side)
-            path = Path(folder) / f"{number}.yaml"
-            dump(replace(config, output_dir=str(Path(folder) / f"run{number}"), run_name=side), path)
-            runs[side].append(_measure(Order(side, str(path), threads)))
+    with (
+        tempfile.TemporaryDirectory() as name,
+        tqdm(total=repeats * len(sides) * config.max_steps, unit="step") as progress,
+    ):
+        for repeat in range(repeats):
+            folder = Path(name) / str(repeat)
+            folder.mkdir()
+            with ExitStack() as stack:
+                started = [stack.enter_context(_Side(side, config, folder, threads)) for side in sides]
+                for step in range(config.max_steps):
+                    for i in range(len(started)):
+                        started[(step + i) % len(started)].take_step()
+                        progress.update()
+                for side in started:
+                    runs[side.name].append(side.measured())
     return runs
 
 
-def _measure(order: Order) -> Measured:
-    command = [sys.executable, "-m", "training.bench_side", json.dumps(asdict(order))]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
-        raise UserError(f"side {order.side} ended with exit code {done.returncode}: {last.removeprefix('error: ')}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+class _Side:
+    """A process that has loaded its model and waits for its turns; it takes as many steps as the config has."""
+
+    def __init__(self, name: str, config: TrainArguments, folder: Path, threads: int) -> None:
+        self.name, self._errors, self._last = name, folder / f"{name}.err", ""
+        path = folder / f"{name}.yaml"
+        dump(replace(config, output_dir=str(folder / name), run_name=name), path)
+        order = json.dumps(asdict(Order(name, str(path), threads)))
+        with self._errors.open("w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "training.bench_side", order],
+                cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+        self._wait()
+
+    def __enter__(self) -> "_Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def take_step(self) -> None:
+        """Returns when the step is done; after the last one, when the process has ended."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self._wait()
+
+    def measured(self) -> Measured:
+        """What the process said at its end."""
+        return Measured(**json.loads(self._last))
+
+    def _wait(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == READY:
+                return
+            self._last = line
+        if code := self._process.wait():
+            self._process.communicate()
+            said = self._errors.read_text(encoding="utf-8").strip().splitlines()
+            last = said[-1] if said else "nothing on standard error"
+            raise UserError(f"side {self.name} ended with exit code {code}: {last.removeprefix('error: ')}")
 
 
 def compare(runs: Runs) -> dict[str, Any]:
     """Each side's figures, and ours beside the stock side that is fastest.
 
-    `speed_ratio` is tokens per second of ours / of the fastest stock side, one value for each repeat and their median;
-    `memory_ratio` peak memory above the model likewise.
+    `speed_ratio` is tokens per second of ours / of the fastest stock side: the median over a repeat's steps, one value
+    for each repeat and their median; `memory_ratio` peak memory above the model likewise.
     """
     ours, others = runs[OURS], {side: runs[side] for side in runs if side != OURS}
     fastest = min(others, key=lambda side: median(_step_seconds(one) for one in others[side]))
     pairs = list(zip(ours, others[fastest], strict=True))
-    speed = [_step_seconds(theirs) / _step_seconds(mine) for mine, theirs in pairs]
+    speed = [
+        median(b / a for a, b in zip(mine.step_seconds[1:], theirs.step_seconds[1:], strict=True))
+        for mine, theirs in pairs
+    ]
     memory = [mine.peak_bytes / theirs.peak_bytes for mine, theirs in pairs]
     return {
         "sides": {side: _summary(measured) for side, measured in runs.items()},

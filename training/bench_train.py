@@ -31,6 +31,7 @@ EXAMPLE = """example:
   remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 --check-tokens 0
   remoe bench-train configs/train/bench.yaml --output runs/bench_train.json
 
+All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
 Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
 accelerator what torch allocated. The bound is twice the forward pass's matrix products (forward, and gradients of
 inputs) at the rate of large matrix products, measured in each process.

@@ -37,6 +37,12 @@ def test_ours_is_compared_with_the_fastest_stock_side_of_the_same_repeat() -> No
     assert "grouped_mm: 1.50 x" in str(table(result).caption)
 
 
+def test_steps_of_the_same_turn_are_compared() -> None:
+    ours, theirs = measured(1.0, 1), measured(1.0, 1)
+    ours.step_seconds, theirs.step_seconds = [9.0, 1.0, 4.0, 4.0], [9.0, 2.0, 4.0, 8.0]
+    assert compare({"remoe": [ours], "eager": [theirs]})["speed_ratio"]["each"] == [2.0], "of the medians: 1"
+
+
 def test_unknown_sides_and_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--stock 'deepspeed': write one or more of grouped_mm, batched_mm, eager"):
         main(["x.yaml", "--stock", "deepspeed"])

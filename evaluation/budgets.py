@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +40,7 @@ def decode_at_budgets(
     prompts: Sequence[np.ndarray],
     args: DecodeArguments,
     *,
+    device: torch.device,
     name: str,
 ) -> list[dict[str, Any]]:
     """Decode every prompt greedily, cold, at every budget; one row of measurements a budget.
@@ -46,12 +48,12 @@ def decode_at_budgets(
     `tokens_equal_resident` says whether the tokens were those of the same model with all experts in memory.
     """
     logging.getLogger("evaluation.engine.budget").setLevel(logging.ERROR)  # the report says what a small budget does
-    reference = _resident_tokens(model_dir, weights, prompts, args)
+    reference = _resident_tokens(model_dir, weights, prompts, args, device)
     demand_bytes = expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"]
     rows = []
     for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):
         with load(model_dir, expert_cache=int(demands * demand_bytes), router_delta=weights, dtype=args.dtype,
-                  cache_policy=args.cache_policy, cache_scope=args.cache_scope) as (model, engine):  # fmt: skip
+                  cache_policy=args.cache_policy, cache_scope=args.cache_scope, device=device) as (model, engine):  # fmt: skip
             results = [
                 decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts
             ]
@@ -71,9 +73,13 @@ def expert_sizes(model_dir: str, *, dtype: str = "auto") -> dict[str, int]:
 
 
 def _resident_tokens(
-    model_dir: str, weights: Mapping[str, Tensor] | None, prompts: Sequence[np.ndarray], args: DecodeArguments
+    model_dir: str,
+    weights: Mapping[str, Tensor] | None,
+    prompts: Sequence[np.ndarray],
+    args: DecodeArguments,
+    device: torch.device,
 ) -> list[list[int]]:
-    model = load_pretrained(model_dir, dtype=args.dtype)
+    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
     if weights is not None:
         router_delta.apply(model, weights)
     return [greedy(model, prompt.tolist(), max_new_tokens=args.max_new_tokens) for prompt in prompts]

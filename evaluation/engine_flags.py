@@ -35,7 +35,7 @@ def add_engine_flags(to: Any) -> None:
     )
     to.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
     to.add_argument(
-        "--device", default="cpu", help="cpu (default), or cuda: slots in its memory, with --expert-cache only"
+        "--device", default="cpu", help="cpu (default), cuda (slots in its memory, with --expert-cache only) or auto"
     )
 
 

@@ -23,6 +23,7 @@ from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.budgets import DecodeArguments, decode_at_budgets, expert_sizes
 from evaluation.engine.curve import lru_curve
+from evaluation.engine.device import find_device
 from evaluation.engine.output import write_json
 from evaluation.engine.replay import lru_per_layer, replay, requests_of
 from evaluation.machine import machine_facts
@@ -66,6 +67,7 @@ class EvaluationArguments:
     """`remoe evaluate`: what is measured."""
 
     dtype: str = "auto"  # precision of quality and trace: as stored, or float32 or bfloat16
+    device: str = "auto"  # of quality, trace and decode: the accelerator if there is one, or cpu, or cuda
     quality: QualityArguments = field(default_factory=QualityArguments)
     routing: RoutingArguments = field(default_factory=RoutingArguments)
     replay: ReplayArguments = field(default_factory=ReplayArguments)
@@ -98,6 +100,7 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
         UserError: see the parts; a delta that belongs to another base is found before anything is measured.
     """
     model_dir = local_folder(model)
+    find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
     weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
     plans = [  # first, while this process holds nothing else: residents are measured
@@ -139,7 +142,8 @@ def _measure(
     model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
     name: str,
 ) -> tuple[dict[str, Any], dict[str, TaskScores]]:  # fmt: skip
-    model = load_pretrained(model_dir, dtype=args.dtype)
+    device = find_device(args.device)
+    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
     if weights is not None:
         router_delta.apply(model, weights)
     scores = run_tasks(model, tokenizer, args.quality)
@@ -155,7 +159,7 @@ def _measure(
         "quality": summarize(scores),
         "difference": None,
         **routed,
-        "decode": decode_at_budgets(model_dir, weights, prompts, args.decode, name=name),
+        "decode": decode_at_budgets(model_dir, weights, prompts, args.decode, device=device, name=name),
     }
     return measured, scores
 

@@ -19,6 +19,7 @@ from configs.command import run
 from configs.load import UserError
 from data.batches import IGNORE_LABEL, tokenize
 from data.sources import read_text
+from evaluation.engine.device import find_device
 from evaluation.engine.output import prepare
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.trace_formats import EXTENSIONS, check_extension, write_trace
@@ -101,10 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help=f"the trace: {', '.join(EXTENSIONS)}")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a request (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32 or bfloat16")
+    parser.add_argument("--device", default="auto", help="auto (the accelerator if there is one), cpu or cuda")
     args = parser.parse_args(argv)
     output, text = prepare(args.output), read_text(args.text_file)
     check_extension(output)
-    model = load_pretrained(args.model, dtype=args.dtype)
+    model = load_pretrained(args.model, dtype=args.dtype, device=find_device(args.device))
     if args.router_delta is not None:
         router_delta.apply(model, router_delta.load_for(local_folder(args.model), args.router_delta))
     documents = tokenize([text], load_tokenizer(args.model))

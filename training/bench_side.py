@@ -95,6 +95,7 @@ def _our_steps(run: Run) -> tuple[list[float], list[float]]:
     while run.step < run.args.max_steps:
         began = _wait_for_turn()
         losses.append(train_step(run)["train/loss"])
+        _finish(run.accelerator.device)
         seconds.append(time.perf_counter() - began)
     return seconds, losses
 
@@ -127,7 +128,8 @@ class _Clock(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = _wait_for_turn()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        _finish(args.device)
         self.seconds.append(time.perf_counter() - self.began)
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
@@ -173,6 +175,12 @@ def _matrix_rate(run: Run) -> float:
         _ = (a @ a)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - before)
     return 2 * RATE_SIZE**3 / sorted(times)[len(times) // 2]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what an accelerator still has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def _begin_counting(device: torch.device) -> int:

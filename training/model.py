@@ -56,11 +56,13 @@ def local_folder(name_or_path: str) -> str:
         raise UserError(f"model {name_or_path} is no folder and cannot be fetched from the hub: {error}") from error
 
 
-def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """A causal language model with experts, on the CPU, in eval mode.
+def load_pretrained(
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model with experts, on the CPU if no `device` is given, in eval mode.
 
     Raises:
-        UserError: the folder is missing or damaged, or the model has no routers.
+        UserError: the folder is missing or damaged, the model has no routers, or it does not fit the device.
     """
     _check_exists(name_or_path)
     try:
@@ -69,7 +71,13 @@ def load_pretrained(name_or_path: str, *, dtype: str | torch.dtype = "auto") -> 
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     find_routers(model)
-    return model.eval()
+    try:
+        return model.eval().to(device or model.device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model {name_or_path} has {model.get_memory_footprint() / 2**30:.1f} GiB of weights, which do not fit {device}; "
+            "write device=cpu"
+        ) from error
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

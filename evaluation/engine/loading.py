@@ -14,6 +14,7 @@ from evaluation.engine.bandwidth import reads_in_flight_for
 from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_cliff
 from evaluation.engine.cache import SCOPES, ExpertCache
 from evaluation.engine.cache_prior import CachePrior
+from evaluation.engine.device import CPU, find_device
 from evaluation.engine.division import CONTEXT_TOKENS, divide
 from evaluation.engine.engine import Engine
 from evaluation.engine.needs import needs_of
@@ -22,7 +23,6 @@ from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.slot_memory import record_bytes
-from evaluation.engine.staging import CPU
 from evaluation.engine.store import ExpertStore
 
 KERNELS = 16
@@ -63,8 +63,8 @@ def load(
         profile: a trace whose most used experts `static` keeps.
         cache_scope: `global` (one pool for all layers) or `per_layer` (equal pools).
         dtype: `auto` as the checkpoint's config says, or `bfloat16`, `float16`, `float32`.
-        device: where the model computes and the slots lie: `cpu`, or an accelerator such as `cuda`, for which experts
-            are read into pinned memory and copied from there; with `expert_cache` only.
+        device: where the model computes and the slots lie: `cpu`, or an accelerator such as `cuda` (`auto`: if there is
+            one), for which experts are read into pinned memory and copied from there; with `expert_cache` only.
         record_trace: keep the routing of every token, for `engine.trace()`.
         reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
         prefetch: read ahead what the next layer's router is likely to choose, on top of `expert_cache`; an ablation.
@@ -86,7 +86,7 @@ def load(
         )
     if memory_budget is not None and prefetch:
         raise UserError("reading ahead takes memory that a memory budget does not count; use it with an expert cache")
-    where = _device(device)
+    where = find_device(device)
     if memory_budget is not None and where.type != CPU.type:
         raise UserError(f"a memory budget counts the processor's memory, and device is {device}; give an expert cache")
     if memory_budget is not None:
@@ -126,22 +126,6 @@ def load(
         if prefetch:
             engine.read_ahead(model)
         yield model, engine
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """The device of this name, if this machine has one.
-
-    Raises:
-        UserError: it has none, or there is no such kind of device.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device {device!r} is not known to torch; write cpu or cuda") from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if found.type not in (CPU.type, accelerator and accelerator.type):
-        raise UserError(f"device is {device!r}, and torch finds no such accelerator here; write cpu")
-    return found
 
 
 def _tensor_bytes(model: PreTrainedModel) -> int:

@@ -22,13 +22,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from configs.load import UserError
 from evaluation.engine.accounting import DECODE, PREFILL, ReadCounts
 from evaluation.engine.cache import ExpertCache, Service, event_order
+from evaluation.engine.device import CPU
 from evaluation.engine.flight import Flight
 from evaluation.engine.policies import Key
 from evaluation.engine.prefetch import Prefetch
 from evaluation.engine.reader import Reader
 from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.staging import CPU
 
 IMPLEMENTATION = "remoe_paged"
 VECTOR = 64

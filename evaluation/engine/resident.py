@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from configs.load import UserError
+from evaluation.engine.device import CPU
 from evaluation.engine.slot_memory import ALIGN_BYTES, TORCH_DTYPES
-from evaluation.engine.staging import CPU
 from evaluation.engine.store import ExpertStore
 
 

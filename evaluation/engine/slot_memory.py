@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from evaluation.engine.device import CPU
 from evaluation.engine.expert_layout import FUSED, ExpertShape
 from evaluation.engine.reader import PAGE_BYTES, Bytes, Span
-from evaluation.engine.staging import CPU, Staging
+from evaluation.engine.staging import Staging
 from evaluation.engine.store import ExpertStore, Extent
 
 ALIGN_BYTES = 64

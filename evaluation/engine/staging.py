@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from evaluation.engine.device import CPU
 
 
 class Staging:

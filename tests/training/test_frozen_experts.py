@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from tests.conftest import small_config
+from tests.conftest import needs_gpu, small_config
 from training import frozen_experts
 from training.frozen_experts import IMPLEMENTATION, register
 from training.model import ModelArguments, build_model
@@ -138,6 +138,31 @@ def test_experts_that_train_are_left_to_transformers_and_do_train() -> None:
     torch.testing.assert_close(trained, frozen)
     trained.sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("has_gate", [True, False])
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_on_cuda_it_is_what_the_cpu_computes(
+    dtype: torch.dtype, has_bias: bool, has_gate: bool, is_transposed: bool
+) -> None:
+    torch.manual_seed(7)
+    module = made(9, {"is_transposed": is_transposed, "has_bias": has_bias, "has_gate": has_gate}, dtype)
+    hidden, ids = torch.randn(200, HIDDEN, dtype=dtype), torch.rand(200, 8).topk(3).indices  # nobody chooses the last
+    weights, grad = torch.rand(200, 3), torch.randn(200, HIDDEN, dtype=dtype)
+    outcomes = []
+    for device in ("cpu", "cuda"):
+        module = module.to(device)
+        inputs = [tensor.to(device).requires_grad_() for tensor in (hidden, weights)]
+        found = module(inputs[0], ids.to(device), inputs[1])
+        outcomes.append([found, *torch.autograd.grad(found, inputs, grad.to(device))])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    for expected, found in zip(*outcomes, strict=True):
+        assert found.is_cuda
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found.cpu(), expected, **tolerance)
 
 
 FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "qwen3_moe", "deepseek_v2"]

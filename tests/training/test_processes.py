@@ -114,23 +114,29 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
     assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("launcher", ["single_gpu", "multi_gpu", *SHARDED])
-def test_gpus_train_as_a_cpu_does(launcher: str, train_values: Values, tmp_path: Path) -> None:
-    """The shipped configurations on CUDA devices, as they are but for how many there are; never run so far."""
-    processes = 1 if launcher == "single_gpu" else 2
-    if torch.cuda.device_count() < processes:
-        pytest.skip(f"{launcher} needs {processes} CUDA device(s), this machine has {torch.cuda.device_count()}")
-    values = {**train_values(), "objective": "remoe", "per_device_train_batch_size": 2}
+def test_gpus_train_as_a_cpu_does(launcher: str, bf16: bool, train_values: Values, tmp_path: Path) -> None:
+    """The shipped configurations on CUDA devices, one or two, as they are but for how many there are."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"{launcher} needs a CUDA device, this machine has none")
+    if launcher == "deepspeed_zero3_nvme":
+        needs_libaio()
+    processes = 1 if launcher == "single_gpu" else min(2, torch.cuda.device_count())
+    values = {**train_values(), "objective": "remoe", "per_device_train_batch_size": 2, "bf16": bf16}
     alone = {**values, "gradient_accumulation_steps": processes, "output_dir": str(tmp_path / "cpu")}
     cpu = ["--accelerate-config", str(ROOT / "configs" / "accelerate" / "cpu.yaml")]
     finish(command(written(alone, tmp_path / "alone"), *cpu))
     shipped = ["--accelerate-config", str(ROOT / "configs" / "accelerate" / f"{launcher}.yaml")]
-    shipped += [] if processes == 1 else ["--num_processes", str(processes)]
+    shipped += [] if launcher == "single_gpu" else ["--num_processes", str(processes)]
     finish(command(written({**values, "output_dir": str(tmp_path / "gpu")}, tmp_path / "gpus"), *shipped))
     for expected, found in zip(metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu"), strict=True):
-        assert found == pytest.approx(expected, abs=1e-3)
+        compared = ["train/loss"] if bf16 else list(expected)  # rounding differs, and with it what is chosen
+        assert [found[key] for key in compared] == pytest.approx(
+            [expected[key] for key in compared], abs=0.05 if bf16 else 1e-3
+        )
     for name, tensor in routers(tmp_path / "cpu").items():
-        torch.testing.assert_close(routers(tmp_path / "gpu")[name], tensor, rtol=0, atol=1e-3)
+        torch.testing.assert_close(routers(tmp_path / "gpu")[name], tensor, rtol=0, atol=0.05 if bf16 else 1e-3)
 
 
 def model_worth_swapping(folder: Path) -> Path:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from configs.load import UserError
 from evaluation.engine import load
 from evaluation.engine.staging import Staging
+from tests.conftest import needs_gpu
 
 Checkpoint = Callable[..., Path]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none")
 
 
 class Recorded:
@@ -69,19 +69,33 @@ def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.Monke
 
 
 @needs_gpu
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", [3, 7, 24])
-def test_on_cuda_tokens_are_those_of_the_resident_model(checkpoint: Checkpoint, family: str, slots: int) -> None:
+def test_on_cuda_logits_and_tokens_are_those_of_the_resident_model(
+    checkpoint: Checkpoint, family: str, dtype: str, slots: int
+) -> None:
     folder = checkpoint(family)
-    ids_BT = torch.randint(2, 258, (1, 20), generator=torch.Generator().manual_seed(1)).cuda()
-    options: Any = {"attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 64, "do_sample": False}
-    resident = AutoModelForCausalLM.from_pretrained(folder).cuda().eval()
+    ids_BT = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(1)).cuda()
+    options: Any = {
+        "attention_mask": torch.ones_like(ids_BT), "max_new_tokens": 40, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True,
+    }  # fmt: skip
+    resident = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
     expected = resident.generate(ids_BT, **options)
-    with load(folder, "100%") as (_, sized):
+    with load(folder, "100%", dtype=dtype) as (_, sized):
         budget = min(slots * sized.demand.slot_bytes, sized.pool_bytes)
-    with load(folder, budget, device="cuda") as (model, engine):
-        assert torch.equal(model.generate(ids_BT, **options), expected)
+    with load(folder, budget, dtype=dtype, device="auto") as (model, engine):
+        found = model.generate(ids_BT, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert all(map(torch.equal, found.logits, expected.logits))
         assert engine.stats().misses > 0
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_without_an_accelerator_auto_is_the_processor(checkpoint: Checkpoint) -> None:
+    with load(checkpoint(), "100%", device="auto") as (model, _):
+        assert model.device.type == "cpu"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
@@ -91,7 +105,7 @@ def test_a_device_that_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
 
 
 def test_a_device_that_does_not_exist_is_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(UserError, match="device 'gpu' is not known to torch; write cpu or cuda"):
+    with pytest.raises(UserError, match="device 'gpu' is not known to torch; write cpu, cuda or auto"):
         load(checkpoint(), "100%", device="gpu").__enter__()
 
 

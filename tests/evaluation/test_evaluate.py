@@ -1,0 +1,44 @@
+"""`remoe evaluate` as a function: the device it measures on."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import UserError, load
+from evaluation.evaluate import EvaluationArguments, evaluate
+from tests.conftest import needs_gpu
+
+ROOT = Path(__file__).parents[2]
+MODEL = str(ROOT / "data" / "embedded" / "model")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", "device 'gpu' is not known to torch; write cpu, cuda or auto"),
+        ("xpu", "device is 'xpu', and torch finds no such accelerator here; write cpu"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
+    device: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.evaluate.plan", lambda *_, **__: pytest.fail("something was measured"))
+    args = load(EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", [f"device={device}"])
+    with pytest.raises(UserError, match=words):
+        evaluate(MODEL, {}, args)
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
+def test_a_gpu_measures_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    runs = []
+    for device in ("cpu", "auto"):
+        args = load(EvaluationArguments, "configs/evaluation/smoke.yaml", [f"device={device}"])
+        runs += evaluate(MODEL, {}, args)["arms"]["base"]["runs"]
+    cpu, gpu = runs
+    assert gpu["quality"]["mean_perplexity"] == pytest.approx(cpu["quality"]["mean_perplexity"], rel=1e-4)
+    assert gpu["routing"]["nll"] == pytest.approx(cpu["routing"]["nll"], rel=1e-4)
+    assert gpu["routing"]["reuse_rate_mean"] == pytest.approx(cpu["routing"]["reuse_rate_mean"], rel=1e-3)
+    assert all(row["tokens_equal_resident"] for row in gpu["decode"])

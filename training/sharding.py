@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +40,8 @@ PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def make_accelerator(*, bf16: bool) -> Accelerator:
     """One process or what `accelerate launch` started; gloo where there is no accelerator."""
     precision, handlers = "bf16" if bf16 else "no", []
-    with_deepspeed, on_cpu = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true", not torch.accelerator.is_available()
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
     if with_deepspeed:  # it compiles with the ninja that was installed beside this Python

@@ -11,6 +11,7 @@ from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, e
 from evaluation.engine.budget import Demand
 from evaluation.engine.cache import ExpertCache
 from evaluation.engine.cache_prior import CachePrior, attach_cache_prior, routers_of
+from evaluation.engine.device import CPU
 from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.prefetch import Prefetch
@@ -90,6 +91,8 @@ class Engine:
             attach(experts, PagedLayer(self._pager, position))
         register()
         model.set_experts_implementation(IMPLEMENTATION)
+        if model.device.type != CPU.type:  # what `generate` (5.23) does to `grouped_mm` there, it shall do to us
+            model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment, method-assign]
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
         model.base_model.register_forward_hook(self._end_call)
 

@@ -159,7 +159,7 @@ class _Records:
         self.total_bytes = slots * form.record_bytes
         self.leads = [NO_LEADS] * slots
         if device.type != CPU.type or pinned:
-            self._raw = torch.zeros(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+            self._raw = torch.empty(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         else:
             self._map = _huge_pages(self.total_bytes)
             self._raw = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes))

@@ -17,7 +17,10 @@ class Staging:
     """Ordered copies from landing records to slots."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = None if device.type == CPU.type else torch.Stream(device)
+        self._stream = None
+        if device.type != CPU.type:
+            self._stream = torch.Stream(device)
+            self._stream.wait_event(torch.accelerator.current_stream().record_event())  # whoever had the memory before
         self._used: dict[int, torch.Event] = {}  # slot -> its last product
         self._copied: dict[int, torch.Event] = {}  # passing slot -> its last copy
 

@@ -41,8 +41,9 @@ def written(values: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def finish(arguments: list[str]) -> str:
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+def finish(arguments: list[str], *, use_cpu: bool = True) -> str:
+    environment = os.environ | {"ACCELERATE_USE_CPU": str(use_cpu)}
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -129,7 +130,8 @@ def test_gpus_train_as_a_cpu_does(launcher: str, bf16: bool, train_values: Value
     finish(command(written(alone, tmp_path / "alone"), *cpu))
     shipped = ["--accelerate-config", str(ROOT / "configs" / "accelerate" / f"{launcher}.yaml")]
     shipped += [] if launcher == "single_gpu" else ["--num_processes", str(processes)]
-    finish(command(written({**values, "output_dir": str(tmp_path / "gpu")}, tmp_path / "gpus"), *shipped))
+    there = written({**values, "output_dir": str(tmp_path / "gpu")}, tmp_path / "gpus")
+    finish(command(there, *shipped), use_cpu=False)
     for expected, found in zip(metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu"), strict=True):
         compared = ["train/loss"] if bf16 else list(expected)  # rounding differs, and with it what is chosen
         assert [found[key] for key in compared] == pytest.approx(

@@ -50,6 +50,8 @@ def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "Stream", lambda device: copies)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: products)
     staging = Staging(torch.device("cuda"))
+    assert log == ["copies waits for products 1"], "before that the slots' memory may be in use"
+    log.clear()
     into, source = torch.zeros(2), torch.ones(2)
 
     staging.wait(7)
@@ -60,7 +62,7 @@ def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.Monke
     staging.used(3)
     log.clear()
     staging.copy([(into, source)], passing_slot=8, slot=3)
-    assert log == ["on copies", "copies waits for products 1", "off copies", "products waits for copies 2"]
+    assert log == ["on copies", "copies waits for products 2", "off copies", "products waits for copies 2"]
     log.clear()
     staging.wait(7)
     staging.wait(8)

@@ -1,0 +1,181 @@
+"""The products of one call of a layer's experts, in the order and on matrices of the shape transformers computes with.
+
+The last bits depend on both, and transformers (5.23) computes in two ways. `GroupedProducts` is its `grouped_mm`: rows
+sorted by expert id, one product per expert over all its rows. `BatchedProducts` is its `batched_mm`, to which `generate`
+turns on an accelerator for every step but the first: one product per row, with a copy of its expert's matrices.
+Experts are handed in one after the other, in whatever order they land.
+Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate, then up).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import _batched_linear
+
+from evaluation.engine.device import CPU
+from evaluation.engine.policies import Key
+from evaluation.engine.slot_memory import SlotMemory
+
+VECTOR = 64
+"""Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
+COMBINED_TOKENS = 64
+"""Tokens whose weighted rows exist at once, in the wider precision of the weights."""
+THREAD_GRAIN = 32768
+"""Numbers below which torch does not give an element-wise operation to several threads (at::internal::GRAIN_SIZE)."""
+
+
+class Products(Protocol):
+    """What is asked of either."""
+
+    def whole(self, key: Key, slot: int) -> None:
+        """Everything that can be done with this expert, which lies in this slot until the next one is handed in."""
+
+    def combined(self, weights_TK: Tensor) -> Tensor:
+        """TH: the sum of each token's rows, weighted; after every expert was handed in."""
+
+
+class GroupedProducts:
+    """As `transformers.integrations.moe.grouped_mm_experts_forward`; expert by expert, or step by step over all rows."""
+
+    def __init__(self, experts: nn.Module, memory: SlotMemory, hidden_TH: Tensor, expert_ids_TK: Tensor) -> None:
+        self._experts: Any = experts
+        self._activation: Any = self._experts._apply_gate
+        self._rows = _Rows.of(expert_ids_TK)
+        hidden_RH = hidden_TH[self._rows.order_R // expert_ids_TK.shape[1]].to(memory.dtype)
+        self.memory, self._hidden_RH = memory, hidden_RH
+        self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
+        self._out_RH = torch.empty_like(hidden_RH)
+
+    def rows_are_independent(self) -> bool:
+        """Whether the activation gives a row the same bits alone as in the matrix of all rows.
+
+        Its vectorised loop leaves the rest of a run of numbers to a scalar one that rounds differently (silu in fp32),
+        and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone, and
+        on an accelerator, which has no such loop.
+        """
+        if self._out_RH.device.type != CPU.type:
+            return True
+        columns = self.memory.gate_up_columns // 2
+        counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
+        return all(_share_of_a_thread(rows * columns) % VECTOR == 0 for rows in counts) and columns % VECTOR == 0
+
+    def whole(self, key: Key, slot: int) -> None:
+        """Everything for the rows of this expert, which lies in this slot."""
+        part = self._rows.of_expert[key[1]]
+        self._up(part, key[1], slot)
+        self._down(part, key[1], slot, self._activation(self._gate_up_RJ[part]))
+
+    def up(self, placed: Mapping[Key, int]) -> None:
+        """Gate and up projection of the rows of these experts, which lie in these slots."""
+        for (_, expert), slot in placed.items():
+            self._up(self._rows.of_expert[expert], expert, slot)
+
+    def activate(self) -> None:
+        """The activation over the matrix of all rows; rows that are not computed yet give rubbish."""
+        self._activated_RI = self._activation(self._gate_up_RJ)
+
+    def down(self, placed: Mapping[Key, int]) -> None:
+        """Down projection, after `up` and `activate`."""
+        for (_, expert), slot in placed.items():
+            part = self._rows.of_expert[expert]
+            self._down(part, expert, slot, self._activated_RI[part])
+
+    def combined(self, weights_TK: Tensor) -> Tensor:
+        """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
+        tokens, top_k = weights_TK.shape
+        place_R = torch.empty_like(self._rows.order_R)
+        place_R[self._rows.order_R] = torch.arange(len(place_R), device=place_R.device)
+        sums = []
+        for first in range(0, tokens, COMBINED_TOKENS):
+            rows_rH = self._out_RH[place_R[first * top_k : (first + COMBINED_TOKENS) * top_k]]
+            sums.append(_weighted_sum(rows_rH, weights_TK[first : first + COMBINED_TOKENS]))
+        return torch.cat(sums)
+
+    def _up(self, part: slice, expert: int, slot: int) -> None:
+        out = _product(self._hidden_RH[part], self.memory.gate_up_HJ(slot), out=self._gate_up_RJ[part])
+        if self._experts.has_bias:
+            out.add_(self._experts.gate_up_proj_bias[expert])
+
+    def _down(self, part: slice, expert: int, slot: int, activated_RI: Tensor) -> None:
+        out = _product(activated_RI, self.memory.down_IH(slot), out=self._out_RH[part])
+        self.memory.used(slot)
+        if self._experts.has_bias:
+            out.add_(self._experts.down_proj_bias[expert])
+
+
+class BatchedProducts:
+    """As `transformers.integrations.moe.batched_mm_experts_forward`; it takes the memory of R experts, as that does."""
+
+    def __init__(self, experts: nn.Module, memory: SlotMemory, hidden_TH: Tensor, expert_ids_TK: Tensor) -> None:
+        self._experts: Any = experts
+        self._memory, self._ids_R = memory, expert_ids_TK.reshape(-1)
+        self._hidden_RH = hidden_TH.repeat_interleave(expert_ids_TK.shape[1], dim=0).to(memory.dtype)
+        self._rows_of: dict[int, list[int]] = {}
+        for row, expert in enumerate(self._ids_R.tolist()):
+            self._rows_of.setdefault(expert, []).append(row)
+        width, hidden = memory.gate_up_columns, self._hidden_RH.shape[1]
+        # right-hand sides of products; transposed in memory where the model's are
+        self._gate_up_RHJ = self._empty(len(self._ids_R), hidden, width)
+        self._down_RIH = self._empty(len(self._ids_R), width // 2, hidden)
+
+    def whole(self, key: Key, slot: int) -> None:
+        """Copy the matrices of this expert for each of its rows."""
+        for row in self._rows_of[key[1]]:
+            self._gate_up_RHJ[row].copy_(self._memory.gate_up_HJ(slot))
+            self._down_RIH[row].copy_(self._memory.down_IH(slot))
+        self._memory.used(slot)
+
+    def combined(self, weights_TK: Tensor) -> Tensor:
+        """All products, then the sum of each token's rows, weighted."""
+        activated_RI = self._experts._apply_gate(self._linear(self._hidden_RH, self._gate_up_RHJ, "gate_up_proj_bias"))
+        return _weighted_sum(self._linear(activated_RI, self._down_RIH, "down_proj_bias"), weights_TK)
+
+    def _empty(self, rows: int, inputs: int, outputs: int) -> Tensor:
+        if self._experts.is_transposed:
+            return self._hidden_RH.new_empty(rows, inputs, outputs)
+        return self._hidden_RH.new_empty(rows, outputs, inputs).mT
+
+    def _linear(self, input_RN: Tensor, weight_RNM: Tensor, bias_name: str) -> Tensor:
+        transposed = self._experts.is_transposed
+        bias_RM = getattr(self._experts, bias_name)[self._ids_R] if self._experts.has_bias else None
+        as_stored = weight_RNM if transposed else weight_RNM.mT
+        out: Tensor = _batched_linear(input_RN, as_stored, bias=bias_RM, is_transposed=transposed)
+        return out
+
+
+def _product(rows: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
+    """`rows @ weight` into `out`, which it returns, by the kernel that the resident model's products go through."""
+    if out.device.type == CPU.type:
+        return torch.mm(rows, weight, out=out)
+    end = torch.full((1,), len(rows), dtype=torch.int32, device=out.device)
+    return out.copy_(torch.nn.functional.grouped_mm(rows, weight[None], offs=end))
+
+
+def _weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
+    return (rows_RH * weights_TK.reshape(-1, 1)).view(*weights_TK.shape, -1).sum(dim=1)
+
+
+def _share_of_a_thread(numbers: int) -> int:
+    """How many of a matrix's numbers torch gives to one thread in an element-wise operation (ATen/Parallel.h)."""
+    threads = min(torch.get_num_threads(), math.ceil(numbers / THREAD_GRAIN))
+    return math.ceil(numbers / threads)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Token-expert pairs sorted by expert id, as the resident implementation sorts them."""
+
+    order_R: Tensor  # sorted position -> pair
+    of_expert: dict[int, slice]  # sorted positions of each expert
+
+    @classmethod
+    def of(cls, expert_ids_TK: Tensor) -> "_Rows":
+        sorted_ids_R, order_R = torch.sort(expert_ids_TK.reshape(-1))
+        ids, starts = np.unique(sorted_ids_R.cpu().numpy(), return_index=True)
+        ends = [*starts[1:].tolist(), len(order_R)]
+        return cls(order_R, {e: slice(a, b) for e, a, b in zip(ids.tolist(), starts.tolist(), ends, strict=True)})

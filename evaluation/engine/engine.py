@@ -92,7 +92,7 @@ class Engine:
         register()
         model.set_experts_implementation(IMPLEMENTATION)
         if model.device.type != CPU.type:  # what `generate` (5.23) does to `grouped_mm` there, it shall do to us
-            model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment, method-assign]
+            model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment]
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
         model.base_model.register_forward_hook(self._end_call)
 

@@ -156,7 +156,7 @@ class _StockRows(IterableDataset[dict[str, Tensor]]):
 def _forward_flop(run: Run, batch: Batch) -> int:
     """Floating-point operations of the matrix products of one micro-batch's forward pass."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
-    with counter:
+    with counter, run.accelerator.autocast():
         run.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
     return counter.get_total_flops()
 

@@ -1,11 +1,13 @@
 """Our trainer beside transformers': the same rows and losses, and figures that follow from what was measured."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from training.bench_side import Measured
@@ -81,6 +83,23 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
     assert ours["losses"][-1] < ours["losses"][0]
     assert all(side["peak_bytes"] > 0 for side in (ours, *others))
     assert ours["forward_flop_per_step"] == others[0]["forward_flop_per_step"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_bfloat16_is_trained_by_both(
+    train_values: Callable[..., dict[str, Any]], model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its routers are float32, the rest is not: every product needs autocast."""
+    AutoModelForCausalLM.from_pretrained(model_dir(), dtype="bfloat16").save_pretrained(tmp_path / "model")
+    shutil.copy(model_dir() / "tokenizer.json", tmp_path / "model")
+    shutil.copy(model_dir() / "tokenizer_config.json", tmp_path / "model")
+    values = train_values(model_name_or_path=str(tmp_path / "model"), bf16="true")
+    overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
+    (tmp_path / "c.yaml").write_text("objective: ce_only\n", encoding="utf-8")
+    flags = ["--stock", "grouped_mm", "--repeats", "1", "--steps", "1", "--threads", "1"]
+    main([str(tmp_path / "c.yaml"), *overrides, *flags, "--output", str(tmp_path / "o.json")])
+    ours, theirs = (runs[0] for runs in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))["runs"].values())
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=0.02)
 
 
 @pytest.mark.slow

@@ -10,16 +10,22 @@ Axes: T tokens, K chosen, R = T K rows sorted by expert, r rows of one part, E e
 J what gate and up projection give, I what the activation makes of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
 
 IMPLEMENTATION = "remoe_frozen"
-PART_ROWS = 512
+PART_ROWS = 1024
 """Rows that are worked on together on the CPU, rounded up to whole experts."""
 
 
@@ -82,17 +88,13 @@ class _FrozenExperts(torch.autograd.Function):
             tokens_r = tokens_R[part.rows]
             grad_rH = grad_TH.index_select(0, tokens_r)
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
-            gate_up_rJ, activated_rI = kept_r, kept_r
-            if grad_hidden_TH is not None:
-                with torch.enable_grad():
-                    gate_up_rJ = kept_r.detach().requires_grad_()
-                    activated_rI = _activate(experts, gate_up_rJ)
-            grad_r = (grad_rI * activated_rI.detach()).sum(1, dtype=grad_R.dtype)
+            activated_rI, activate_back = (kept_r, None) if grad_hidden_TH is None else _with_gradient(experts, kept_r)
+            grad_r = (grad_rI * activated_rI).sum(1, dtype=grad_R.dtype)
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
             grad_R[part.rows] = grad_r
-            if grad_hidden_TH is not None:
-                (grad_rJ,) = torch.autograd.grad(activated_rI, gate_up_rJ, grad_rI.mul_(weights_R1[part.rows]))
+            if grad_hidden_TH is not None and activate_back is not None:
+                grad_rJ = activate_back(grad_rI.mul_(weights_R1[part.rows]))
                 grad_rows_rH = _product_back(experts, _up(experts), grad_rJ, part).float()
                 grad_hidden_TH.index_add_(0, tokens_r, grad_rows_rH)
         grad_weights_TK = torch.empty_like(grad_R).index_copy_(0, order_R, grad_R).view_as(weights_TK)
@@ -117,7 +119,36 @@ def _up(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
+def _is_swiglu(experts: Any) -> bool:
+    """Whether the activation is silu(gate) * up, gate in the first half."""
+    by_default = getattr(type(experts), "_apply_gate", None) is _default_apply_gate
+    return experts.has_gate and by_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+
+
+def _with_gradient(experts: Any, gate_up_rJ: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The activation, and what makes the gradient of its input of that of its output, which it overwrites."""
+    if not _is_swiglu(experts):
+        with torch.enable_grad():
+            input_rJ = gate_up_rJ.detach().requires_grad_()
+            activated_rI = _activate(experts, input_rJ)
+        return activated_rI.detach(), lambda grad_rI: torch.autograd.grad(activated_rI, input_rJ, grad_rI)[0]
+    gate_rI, up_rI = gate_up_rJ.chunk(2, dim=-1)
+    silu_rI = nn.functional.silu(gate_rI)
+
+    def back(grad_rI: Tensor) -> Tensor:
+        grad_rJ = torch.empty_like(gate_up_rJ)
+        grad_gate_rI, grad_up_rI = grad_rJ.chunk(2, dim=-1)
+        torch.mul(grad_rI, silu_rI, out=grad_up_rI)
+        torch.ops.aten.silu_backward.grad_input(grad_rI.mul_(up_rI), gate_rI, grad_input=grad_gate_rI)
+        return grad_rJ
+
+    return silu_rI * up_rI, back
+
+
 def _activate(experts: Any, gate_up_rJ: Tensor) -> Tensor:
+    if _is_swiglu(experts):
+        gate_rI, up_rI = gate_up_rJ.chunk(2, dim=-1)
+        return nn.functional.silu(gate_rI).mul_(up_rI)
     activated: Tensor = experts._apply_gate(gate_up_rJ) if experts.has_gate else experts.act_fn(gate_up_rJ)
     return activated
 

@@ -10,7 +10,7 @@ Axes: T tokens, K chosen, R = T K rows sorted by expert, r rows of one part, E e
 J what gate and up projection give, I what the activation makes of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from transformers.integrations.moe import (
 )
 
 IMPLEMENTATION = "remoe_frozen"
-PART_ROWS = 1024
+PART_ROWS = 2048
 """Rows that are worked on together on the CPU, rounded up to whole experts."""
 
 
@@ -88,15 +88,15 @@ class _FrozenExperts(torch.autograd.Function):
             tokens_r = tokens_R[part.rows]
             grad_rH = grad_TH.index_select(0, tokens_r)
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
-            activated_rI, activate_back = (kept_r, None) if grad_hidden_TH is None else _with_gradient(experts, kept_r)
-            grad_r = (grad_rI * activated_rI).sum(1, dtype=grad_R.dtype)
+            if grad_hidden_TH is None:
+                grad_r = (grad_rI * kept_r).sum(1, dtype=grad_R.dtype)
+            else:
+                grad_r, grad_rJ = _activation_back(experts, kept_r, grad_rI, dtype=grad_R.dtype)
+                grad_rows_rH = _product_back(experts, _up(experts), grad_rJ, part).float()
+                grad_hidden_TH.index_add_(0, tokens_r, grad_rows_rH.mul_(weights_R1[part.rows]))
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
             grad_R[part.rows] = grad_r
-            if grad_hidden_TH is not None and activate_back is not None:
-                grad_rJ = activate_back(grad_rI.mul_(weights_R1[part.rows]))
-                grad_rows_rH = _product_back(experts, _up(experts), grad_rJ, part).float()
-                grad_hidden_TH.index_add_(0, tokens_r, grad_rows_rH)
         grad_weights_TK = torch.empty_like(grad_R).index_copy_(0, order_R, grad_R).view_as(weights_TK)
         grad_hidden = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
         return None, grad_hidden, None, grad_weights_TK
@@ -125,24 +125,22 @@ def _is_swiglu(experts: Any) -> bool:
     return experts.has_gate and by_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
-def _with_gradient(experts: Any, gate_up_rJ: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The activation, and what makes the gradient of its input of that of its output, which it overwrites."""
+def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row's <gradient of the activation, activation>, and the gradient of `gate_up_rJ`; `grad_rI` is overwritten."""
     if not _is_swiglu(experts):
         with torch.enable_grad():
             input_rJ = gate_up_rJ.detach().requires_grad_()
             activated_rI = _activate(experts, input_rJ)
-        return activated_rI.detach(), lambda grad_rI: torch.autograd.grad(activated_rI, input_rJ, grad_rI)[0]
+        (grad_rJ,) = torch.autograd.grad(activated_rI, input_rJ, grad_rI)
+        return grad_rI.mul_(activated_rI.detach()).sum(1, dtype=dtype), grad_rJ
     gate_rI, up_rI = gate_up_rJ.chunk(2, dim=-1)
+    grad_rJ = torch.empty_like(gate_up_rJ)
+    grad_gate_rI, grad_up_rI = grad_rJ.chunk(2, dim=-1)
     silu_rI = nn.functional.silu(gate_rI)
-
-    def back(grad_rI: Tensor) -> Tensor:
-        grad_rJ = torch.empty_like(gate_up_rJ)
-        grad_gate_rI, grad_up_rI = grad_rJ.chunk(2, dim=-1)
-        torch.mul(grad_rI, silu_rI, out=grad_up_rI)
-        torch.ops.aten.silu_backward.grad_input(grad_rI.mul_(up_rI), gate_rI, grad_input=grad_gate_rI)
-        return grad_rJ
-
-    return silu_rI * up_rI, back
+    torch.mul(grad_rI, silu_rI, out=grad_up_rI)
+    grad_r = torch.mul(grad_up_rI, up_rI, out=silu_rI).sum(1, dtype=dtype)
+    torch.ops.aten.silu_backward.grad_input(grad_rI.mul_(up_rI), gate_rI, grad_input=grad_gate_rI)
+    return grad_r, grad_rJ
 
 
 def _activate(experts: Any, gate_up_rJ: Tensor) -> Tensor:

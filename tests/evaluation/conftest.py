@@ -109,6 +109,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             torch.manual_seed(20240607)
             config = tiny_config(family)
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):  # zeros otherwise, which no test would miss
+                    torch.nn.init.normal_(parameter, std=0.3)
             model.save_pretrained(made[key], max_shard_size=shard_size)
             byte_tokenizer().save_pretrained(made[key])
         return made[key]

@@ -23,7 +23,11 @@ def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
     device: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evaluation.evaluate.plan", lambda *_, **__: pytest.fail("something was measured"))
-    args = load(EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", [f"device={device}"])
+    args = load(
+        EvaluationArguments,
+        ROOT / "configs" / "evaluation" / "smoke.yaml",
+        [f"device={device}", "plan.memory_budgets=[50MiB]"],
+    )
     with pytest.raises(UserError, match=words):
         evaluate(MODEL, {}, args)
 

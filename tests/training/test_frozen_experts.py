@@ -200,7 +200,9 @@ def test_recomputing_activations_gives_the_same_gradients(tiny_model: Callable[.
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         outcomes.append(torch.autograd.grad(loss, gates))
-    for kept, recomputed in zip(*outcomes, strict=True):  # the first layer's input needs a gradient where it is recomputed
+    for kept, recomputed in zip(
+        *outcomes, strict=True
+    ):  # the first layer's input needs a gradient where it is recomputed
         torch.testing.assert_close(recomputed, kept, rtol=1e-5, atol=1e-7)
 
 

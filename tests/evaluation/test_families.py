@@ -82,6 +82,9 @@ def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
                 for router in find_routers(model).values():  # gates that start at zero, biases that choose
                     for tensor in [*router.parameters(), *router.buffers()]:
                         tensor.normal_(0, 0.2)
+                for name, tensor in model.named_parameters():
+                    if name.endswith("bias"):
+                        tensor.normal_(0, 0.2)
             model.save_pretrained(made[family])
             byte_tokenizer().save_pretrained(made[family])
         return made[family]

@@ -100,6 +100,7 @@ class _Side:
 
     def __init__(self, name: str, config: TrainArguments, folder: Path, threads: int) -> None:
         self.name, self._errors, self._last = name, folder / f"{name}.err", ""
+        self._left = config.max_steps
         path = folder / f"{name}.yaml"
         dump(replace(config, output_dir=str(folder / name), run_name=name), path)
         order = json.dumps(asdict(Order(name, str(path), threads)))
@@ -120,6 +121,7 @@ class _Side:
     def take_step(self) -> None:
         """Returns when the step is done; after the last one, when the process has ended."""
         assert self._process.stdin is not None
+        self._left -= 1
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         self._wait()
@@ -134,7 +136,8 @@ class _Side:
             if line.strip() == READY:
                 return
             self._last = line
-        if code := self._process.wait():
+        code = self._process.wait()
+        if code or self._left:
             self._process.communicate()
             said = self._errors.read_text(encoding="utf-8").strip().splitlines()
             last = said[-1] if said else "nothing on standard error"

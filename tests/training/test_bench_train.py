@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from training.bench_side import Measured
-from training.bench_train import compare, main, table
+from training.bench_side import READY, Measured
+from training.bench_train import _Side, compare, main, table
 
 
 def measured(seconds: float, peak: int) -> Measured:
@@ -50,6 +51,20 @@ def test_unknown_sides_and_numbers_are_refused(tmp_path: Path) -> None:
         main(["x.yaml", "--stock", "deepspeed"])
     with pytest.raises(UserError, match="--steps is 0; write at least 1"):
         main(["x.yaml", "--steps", "0"])
+
+
+def test_a_side_that_ends_before_its_last_step_is_named(
+    train_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ends_early = tmp_path / "python"
+    ends_early.write_text(f"#!/bin/sh\necho {READY}\nread line\n", encoding="utf-8")
+    ends_early.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(ends_early))
+    with (
+        _Side("eager", train_args(max_steps=2), tmp_path, 1) as side,
+        pytest.raises(UserError, match="side eager ended with exit code 0: nothing on standard error"),
+    ):
+        side.take_step()
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
     """One process or what `accelerate launch` started; gloo where there is no accelerator."""
     precision, handlers = "bf16" if bf16 else "no", []
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if with_deepspeed:  # or accelerate would leave DeepSpeed out, which needs no telling where it runs
+        os.environ.pop("ACCELERATE_USE_CPU", None)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none

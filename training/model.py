@@ -71,12 +71,14 @@ def load_pretrained(
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     find_routers(model)
+    if device is None:
+        return model.eval()
     try:
-        return model.eval().to(device or model.device)
+        return model.eval().to(device)
     except torch.OutOfMemoryError as error:
+        size = f"{model.get_memory_footprint() / 2**30:.1f} GiB"
         raise UserError(
-            f"model {name_or_path} has {model.get_memory_footprint() / 2**30:.1f} GiB of weights, which do not fit {device}; "
-            "write device=cpu"
+            f"model {name_or_path} has {size} of weights, which do not fit {device}; give cpu as device"
         ) from error
 
 

@@ -147,3 +147,12 @@ def _decode(demands: float, factor: float) -> dict[str, Any]:
         "mean_ttft_ms": 40.0 - 9 * hits, "mean_tpot_ms": 11.0 - 5 * hits, "output_throughput": 90 + 30 * hits,
         "peak_rss_bytes": 500_000_000 + demands * 1e6, "n_prompts": 8, "n_tokens": 512,
     }  # fmt: skip
+
+
+def changed(results: dict[str, Any], *path: str | int, value: Any) -> dict[str, Any]:
+    """`results` with another value at a place."""
+    node: Any = results
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return results

@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from configs.load import UserError, load
 from evaluation.evaluate import EvaluationArguments, evaluate
 from tests.conftest import needs_gpu
+from training.model import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data" / "embedded" / "model")
@@ -30,6 +33,15 @@ def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
     )
     with pytest.raises(UserError, match=words):
         evaluate(MODEL, {}, args)
+
+
+def test_a_model_too_large_for_its_device_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(PreTrainedModel, "to", full)
+    with pytest.raises(UserError, match=r"has 0\.0 GiB of weights, which do not fit cuda:0; give cpu as device"):
+        load_pretrained(MODEL, device=torch.device("cuda:0"))
 
 
 @needs_gpu

@@ -10,19 +10,16 @@ from typing import Any
 import matplotlib
 import pytest
 
-from configs import command
-from configs.load import UserError
 from evaluation import plots
 from evaluation.drawing import colours
 from evaluation.page import page
 from evaluation.quality_tables import differences_table, values_table
 from evaluation.report import main, markdown, write_report
-from evaluation.results import check_results, read_results
 from evaluation.sections import sections
 from evaluation.summary import frontier, frontier_budgets
 from evaluation.tables import Table, decode_table, headline_table, miss_tables, routing_tables
 from evaluation.wording import CHANGE, COUNT, PERCENT, RATE, bytes_text, headline
-from tests.evaluation.made_results import ARMS, made_results
+from tests.evaluation.made_results import ARMS, changed, made_results
 
 FIGURES = [
     plots.frontier_figure,
@@ -52,14 +49,6 @@ def plain(text: str) -> str:
 def words_of(results: dict[str, Any]) -> tuple[str, str]:
     """Both reports without the pictures."""
     return plain(markdown(results)), plain(re.sub(r"<svg.*?</svg>", "", page(results), flags=re.DOTALL))
-
-
-def changed(results: dict[str, Any], *path: str | int, value: Any) -> dict[str, Any]:
-    node: Any = results
-    for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
-    return results
 
 
 def row_of(table: Table, *first: str) -> list[str]:
@@ -331,59 +320,3 @@ def test_numbers_are_written_with_sign_unit_and_no_negative_zero() -> None:
     assert [plain(bytes_text(size)) for size in (12.0, 2048.0, 663552.0, 1327104.0, 5e8, 3e9)] == [
         "12 B", "2.00 KiB", "648 KiB", "1.27 MiB", "477 MiB", "2.79 GiB"
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "words"),
-    [
-        (("format_version",), 2, "format_version is 2, this report reads 1"),
-        (("arms",), {}, "arms has no 'base'"),
-        (("arms", "cache", "runs"), [], "arms.cache.runs is empty"),
-        (("arms", "cache", "runs"), None, "arms.cache.runs must be a list, found null"),
-        (
-            ("arms", "base", "runs", 0, "replay", 3),
-            {},
-            r"arms.base.runs\[0\].replay\[3\].policy is missing; write null",
-        ),
-        (
-            ("arms", "base", "runs", 0, "routing", "nll"),
-            "low",
-            "routing.nll must be a finite number, or null.*found str 'low'",
-        ),
-        (
-            ("arms", "base", "runs", 0, "routing", "nll"),
-            float("nan"),
-            "routing.nll must be a finite number.*found float nan",
-        ),
-        (("model", "dtype"), 16, "model.dtype must be text or null, found int 16"),
-        (("reproduce", "machine"), "laptop", "reproduce.machine must be an object"),
-    ],
-)
-def test_results_that_are_not_as_they_should_be_are_refused_by_place(
-    results: dict[str, Any], path: tuple[str | int, ...], value: Any, words: str
-) -> None:
-    check_results(results)
-    with pytest.raises(UserError, match=words):
-        check_results(changed(results, *path, value=value))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "does not exist; name the results.json of a finished run"),
-        (b'{"format_version": 1,', "is not valid JSON.*may be cut off"),
-        (b"[1, 2]", "must hold one JSON object, found list"),
-        (b"\xff\xfe{}", "is not UTF-8 text"),
-    ],
-)
-def test_a_missing_or_damaged_file_is_one_clear_message_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, words: str
-) -> None:
-    path = tmp_path / "results.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=words):
-        read_results(path)
-    assert command.run(main, [str(path), "--output", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {'results file ' if content is None else ''}{path}")
-    assert not (tmp_path / "out").exists()

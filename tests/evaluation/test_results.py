@@ -1,0 +1,69 @@
+"""Results files that are not as they should be: what is wrong is said, and where."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import command
+from configs.load import UserError
+from evaluation.report import main
+from evaluation.results import check_results, read_results
+from tests.evaluation.made_results import changed, made_results
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("format_version",), 2, "format_version is 2, this report reads 1"),
+        (("arms",), {}, "arms has no 'base'"),
+        (("arms", "cache", "runs"), [], "arms.cache.runs is empty"),
+        (("arms", "cache", "runs"), None, "arms.cache.runs must be a list, found null"),
+        (
+            ("arms", "base", "runs", 0, "replay", 3),
+            {},
+            r"arms.base.runs\[0\].replay\[3\].policy is missing; write null",
+        ),
+        (
+            ("arms", "base", "runs", 0, "routing", "nll"),
+            "low",
+            "routing.nll must be a finite number, or null.*found str 'low'",
+        ),
+        (
+            ("arms", "base", "runs", 0, "routing", "nll"),
+            float("nan"),
+            "routing.nll must be a finite number.*found float nan",
+        ),
+        (("model", "dtype"), 16, "model.dtype must be text or null, found int 16"),
+        (("reproduce", "machine"), "laptop", "reproduce.machine must be an object"),
+    ],
+)
+def test_results_that_are_not_as_they_should_be_are_refused_by_place(
+    path: tuple[str | int, ...], value: Any, words: str
+) -> None:
+    results = made_results()
+    check_results(results)
+    with pytest.raises(UserError, match=words):
+        check_results(changed(results, *path, value=value))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist; name the results.json of a finished run"),
+        (b'{"format_version": 1,', "is not valid JSON.*may be cut off"),
+        (b"[1, 2]", "must hold one JSON object, found list"),
+        (b"\xff\xfe{}", "is not UTF-8 text"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_one_clear_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_results(path)
+    assert command.run(main, [str(path), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {'results file ' if content is None else ''}{path}")
+    assert not (tmp_path / "out").exists()

@@ -91,9 +91,8 @@ class _FrozenExperts(torch.autograd.Function):
             if grad_hidden_TH is None:
                 grad_r = (grad_rI * kept_r).sum(1, dtype=grad_R.dtype)
             else:
-                grad_r, grad_rJ = _activation_back(experts, kept_r, grad_rI, dtype=grad_R.dtype)
-                grad_rows_rH = _product_back(experts, _up(experts), grad_rJ, part).float()
-                grad_hidden_TH.index_add_(0, tokens_r, grad_rows_rH.mul_(weights_R1[part.rows]))
+                grad_r, grad_rJ = _activation_back(experts, kept_r, grad_rI, weights_R1[part.rows])
+                grad_hidden_TH.index_add_(0, tokens_r, _product_back(experts, _up(experts), grad_rJ, part).float())
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
             grad_R[part.rows] = grad_r
@@ -125,20 +124,24 @@ def _is_swiglu(experts: Any) -> bool:
     return experts.has_gate and by_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
-def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each row's <gradient of the activation, activation>, and the gradient of `gate_up_rJ`; `grad_rI` is overwritten."""
+def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, weights_r1: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the routing weights, and of `gate_up_rJ`, with that of the unweighted activation, which is overwritten.
+
+    For silu(gate) * up written out, in the order in which autograd computes it, without what that allocates.
+    """
     if not _is_swiglu(experts):
         with torch.enable_grad():
             input_rJ = gate_up_rJ.detach().requires_grad_()
             activated_rI = _activate(experts, input_rJ)
-        (grad_rJ,) = torch.autograd.grad(activated_rI, input_rJ, grad_rI)
-        return grad_rI.mul_(activated_rI.detach()).sum(1, dtype=dtype), grad_rJ
+        grad_r = (grad_rI * activated_rI.detach()).sum(1, dtype=weights_r1.dtype)
+        (grad_rJ,) = torch.autograd.grad(activated_rI, input_rJ, grad_rI.mul_(weights_r1))
+        return grad_r, grad_rJ
     gate_rI, up_rI = gate_up_rJ.chunk(2, dim=-1)
-    grad_rJ = torch.empty_like(gate_up_rJ)
+    silu_rI, grad_rJ = nn.functional.silu(gate_rI), torch.empty_like(gate_up_rJ)
     grad_gate_rI, grad_up_rI = grad_rJ.chunk(2, dim=-1)
-    silu_rI = nn.functional.silu(gate_rI)
-    torch.mul(grad_rI, silu_rI, out=grad_up_rI)
-    grad_r = torch.mul(grad_up_rI, up_rI, out=silu_rI).sum(1, dtype=dtype)
+    activated_rI = torch.mul(silu_rI, up_rI, out=grad_gate_rI)
+    grad_r = activated_rI.mul_(grad_rI).sum(1, dtype=weights_r1.dtype)
+    torch.mul(grad_rI.mul_(weights_r1), silu_rI, out=grad_up_rI)
     torch.ops.aten.silu_backward.grad_input(grad_rI.mul_(up_rI), gate_rI, grad_input=grad_gate_rI)
     return grad_r, grad_rJ
 

@@ -69,6 +69,7 @@ def main(order: Order) -> None:
     if order.side != OURS:
         run.observer.close()
         run.model.set_experts_implementation(order.side)
+        run.model.set_attn_implementation("sdpa")
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)

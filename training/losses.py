@@ -135,47 +135,46 @@ def miss_loss_sum(
     return miss_BS[document_ids_BS >= 0].sum()
 
 
-def symmetric_kl_sum(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: Tensor, lag: int) -> Tensor:
-    """Half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth at lag 1, one part of L_lag else."""
-    if lag >= probs_BSE.shape[1]:
-        return probs_BSE.new_zeros(())
-    pairs_BS = same_document(document_ids_BS, lag)[:, lag:]
-    total: Tensor = _SymmetricKl.apply(probs_BSE, log_probs_BSE, pairs_BS, lag)
-    return total
+def symmetric_kl_sums(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: Tensor, lags: Sequence[int]) -> Tensor:
+    """[D] for each of `lags` half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth, parts of L_lag."""
+    pairs_DBS = [same_document(document_ids_BS, lag) for lag in lags]
+    sums_D: Tensor = _SymmetricKl.apply(probs_BSE, log_probs_BSE, pairs_DBS, lags)
+    return sums_D
 
 
 class _SymmetricKl(torch.autograd.Function):
-    """0.5 * sum over pairs of (P_t - P_s) (log P_t - log P_s); nothing is kept but the probabilities, whatever the lag."""
+    """0.5 * sum over pairs of (P_t - P_s) (log P_t - log P_s); nothing is kept but the probabilities, however many lags."""
 
     @staticmethod
-    def forward(ctx: Any, probs_BSE: Tensor, log_probs_BSE: Tensor, pairs_BS: Tensor, lag: int) -> Tensor:
-        ctx.save_for_backward(probs_BSE, log_probs_BSE, pairs_BS)
-        ctx.lag = lag
-        kl_BS = 0.5 * (_change(probs_BSE, lag).mul_(_change(log_probs_BSE, lag))).sum(-1)
-        return kl_BS[pairs_BS].sum()
+    def forward(
+        ctx: Any, probs_BSE: Tensor, log_probs_BSE: Tensor, pairs_DBS: Sequence[Tensor], lags: Sequence[int]
+    ) -> Tensor:
+        ctx.save_for_backward(probs_BSE, log_probs_BSE, *pairs_DBS)
+        ctx.lags = lags
+        sums = [
+            torch.linalg.vecdot(_change(probs_BSE, lag), _change(log_probs_BSE, lag))
+            .where(pairs_BS[:, lag:], 0.0)
+            .sum()
+            for pairs_BS, lag in zip(pairs_DBS, lags, strict=True)
+        ]
+        return 0.5 * torch.stack(sums)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        probs_BSE, log_probs_BSE, pairs_BS = ctx.saved_tensors
-        weight_BS1 = (0.5 * grad * pairs_BS).unsqueeze(-1)
-        of_probs, of_log_probs = (
-            _to_both(_change(other, ctx.lag).mul_(weight_BS1), ctx.lag) for other in (log_probs_BSE, probs_BSE)
-        )
+    def backward(ctx: Any, grad_D: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        probs_BSE, log_probs_BSE, *pairs_DBS = ctx.saved_tensors
+        of_probs, of_log_probs = torch.zeros_like(probs_BSE), torch.zeros_like(log_probs_BSE)
+        for pairs_BS, lag, grad in zip(pairs_DBS, ctx.lags, grad_D, strict=True):
+            weight_BS1 = (0.5 * grad * pairs_BS[:, lag:]).unsqueeze(-1)
+            for of_one, other in ((of_probs, log_probs_BSE), (of_log_probs, probs_BSE)):
+                change_BSE = _change(other, lag).mul_(weight_BS1)
+                of_one[:, lag:] += change_BSE
+                of_one[:, :-lag] -= change_BSE
         return of_probs, of_log_probs, None, None
 
 
 def _change(tensor_BSE: Tensor, lag: int) -> Tensor:
     return tensor_BSE[:, lag:] - tensor_BSE[:, :-lag]
-
-
-def _to_both(grad_BSE: Tensor, lag: int) -> Tensor:
-    """The gradient of `_change`'s input: to the later position, and with the other sign to the earlier one."""
-    batch, length, n_experts = grad_BSE.shape
-    both_BSE = grad_BSE.new_zeros(batch, length + lag, n_experts)
-    both_BSE[:, lag:] += grad_BSE
-    both_BSE[:, :-lag] -= grad_BSE
-    return both_BSE
 
 
 def working_set_sum(probs_BSE: Tensor, document_ids_BS: Tensor, window: int) -> Tensor:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
-from training import frozen_experts
+from training import frozen_experts, packed_attention
 from training.host_memory import sparing_memory
 from training.layerwise import LayerwiseCheckpoint
 from training.routers import find_routers, router_parameters
@@ -114,6 +114,9 @@ def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint
         find_routers(model)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        packed_attention.register()
+        model.set_attn_implementation(packed_attention.IMPLEMENTATION)
     if args.trainable == "all":
         return model.train()
     model.requires_grad_(False)

@@ -148,7 +148,7 @@ def objective(
     return Objective(
         loss=loss,
         terms={key: value.detach() for key, value in terms.items()},
-        reuse_L=torch.stack([_reuse_rate(routing, batch, count) for routing in routings]),
+        reuse_L=torch.stack([layer.reuse_rate for layer in layers]),
         load_LE=torch.stack([_load(routing, batch) for routing in routings]),
         hits_C=torch.stack([layer.hits_C for layer in layers]).mean(0),
     )
@@ -181,30 +181,32 @@ def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
 
 class _Layer(NamedTuple):
     terms: dict[str, Tensor]
+    reuse_rate: Tensor
     hits_C: Tensor
 
 
 def _layer(
     args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor], weights: Mapping[str, float]
 ) -> _Layer:
-    """The terms of one layer, those that count for nothing without a graph, and the hit rates of the caches it rewards."""
+    """The terms of one layer, those that count for nothing without a graph, its EOR, and the hit rates of the caches it rewards."""
     documents, n_experts, top_k = batch.document_ids_BS, routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
     log_probs = routing.logits_BSE.log_softmax(-1)
     probs = log_probs.exp()
-    if args.rewards_cache:
-        reusable = [losses.lru_content(routing.ids_BSK, documents, n_experts, slots) for slots in args.cache_slots]
-    else:
-        reusable = [losses.previous_choice(routing.ids_BSK, documents, n_experts)]
+    before = losses.previous_choice(routing.ids_BSK, documents, n_experts)
+    slots_C = args.cache_slots if args.rewards_cache else []
+    cached = [losses.lru_content(routing.ids_BSK, documents, n_experts, slots) for slots in slots_C]
+    reusable = cached or [before]
+    lags = sorted({1, *args.lags})
+    with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
+        kl_sums = losses.symmetric_kl_sums(probs, log_probs, documents, lags)
+        change = {lag: total / at_least_one(count[f"pairs_{lag}"]) for lag, total in zip(lags, kl_sums, strict=True)}
 
     def reuse() -> Tensor:
         sums = [losses.reuse_loss_sum(probs, held, documents, top_k) for held in reusable]
         return torch.stack(sums).mean() / at_least_one(count["sequences"])
 
-    def smooth(lag: int) -> Tensor:
-        return losses.symmetric_kl_sum(probs, log_probs, documents, lag) / at_least_one(count[f"pairs_{lag}"])
-
     def lagged() -> Tensor:
-        fitting = [smooth(lag) for lag in args.lags if count[f"pairs_{lag}"] > 0]
+        fitting = [change[lag] for lag in args.lags if count[f"pairs_{lag}"] > 0]
         return torch.stack(fitting).mean() if fitting else probs.new_zeros(())
 
     def working_set() -> Tensor:
@@ -224,7 +226,7 @@ def _layer(
     def balance() -> Tensor:
         return losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(count["positions"])
 
-    terms = {"reuse_loss": reuse, "smooth_loss": lambda: smooth(1), "lag_loss": lagged, "working_set_loss": working_set}
+    terms = {"reuse_loss": reuse, "smooth_loss": lambda: change[1], "lag_loss": lagged, "working_set_loss": working_set}
     if args.miss_coef:
         terms["miss_loss"] = missed
     if routing.reference_logits_BSE is not None:
@@ -235,15 +237,13 @@ def _layer(
     for key, value in terms.items():
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights[key] != 0):
             values[key] = value().float()
-    return _Layer(values, _hit_rates(routing, reusable if args.rewards_cache else [], count))
+    return _Layer(values, _reuse_rate(routing, before, count), _hit_rates(routing, cached, count))
 
 
 @torch.no_grad()
-def _reuse_rate(routing: Routing, batch: Batch, count: Mapping[str, Tensor]) -> Tensor:
+def _reuse_rate(routing: Routing, before_BSE: Tensor, count: Mapping[str, Tensor]) -> Tensor:
     """EOR: share of a token's experts that the token before it used too (hard choices)."""
-    n_experts, top_k = routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
-    held = losses.previous_choice(routing.ids_BSK, batch.document_ids_BS, n_experts)
-    return held.gather(-1, routing.ids_BSK).sum() / (top_k * at_least_one(count["pairs_1"]))
+    return before_BSE.gather(-1, routing.ids_BSK).sum() / (routing.ids_BSK.shape[-1] * at_least_one(count["pairs_1"]))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from data.batches import IGNORE_LABEL
 
-PART_NUMBERS = 2**19
+PART_NUMBERS = 2**20
 """Logits worked on together: few enough to stay in a processor's cache, enough to outweigh the calls ..."""
 PART_POSITIONS = 128
 """... but at least so many positions, for a head's matrix product to be one."""
@@ -75,7 +75,7 @@ class _TokenSums(torch.autograd.Function):
                 kl += ((log_q_tV - log_p_tV).mul_(log_q_tV.exp()).sum(1, keepdim=True) * has_label_t1).sum()
             if grad_TX is None:
                 continue
-            grad_tV = _gradient(log_p_tV, labels_t1, log_q_tV, weights).masked_fill_(~has_label_t1, 0.0)
+            grad_tV = _gradient(log_p_tV, labels_t1, log_q_tV, *(weight * has_label_t1.float() for weight in weights))
             if head is _as_it_is:
                 grad_TX[part] = grad_tV
             else:
@@ -93,15 +93,14 @@ class _TokenSums(torch.autograd.Function):
 
 
 def _gradient(
-    log_p_tV: Tensor, labels_t1: Tensor, log_q_tV: Tensor | None, weights: tuple[float | Tensor, float | Tensor]
+    log_p_tV: Tensor, labels_t1: Tensor, log_q_tV: Tensor | None, of_cross_entropy_t1: Tensor, of_kl_t1: Tensor
 ) -> Tensor:
-    """With p ours, q the base's and y the label as probabilities: of L_CE p - y, of the KL p - q; written over `log_p_tV`."""
-    of_cross_entropy, of_kl = weights if log_q_tV is not None else (weights[0], 0.0)
-    grad_tV = log_p_tV.exp_().mul_(of_cross_entropy + of_kl)
-    if log_q_tV is not None:
-        grad_tV.sub_(log_q_tV.exp_().mul_(of_kl))
-    share = torch.as_tensor(of_cross_entropy, dtype=grad_tV.dtype, device=grad_tV.device)
-    return grad_tV.scatter_add_(1, labels_t1, -share.expand(labels_t1.shape))
+    """With p ours, q the base's and y the label as probabilities: of L_CE p - y, of the KL p - q; written over both."""
+    if log_q_tV is None:
+        grad_tV = log_p_tV.exp_().mul_(of_cross_entropy_t1)
+    else:
+        grad_tV = log_p_tV.exp_().mul_(of_cross_entropy_t1 + of_kl_t1).sub_(log_q_tV.exp_().mul_(of_kl_t1))
+    return grad_tV.scatter_add_(1, labels_t1, -of_cross_entropy_t1)
 
 
 def _parts(outputs_TX: Tensor, labels_T: Tensor, head: Head) -> Iterator[slice]:

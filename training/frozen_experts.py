@@ -63,42 +63,45 @@ class _FrozenExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, experts: Any, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
-        tokens_R, weights_R1 = order_R // expert_ids_TK.shape[1], weights_TK.flatten()[order_R, None]
+        rows_TK = torch.empty_like(order_R).index_copy_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        rows_TK, tokens_R = rows_TK.view_as(expert_ids_TK), order_R // expert_ids_TK.shape[1]
         inputs_TH, kept = hidden_TH.to(experts.down_proj.dtype), []
-        out_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        out_RH = torch.empty(len(order_R), hidden_TH.shape[1], device=hidden_TH.device)
         for part in _parts(sorted_R, experts.num_experts):
-            tokens_r = tokens_R[part.rows]
-            gate_up_rJ = _product(experts, _up(experts), inputs_TH.index_select(0, tokens_r), part, sorted_R)
+            inputs_rH = inputs_TH.index_select(0, tokens_R[part.rows])
+            gate_up_rJ = _product(experts, _up(experts), inputs_rH, part, sorted_R)
             activated_rI = _activate(experts, gate_up_rJ)
-            out_rH = _product(experts, "down_proj", activated_rI, part, sorted_R).float()
-            out_TH.index_add_(0, tokens_r, out_rH.mul_(weights_R1[part.rows]))
+            out_RH[part.rows] = _product(experts, "down_proj", activated_rI, part, sorted_R)
             kept.append(gate_up_rJ if ctx.needs_input_grad[1] else activated_rI)
         ctx.experts, ctx.hidden_dtype = experts, hidden_TH.dtype
-        ctx.save_for_backward(weights_TK, sorted_R, order_R, *kept)
+        ctx.save_for_backward(weights_TK, sorted_R, tokens_R, rows_TK, *kept)
+        out_TH = nn.functional.embedding_bag(rows_TK, out_RH, per_sample_weights=weights_TK.float(), mode="sum")
         return out_TH.to(hidden_TH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
-        experts, (weights_TK, sorted_R, order_R, *kept) = ctx.experts, ctx.saved_tensors
-        tokens_R, weights_R1 = order_R // weights_TK.shape[1], weights_TK.flatten()[order_R, None]
-        grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(order_R))
-        grad_hidden_TH = torch.zeros_like(grad_TH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        experts, (weights_TK, sorted_R, tokens_R, rows_TK, *kept) = ctx.experts, ctx.saved_tensors
+        grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(tokens_R))
+        weights_R1 = torch.empty_like(grad_R).index_copy_(0, rows_TK.flatten(), weights_TK.flatten()).unsqueeze(1)
+        grad_RH = (
+            torch.empty(len(tokens_R), grad_TH.shape[1], device=grad_TH.device) if ctx.needs_input_grad[1] else None
+        )
         for part, kept_r in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
-            tokens_r = tokens_R[part.rows]
-            grad_rH = grad_TH.index_select(0, tokens_r)
+            grad_rH = grad_TH.index_select(0, tokens_R[part.rows])
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
-            if grad_hidden_TH is None:
+            if grad_RH is None:
                 grad_r = (grad_rI * kept_r).sum(1, dtype=grad_R.dtype)
             else:
                 grad_r, grad_rJ = _activation_back(experts, kept_r, grad_rI, weights_R1[part.rows])
-                grad_hidden_TH.index_add_(0, tokens_r, _product_back(experts, _up(experts), grad_rJ, part).float())
+                grad_RH[part.rows] = _product_back(experts, _up(experts), grad_rJ, part)
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
             grad_R[part.rows] = grad_r
-        grad_weights_TK = torch.empty_like(grad_R).index_copy_(0, order_R, grad_R).view_as(weights_TK)
-        grad_hidden = None if grad_hidden_TH is None else grad_hidden_TH.to(ctx.hidden_dtype)
-        return None, grad_hidden, None, grad_weights_TK
+        grad_hidden = None
+        if grad_RH is not None:
+            grad_hidden = nn.functional.embedding_bag(rows_TK, grad_RH, mode="sum").to(ctx.hidden_dtype)
+        return None, grad_hidden, None, grad_R[rows_TK]
 
 
 def _parts(sorted_R: Tensor, num_experts: int) -> Iterator[_Part]:

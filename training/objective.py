@@ -6,8 +6,9 @@ L = (1 - distill) * L_CE + distill * L_distill + kl * L_trust + ramp_r(s) * (reu
 Pure arithmetic over `training/losses.py`; knows nothing of models, optimizers or processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ _REMOE = {
     "working_set_coef": 0.01,
 }
 _NOTHING = dict.fromkeys(_REMOE, 0.0)
+STACKED_NUMBERS = 2**20
+"""Router logits of layers that are worked on together: where layers are small, calls would cost more than arithmetic."""
 PRESETS: dict[str, dict[str, float]] = {
     "ce_only": _NOTHING,
     "remoe": _REMOE,
@@ -132,8 +135,8 @@ def objective(
     """
     _check_slots(args, top_k=max(routing.ids_BSK.shape[-1] for routing in routings))
     weights = _weights(args, step)
-    layers = [_layer(args, routing, batch, count, weights) for routing in routings]
-    terms = {key: torch.stack([layer.terms[key] for layer in layers]).mean() for key in layers[0].terms}
+    groups = [_group(args, stacked, n_layers, batch, count, weights) for n_layers, stacked in _stacked(routings)]
+    terms = {key: torch.stack([g.terms[key] for g in groups]).sum() / len(routings) for key in groups[0].terms}
     distill = bool(weights["distill_kl"])
     assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
     tokens = at_least_one(count["tokens"]).float()
@@ -148,9 +151,9 @@ def objective(
     return Objective(
         loss=loss,
         terms={key: value.detach() for key, value in terms.items()},
-        reuse_L=torch.stack([layer.reuse_rate for layer in layers]),
+        reuse_L=torch.cat([group.reuse_L for group in groups]),
         load_LE=torch.stack([_load(routing, batch) for routing in routings]),
-        hits_C=torch.stack([layer.hits_C for layer in layers]).mean(0),
+        hits_C=torch.stack([group.hits_C for group in groups]).sum(0) / len(routings),
     )
 
 
@@ -179,17 +182,43 @@ def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
         )
 
 
-class _Layer(NamedTuple):
+def _stacked(routings: Sequence[Routing]) -> Iterator[tuple[int, Routing]]:
+    """How many layers, and these as more rows of one; a layer too large to gain from company comes alone, not copied."""
+    for _, alike in groupby(routings, key=lambda routing: (routing.logits_BSE.shape, routing.ids_BSK.shape)):
+        layers = list(alike)
+        at_once = max(1, STACKED_NUMBERS // layers[0].logits_BSE.numel())
+        for first in range(0, len(layers), at_once):
+            some = layers[first : first + at_once]
+            references = [routing.reference_logits_BSE for routing in some if routing.reference_logits_BSE is not None]
+            yield (
+                len(some),
+                some[0]
+                if len(some) == 1
+                else Routing(
+                    logits_BSE=torch.cat([routing.logits_BSE for routing in some]),
+                    weights_BSK=torch.cat([routing.weights_BSK for routing in some]),
+                    ids_BSK=torch.cat([routing.ids_BSK for routing in some]),
+                    reference_logits_BSE=torch.cat(references) if references else None,
+                ),
+            )
+
+
+class _Group(NamedTuple):
     terms: dict[str, Tensor]
-    reuse_rate: Tensor
+    reuse_L: Tensor
     hits_C: Tensor
 
 
-def _layer(
-    args: ObjectiveArguments, routing: Routing, batch: Batch, count: Mapping[str, Tensor], weights: Mapping[str, float]
-) -> _Layer:
-    """The terms of one layer, those that count for nothing without a graph, its EOR, and the hit rates of the caches it rewards."""
-    documents, n_experts, top_k = batch.document_ids_BS, routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
+def _group(
+    args: ObjectiveArguments, routing: Routing, n_layers: int, batch: Batch, count: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+) -> _Group:  # fmt: skip
+    """Sums over some layers: of the terms, without a graph where they count for nothing, and of the rewarded caches' hit rates.
+
+    `routing` holds all of their rows; the EOR is each layer's own.
+    """
+    documents = batch.document_ids_BS.repeat(n_layers, 1)
+    n_experts, top_k = routing.logits_BSE.shape[-1], routing.ids_BSK.shape[-1]
     log_probs = routing.logits_BSE.log_softmax(-1)
     probs = log_probs.exp()
     before = losses.previous_choice(routing.ids_BSK, documents, n_experts)
@@ -224,7 +253,9 @@ def _layer(
         return losses.trust_kl_sum(probs, log_probs, reference, documents) / at_least_one(count["positions"])
 
     def balance() -> Tensor:
-        return losses.load_balance_sum(probs, routing.ids_BSK, documents) / at_least_one(count["positions"])
+        layers = zip(probs.chunk(n_layers), routing.ids_BSK.chunk(n_layers), strict=True)
+        sums = [losses.load_balance_sum(probs, ids, batch.document_ids_BS) for probs, ids in layers]
+        return torch.stack(sums).sum() / at_least_one(count["positions"])
 
     terms = {"reuse_loss": reuse, "smooth_loss": lambda: change[1], "lag_loss": lagged, "working_set_loss": working_set}
     if args.miss_coef:
@@ -237,18 +268,19 @@ def _layer(
     for key, value in terms.items():
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights[key] != 0):
             values[key] = value().float()
-    return _Layer(values, _reuse_rate(routing, before, count), _hit_rates(routing, cached, count))
+    return _Group(values, _reuse_rates(routing, n_layers, before, count), _hit_rates(routing, cached, count))
 
 
 @torch.no_grad()
-def _reuse_rate(routing: Routing, before_BSE: Tensor, count: Mapping[str, Tensor]) -> Tensor:
-    """EOR: share of a token's experts that the token before it used too (hard choices)."""
-    return before_BSE.gather(-1, routing.ids_BSK).sum() / (routing.ids_BSK.shape[-1] * at_least_one(count["pairs_1"]))
+def _reuse_rates(routing: Routing, n_layers: int, before_BSE: Tensor, count: Mapping[str, Tensor]) -> Tensor:
+    """[L] EOR: share of a token's experts that the token before it used too (hard choices)."""
+    shared_L = before_BSE.gather(-1, routing.ids_BSK).view(n_layers, -1).sum(1)
+    return shared_L / (routing.ids_BSK.shape[-1] * at_least_one(count["pairs_1"]))
 
 
 @torch.no_grad()
 def _hit_rates(routing: Routing, held: Sequence[Tensor], count: Mapping[str, Tensor]) -> Tensor:
-    """[C] hit rate of each of the caches that hold `held`: a per-layer LRU that starts cold with every sequence."""
+    """[C] hit rate of each of the caches that hold `held`, added over layers: LRUs that start cold with every sequence."""
     hits = [content.gather(-1, routing.ids_BSK).sum().double() for content in held]
     zero = torch.zeros((), dtype=torch.double, device=routing.ids_BSK.device)  # so that there may be no cache
     return torch.stack([*hits, zero])[:-1] / (routing.ids_BSK.shape[-1] * at_least_one(count["positions"]))

@@ -57,7 +57,8 @@ def test_symmetric_kl_is_half_of_both_over_pairs_inside_a_sequence(case: Case, l
             later, earlier = softmax(case.logits[positions[t]]), softmax(case.logits[positions[t - lag]])
             expected += 0.5 * (kl(later, earlier) + kl(earlier, later))
     assert_equal(
-        losses.symmetric_kl_sum(case.logits.softmax(-1), case.logits.log_softmax(-1), case.documents, lag), expected
+        losses.symmetric_kl_sums(case.logits.softmax(-1), case.logits.log_softmax(-1), case.documents, [lag])[0],
+        expected,
     )
 
 
@@ -116,7 +117,13 @@ def every_sum(case: Case) -> dict[str, Tensor]:
             case.logits, losses.lru_content(case.ids, case.documents, E, 3), case.documents, K, 0.5
         ),
         "windows": losses.working_set_sum(probs, case.documents, WINDOW),
-        **{f"lag_{lag}": losses.symmetric_kl_sum(probs, log_probs, case.documents, lag) for lag in LAGS},
+        **dict(
+            zip(
+                [f"lag_{lag}" for lag in LAGS],
+                losses.symmetric_kl_sums(probs, log_probs, case.documents, LAGS),
+                strict=True,
+            )
+        ),
         **losses.counts(case.documents, case.labels, lags=LAGS, window=WINDOW),
     }
 
@@ -158,7 +165,7 @@ def test_no_gradient_reaches_the_reference_of_the_trust_term() -> None:
 def test_both_sides_of_the_symmetric_kl_get_a_gradient(lag: int) -> None:
     case = make_case([[lag + 1]])
     logits = case.logits.requires_grad_()
-    losses.symmetric_kl_sum(logits.softmax(-1), logits.log_softmax(-1), case.documents, lag).backward()
+    losses.symmetric_kl_sums(logits.softmax(-1), logits.log_softmax(-1), case.documents, [lag])[0].backward()
     assert logits.grad is not None
     assert logits.grad[0, 0].abs().sum() > 1e-4
     assert logits.grad[0, lag].abs().sum() > 1e-4
@@ -188,14 +195,20 @@ def test_sequence_index_numbers_runs_and_restarts_with_every_row() -> None:
     assert losses.sequence_index(documents).tolist() == [[0, 0, 1], [2, 2, 3]]
 
 
-@pytest.mark.parametrize("lag", [1, 3])
-def test_the_gradient_of_the_symmetric_kl_goes_to_both_positions_as_autograd_says(lag: int) -> None:
+def test_the_gradient_of_the_symmetric_kl_goes_to_both_positions_as_autograd_says() -> None:
     documents = torch.tensor([[0] * 5 + [1] * 4, [2] * 7 + [-1] * 2])
     logits = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     probs, log_probs = logits.softmax(-1), logits.log_softmax(-1)
-    change, log_change = probs[:, lag:] - probs[:, :-lag], log_probs[:, lag:] - log_probs[:, :-lag]
-    plain = 0.5 * (change * log_change).sum(-1)[losses.same_document(documents, lag)[:, lag:]].sum()
-    found = losses.symmetric_kl_sum(probs, log_probs, documents, lag)
-    torch.testing.assert_close(found, plain)
-    ours, theirs = (torch.autograd.grad(3 * loss, logits, retain_graph=True)[0] for loss in (found, plain))
+    lags, weights = [1, 3, 9, 20], torch.tensor([3.0, 0.5, 7.0, 1.0])  # the last two fit nowhere
+    plain = [
+        0.5 * ((probs[:, lag:] - probs[:, :-lag]) * (log_probs[:, lag:] - log_probs[:, :-lag])).sum(-1)
+        [losses.same_document(documents, lag)[:, lag:]].sum()
+        for lag in lags
+    ]  # fmt: skip
+    found = losses.symmetric_kl_sums(probs, log_probs, documents, lags)
+    torch.testing.assert_close(found, torch.stack(plain))
+    ours, theirs = (
+        torch.autograd.grad((weights * sums).sum(), logits, retain_graph=True)[0]
+        for sums in (found, torch.stack(plain))
+    )
     torch.testing.assert_close(ours, theirs)

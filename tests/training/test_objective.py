@@ -10,6 +10,7 @@ from torch import Tensor
 from configs.load import UserError
 from data.batches import Batch
 from training import losses
+from training import objective as objective_module
 from training.objective import PRESETS, ObjectiveArguments, objective, ramp, total_counts
 from training.routers import RouterObserver, Routing, router_parameters
 from training.token_loss import token_sums
@@ -195,14 +196,33 @@ def test_terms_are_means_over_layers_and_items_and_lags_that_do_not_fit_are_skip
             / n_sequences
             for log, layer in zip(logs, layers, strict=True)
         ),
-        "smooth_loss": mean(losses.symmetric_kl_sum(log.exp(), log, documents, 1) / pairs[1] for log in logs),
+        "smooth_loss": mean(losses.symmetric_kl_sums(log.exp(), log, documents, [1])[0] / pairs[1] for log in logs),
         "lag_loss": mean(
-            losses.symmetric_kl_sum(log.exp(), log, documents, lag) / n for lag, n in pairs.items() for log in logs
+            losses.symmetric_kl_sums(log.exp(), log, documents, [lag])[0] / n
+            for lag, n in pairs.items()
+            for log in logs
         ),
         "working_set_loss": mean(losses.working_set_sum(log.exp(), documents, 4) / 4 for log in logs),
     }
     for key, value in expected.items():
         torch.testing.assert_close(found.terms[key], value.detach(), msg=key)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_layers_that_are_worked_on_together_give_what_each_gives_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ObjectiveArguments(objective=name, cache_slots=[2, 4], working_set_window=4, router_aux_loss_coef=0.1)
+    outcomes = []
+    for numbers in (1, 2 * 2 * 12 * 6, 2**20):  # one layer at a time, two, all
+        monkeypatch.setattr(objective_module, "STACKED_NUMBERS", numbers)
+        layers = two_layers() + [layer._replace(ids_BSK=layer.ids_BSK.flip(1)) for layer in two_layers()]
+        found = evaluate(args, a_batch(), layers)
+        of_logits = torch.autograd.grad(found.loss, [layer.logits_BSE for layer in layers], allow_unused=True)
+        outcomes.append((found.terms, found.reuse_L, found.load_LE, found.hits_C, found.loss.detach(), of_logits))
+    assert len(outcomes[0][1]) == 4
+    for together in outcomes[1:]:
+        torch.testing.assert_close(together, outcomes[0])
 
 
 def mean(values: Any) -> Tensor:

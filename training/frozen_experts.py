@@ -5,7 +5,8 @@ would keep of every layer - the sorted inputs, the outputs, the weighted outputs
 projection gave: the gradient of a routing weight is <grad W_down, act(gate) * up>, which needs no output.
 
 Rows go through in parts: on an accelerator all of them at once, on the CPU those of some experts after the other, so that
-what is in between stays in the processor's caches and nothing as large as all rows is ever allocated but what is kept.
+what is in between stays in the processor's caches; but for what is kept, all rows exist only as what a token's experts give,
+to be added up in one go and in a fixed order.
 Axes: T tokens, K chosen, R = T K rows sorted by expert, r rows of one part, E experts, e those of one part, H hidden,
 J what gate and up projection give, I what the activation makes of it.
 """

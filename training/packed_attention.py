@@ -44,7 +44,7 @@ def packed_attention_forward(
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention interface: [B, H, S, N] each, mask [B, 1, S, S]; returns [B, S, H, N].
 
-    Masks that are no such table of booleans, and accelerators, whose kernels skip by themselves, are left to transformers.
+    Masks that are no such table of booleans, and accelerators, which have kernels of their own, are left to transformers.
     """
     fits = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     if not fits or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
@@ -54,10 +54,10 @@ def packed_attention_forward(
     outputs = []
     for row, parts in enumerate(_parts_of(attention_mask, query.dtype)):
         queries = query[row : row + 1].split([part.mask_qk.shape[0] for part in parts], dim=2)
-        for part, query_HqN in zip(parts, queries, strict=True):
-            key_HkN, value_HkN = key[row : row + 1, :, part.keys], value[row : row + 1, :, part.keys]
+        for part, query_1HqN in zip(parts, queries, strict=True):
+            key_1HkN, value_1HkN = key[row : row + 1, :, part.keys], value[row : row + 1, :, part.keys]
             outputs.append(
-                sdpa_attention_forward(module, query_HqN, key_HkN, value_HkN, part.mask_qk[None, None], **kwargs)[0]
+                sdpa_attention_forward(module, query_1HqN, key_1HkN, value_1HkN, part.mask_qk[None, None], **kwargs)[0]
             )
     return torch.cat(outputs, dim=1).view(*query.transpose(1, 2).shape[:3], -1), None
 

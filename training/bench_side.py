@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from configs.command import run as run_command
 from configs.load import UserError, load
 from data.batches import Batch
+from training import packed_attention
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.run import Run, build
@@ -57,6 +58,7 @@ class Measured:
     peak_bytes: int  # above that
     forward_flop_per_step: int  # of the model's matrix products
     matrix_flop_per_second: float
+    attn_implementation: str  # transformers' name
 
 
 def main(order: Order) -> None:
@@ -69,7 +71,8 @@ def main(order: Order) -> None:
     if order.side != OURS:
         run.observer.close()
         run.model.set_experts_implementation(order.side)
-        run.model.set_attn_implementation("sdpa")
+        if _attention(run) == packed_attention.IMPLEMENTATION:
+            run.model.set_attn_implementation("sdpa")
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)
@@ -78,8 +81,13 @@ def main(order: Order) -> None:
     measured = Measured(
         step_seconds=seconds, losses=losses, tokens_per_step=run.rows_per_step * run.args.max_length, model_bytes=model_bytes,
         peak_bytes=peak_bytes, forward_flop_per_step=flop, matrix_flop_per_second=_matrix_rate(run),
+        attn_implementation=_attention(run),
     )  # fmt: skip
     print(json.dumps(asdict(measured)), flush=True)
+
+
+def _attention(run: Run) -> str:
+    return str(run.model.config.get_text_config()._attn_implementation)
 
 
 def _wait_for_turn() -> float:

@@ -18,7 +18,7 @@ from training.bench_train import _Side, compare, main, table
 def measured(seconds: float, peak: int) -> Measured:
     return Measured(
         step_seconds=[9.0, seconds, seconds], losses=[5.0, 4.0, 4.0], tokens_per_step=100, model_bytes=1000,
-        peak_bytes=peak, forward_flop_per_step=200, matrix_flop_per_second=4000.0,
+        peak_bytes=peak, forward_flop_per_step=200, matrix_flop_per_second=4000.0, attn_implementation="sdpa",
     )  # fmt: skip
 
 
@@ -98,6 +98,7 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
     assert ours["losses"][-1] < ours["losses"][0]
     assert all(side["peak_bytes"] > 0 for side in (ours, *others))
     assert ours["forward_flop_per_step"] == others[0]["forward_flop_per_step"]
+    assert [side["attn_implementation"] for side in (ours, *others)] == ["remoe_packed", "sdpa", "sdpa"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from training import packed_attention
+from training.model import ModelArguments, build_model
 from training.packed_attention import IMPLEMENTATION, packed_attention_forward, register
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 8
@@ -82,7 +83,10 @@ def test_padding_that_sees_nothing_does_not_disturb_the_rest(small_parts: None) 
     torch.testing.assert_close(ours[:, :12], theirs[:, :12])
 
 
-def test_pairs_that_the_mask_rules_out_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("lengths", "most"), [([512], 0.7), ([200, 312], 0.6), ([100] * 5 + [12], 0.22)])
+def test_pairs_that_the_mask_rules_out_are_not_computed(
+    lengths: list[int], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = 0
 
     def counted(module: Any, query: Tensor, key: Tensor, *rest: Any, **kwargs: Any) -> Any:
@@ -91,9 +95,8 @@ def test_pairs_that_the_mask_rules_out_are_not_computed(monkeypatch: pytest.Monk
         return sdpa_attention_forward(module, query, key, *rest, **kwargs)
 
     monkeypatch.setattr(packed_attention, "sdpa_attention_forward", counted)
-    outcome(packed_attention_forward, documents_mask([[200, 312], [512]]), 2, 512)
-    allowed = (200**2 + 312**2 + 512**2) / 2
-    assert allowed < pairs < 0.65 * 2 * 512**2
+    outcome(packed_attention_forward, documents_mask([lengths]), 1, 512)
+    assert sum(n * (n + 1) // 2 for n in lengths) < pairs < most * 512**2
 
 
 def test_a_mask_is_cut_once_and_forgotten_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +141,9 @@ def test_a_model_computes_the_same(
         outcomes.append([loss.detach(), *torch.autograd.grad(loss, model.get_input_embeddings().weight)])
     for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", ["routers", "all"])
+def test_training_attends_through_it(trainable: str, model_dir: Callable[..., Any]) -> None:
+    model = build_model(ModelArguments(model_name_or_path=str(model_dir()), trainable=trainable), seed=0)
+    assert model.config._attn_implementation == IMPLEMENTATION

@@ -189,18 +189,17 @@ def _stacked(routings: Sequence[Routing]) -> Iterator[tuple[int, Routing]]:
         at_once = max(1, STACKED_NUMBERS // layers[0].logits_BSE.numel())
         for first in range(0, len(layers), at_once):
             some = layers[first : first + at_once]
-            references = [routing.reference_logits_BSE for routing in some if routing.reference_logits_BSE is not None]
-            yield (
-                len(some),
-                some[0]
-                if len(some) == 1
-                else Routing(
-                    logits_BSE=torch.cat([routing.logits_BSE for routing in some]),
-                    weights_BSK=torch.cat([routing.weights_BSK for routing in some]),
-                    ids_BSK=torch.cat([routing.ids_BSK for routing in some]),
-                    reference_logits_BSE=torch.cat(references) if references else None,
-                ),
-            )
+            yield len(some), some[0] if len(some) == 1 else _joined(some)
+
+
+def _joined(layers: Sequence[Routing]) -> Routing:
+    references = [layer.reference_logits_BSE for layer in layers if layer.reference_logits_BSE is not None]
+    return Routing(
+        logits_BSE=torch.cat([layer.logits_BSE for layer in layers]),
+        weights_BSK=torch.cat([layer.weights_BSK for layer in layers]),
+        ids_BSK=torch.cat([layer.ids_BSK for layer in layers]),
+        reference_logits_BSE=torch.cat(references) if references else None,
+    )
 
 
 class _Group(NamedTuple):

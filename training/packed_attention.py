@@ -42,15 +42,19 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def packed_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The function in transformers' attention interface: [B, H, S, N] each, mask [B, 1, S, S]; returns [B, S, H, N].
+    """The function in transformers' attention interface: [B, H, S, N] each, boolean mask [B, 1, S, S]; returns [B, S, H, N].
 
-    Masks that are no such table of booleans, and accelerators, which have kernels of their own, are left to transformers.
+    Other masks, and accelerators, which have kernels of their own, are left to transformers.
     """
-    fits = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
-    if not fits or query.device.type != "cpu" or kwargs.get("position_bias") is not None:
+    if (
+        attention_mask is None
+        or attention_mask.dtype != torch.bool
+        or attention_mask.shape[:2] != (len(query), 1)
+        or query.device.type != "cpu"
+        or kwargs.get("position_bias") is not None
+    ):
         stock: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return stock
-    assert attention_mask is not None, "it fits"
     outputs = []
     for row, parts in enumerate(_parts_of(attention_mask, query.dtype)):
         queries = query[row : row + 1].split([part.mask_qk.shape[0] for part in parts], dim=2)
@@ -59,7 +63,7 @@ def packed_attention_forward(
             outputs.append(
                 sdpa_attention_forward(module, query_1HqN, key_1HkN, value_1HkN, part.mask_qk[None, None], **kwargs)[0]
             )
-    return torch.cat(outputs, dim=1).view(*query.transpose(1, 2).shape[:3], -1), None
+    return torch.cat(outputs, dim=1).view(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
 
 
 class _Part(NamedTuple):

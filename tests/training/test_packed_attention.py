@@ -120,8 +120,8 @@ def test_a_mask_is_cut_once_and_forgotten_with_it(monkeypatch: pytest.MonkeyPatc
 def test_other_masks_are_left_to_transformers() -> None:
     additive = torch.zeros(1, 1, 17, 17).masked_fill(~documents_mask([[9, 8]]), -torch.inf)
     per_head = documents_mask([[9, 8]]).expand(1, HEADS, 17, 17)
-    for mask in (None, additive, per_head):
-        ours, theirs = (outcome(f, mask, 1, 17) for f in (packed_attention_forward, sdpa_attention_forward))
+    for mask, rows in ((None, 2), (additive, 1), (per_head, 1), (documents_mask([[9, 8]]), 2)):
+        ours, theirs = (outcome(f, mask, rows, 17) for f in (packed_attention_forward, sdpa_attention_forward))
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 

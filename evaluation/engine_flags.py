@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from evaluation.engine.policies import DEFAULT, LIVE
+from evaluation.engine.prefetch import EXPERTS
 from evaluation.engine.trace_formats import read_trace
 from training.router_delta import load_for
 
@@ -30,8 +31,12 @@ def add_engine_flags(to: Any) -> None:
     to.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     to.add_argument(
         "--prefetch",
-        action="store_true",
-        help="read ahead what the next layer's router is likely to choose: same tokens, more reads; to see what it is worth",
+        nargs="?",
+        type=int,
+        const=EXPERTS,
+        default=0,
+        metavar="N",
+        help="read ahead N experts (2 if not said) that the next layer's router is likely to choose: same tokens, more reads",
     )
     to.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
     to.add_argument(

@@ -1,6 +1,5 @@
 """What the machine can do: reads of expert size from the model's own files at several depths, and memory reads."""
 
-import mmap
 import os
 import random
 import time
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from evaluation.engine.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.reader import takes_direct_reads
 
 DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth
-BLOCK = 4096  # what O_DIRECT wants offsets and lengths to be multiples of
 MEMORY_BYTES = 1 << 29  # far beyond any cache of a processor
 MEMORY_ROUNDS = 8
 
@@ -37,7 +36,7 @@ def read_bandwidth(
     files: Sequence[Path], read_bytes: int, *, depths: Sequence[int] = DEPTHS, seconds: float = SECONDS
 ) -> ReadBandwidth:
     """Measure on files that are there already. Where O_DIRECT is refused, through the page cache, and it says so."""
-    length = -(-read_bytes // BLOCK) * BLOCK
+    length = -(-read_bytes // PAGE_BYTES) * PAGE_BYTES
     direct = takes_direct_reads(files[0])
     descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
     try:
@@ -57,11 +56,11 @@ def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -
 
 def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: int) -> int:
     """Read random places until `end`; returns the bytes that came."""
-    draw, buffer, total = random.Random(seed), mmap.mmap(-1, length), 0
+    draw, buffer, total = random.Random(seed), huge_pages(length), 0
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
     while True:
         number = draw.choices(range(len(descriptors)), weights=sizes)[0]
-        offset = draw.randrange(max(1, (sizes[number] - length) // BLOCK)) * BLOCK
+        offset = draw.randrange(max(1, (sizes[number] - length) // PAGE_BYTES)) * PAGE_BYTES
         total += os.preadv(descriptors[number], [buffer], offset)
         if time.perf_counter() >= end:
             return total

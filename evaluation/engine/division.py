@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from configs.load import UserError
 from evaluation.engine.budget import Demand, readable
 from evaluation.engine.needs import Needs
-from evaluation.engine.reader import PAGE_BYTES, PIECE_BYTES
+from evaluation.engine.reader import BUFFER_BYTES
 
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
@@ -33,7 +33,7 @@ class Division:
 
     budget_bytes: int
     resident_bytes: int  # everything of the model but experts, and what loading it left behind
-    buffer_bytes: int  # of the reading threads, and slots for experts that pass through
+    buffer_bytes: int  # of the reading threads, and slots for experts that pass through or are read ahead
     kv_bytes: int  # of `context_tokens`
     activation_bytes: int  # of a prompt, as far as it is computed at once
     context_tokens: int
@@ -86,12 +86,13 @@ class Division:
 
 def divide(
     budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reads_in_flight: int, context_tokens: int,
-    scope: str, prompt_tokens: int | None = None,
+    scope: str, prompt_tokens: int | None = None, ahead_slots: int = 0,
 ) -> Division:  # fmt: skip
     """Divide a budget; experts get what the rest leaves, at most all of them.
 
     Args:
         prompt_tokens: of a prompt that are computed at once, at most; None: all that the context may have.
+        ahead_slots: for experts that are read ahead.
 
     Raises:
         UserError: it is too small; names the smallest that works.
@@ -99,11 +100,11 @@ def divide(
     if context_tokens < 1:
         raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
     pools = 1 if scope == "global" else demand.layers
-    threads_bytes = reads_in_flight * (PIECE_BYTES + 2 * PAGE_BYTES)
+    reading_bytes = reads_in_flight * BUFFER_BYTES + ahead_slots * demand.slot_bytes
     kv_bytes = needs.kv_bytes(context_tokens)
     rows = min(context_tokens, prompt_tokens or context_tokens)
     activation_bytes = needs.activation_bytes(rows=rows, context_tokens=context_tokens)
-    fixed_bytes = resident_bytes + threads_bytes + kv_bytes + activation_bytes
+    fixed_bytes = resident_bytes + reading_bytes + kv_bytes + activation_bytes
 
     def total_bytes(slots: int) -> int:
         return fixed_bytes + (slots * pools + passing_slots(slots * pools, reads_in_flight)) * demand.slot_bytes
@@ -120,7 +121,7 @@ def divide(
         )
     return Division(
         budget_bytes=budget_bytes, resident_bytes=resident_bytes,
-        buffer_bytes=threads_bytes + passing_slots(slots * pools, reads_in_flight) * demand.slot_bytes,
+        buffer_bytes=reading_bytes + passing_slots(slots * pools, reads_in_flight) * demand.slot_bytes,
         kv_bytes=kv_bytes, activation_bytes=activation_bytes, context_tokens=context_tokens, slots=slots, pools=pools,
         smallest_slots=demand.top_k, slot_bytes=demand.slot_bytes, needs=needs,
     )  # fmt: skip

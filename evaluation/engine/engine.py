@@ -14,7 +14,7 @@ from evaluation.engine.cache_prior import CachePrior, attach_cache_prior, router
 from evaluation.engine.device import CPU
 from evaluation.engine.division import Division, passing_slots
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
-from evaluation.engine.prefetch import Prefetch
+from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.prefix_cache import PrefixCache
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import experts_modules
@@ -73,8 +73,8 @@ class Engine:
         """Memory for experts on top of the pool: the slots of those that do not stay."""
         return self._memory.passing_bytes
 
-    def attach(self, model: PreTrainedModel, reader: Reader, *, record_trace: bool) -> None:
-        """Page the experts of `model`; called once, by `load`."""
+    def attach(self, model: PreTrainedModel, reader: Reader, *, record_trace: bool, prefetch: int = 0) -> None:
+        """Page the experts of `model`; called once, by `load`. `prefetch`: so many of a layer read ahead."""
         self._reader = reader
         modules = experts_modules(model, self._store)
         layer_ids = [layer for layer, _ in modules]
@@ -83,10 +83,17 @@ class Engine:
         self._recorder = TraceRecorder(len(layer_ids)) if record_trace else None
         slots = self.cache.total_slots
         passing = passing_slots(slots, reader.reads_in_flight)
-        self._memory = SlotMemory(self._store, slots, self.dtype, passing=passing, device=model.device)
+        self._memory = SlotMemory(
+            self._store, slots, self.dtype, passing=passing, ahead=SLOTS_PER_GUESS * prefetch, device=model.device
+        )
         self._pager = Pager(
             self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
         )
+        if prefetch:
+            self._pager.prefetch = Prefetch(
+                routers_of(model), self._memory, reader, experts=prefetch, layer_ids=layer_ids,
+                resident=self.cache.resident_experts, counts=self._reads,
+            )  # fmt: skip
         for position, (_, experts) in enumerate(modules):
             attach(experts, PagedLayer(self._pager, position))
         register()
@@ -112,15 +119,6 @@ class Engine:
         assert pager is not None, "a prior for an engine that serves no model"
         attach_cache_prior(model, prior, resident=self.cache.resident_experts, is_decode=lambda: pager.is_decode)
         self.is_exact = False
-
-    def read_ahead(self, model: PreTrainedModel) -> None:
-        """Read what the next layer's router is likely to choose from now on, while decoding; see `prefetch.py`."""
-        pager, reader = self._pager, self._reader
-        assert pager is not None and reader is not None, "reading ahead for an engine that serves no model"  # noqa: PT018
-        pager.prefetch = Prefetch(
-            routers_of(model), self._store, reader, top_k=self.demand.top_k, layer_ids=self._layer_ids,
-            resident=self.cache.resident_experts, counts=lambda: pager.reads,
-        )  # fmt: skip
 
     def stats(self) -> EngineStats:
         """Counters since `load` or the last `reset_stats`."""
@@ -170,6 +168,10 @@ class Engine:
         assert self._recorder is not None, "record_routing comes first"
         self._recorder.keep_last(requests)
         return self.trace() if self._recorder.has_calls else None
+
+    def _reads(self) -> ReadCounts:
+        assert self._pager is not None
+        return self._pager.reads
 
     def _begin_call(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward call of the decoder: is it one more token of known sequences, or a prompt?"""

@@ -6,13 +6,14 @@ after reading, take turns in the passing slots, so many at a time as there are o
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
 from evaluation.engine.policies import Key
-from evaluation.engine.reader import Reader, Request, Source
+from evaluation.engine.prefetch import Prefetch, ReadAhead
+from evaluation.engine.reader import Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
 
 
@@ -26,22 +27,15 @@ class Flight:
     """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
 
     Args:
-        read_ahead: gives the reads that were started before, by expert.
+        prefetch: has begun some of the reads already.
 
     Attributes:
         stall_seconds: time `landings` waited for a read.
         bytes_read: of experts; `device_bytes` counts the whole pages they lie in.
     """
 
-    def __init__(
-        self,
-        memory: SlotMemory,
-        reader: Reader,
-        *,
-        layer_id: int,
-        read_ahead: Callable[[Key], Source | None] | None = None,
-    ) -> None:
-        self._memory, self._reader, self._layer_id, self._read_ahead = memory, reader, layer_id, read_ahead
+    def __init__(self, memory: SlotMemory, reader: Reader, *, layer_id: int, prefetch: Prefetch | None = None) -> None:
+        self._memory, self._reader, self._layer_id, self._prefetch = memory, reader, layer_id, prefetch
         self._landed: SimpleQueue[Request] = SimpleQueue()
         self._under_way: dict[Key, _Reading] = {}
         self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
@@ -54,12 +48,15 @@ class Flight:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self._waiting.clear()
         while self._under_way:
-            del self._under_way[self._landed.get().key]
+            self._free_after_use(self._under_way.pop(self._landed.get().key).read_into)
 
     def start(self, wanted: Mapping[Key, int | None], *, roles: Sequence[str] | None = None) -> None:
         """Read these experts, or some of their matrices, into these slots; None: into any passing slot."""
         for key, slot in wanted.items():
-            if slot is None or self._memory.converts:
+            ahead = self._prefetch.take(key) if self._prefetch is not None and roles is None else None
+            if ahead is not None:
+                self._take_over(key, slot, ahead)
+            elif slot is None or self._memory.converts:
                 self._waiting.append((key, slot, roles))
             else:
                 self._read(key, slot, slot, roles)
@@ -78,9 +75,8 @@ class Flight:
                 raise request.error
             slot = self._memory.convert(read_into, meant_for, roles) if self._memory.converts else read_into
             yield request.key, slot
-            if read_into in self._memory.passing_slots:
-                self._free.append(read_into)
-                self._fill_passing_slots()
+            self._free_after_use(read_into)
+            self._fill_passing_slots()
 
     def _wait(self) -> Request:
         started = time.perf_counter()
@@ -94,12 +90,27 @@ class Flight:
             key, slot, roles = self._waiting.popleft()
             self._read(key, self._free.popleft(), slot, roles)
 
+    def _free_after_use(self, slot: int) -> None:
+        """Where what was read does not stay, something else may be read."""
+        if slot in self._memory.passing_slots:
+            self._free.append(slot)
+        elif slot in self._memory.ahead_slots:
+            assert self._prefetch is not None
+            self._prefetch.give_back(slot)
+
+    def _take_over(self, key: Key, slot: int | None, ahead: ReadAhead) -> None:
+        """What is read ahead already lands here; if it stays, in the place of what was in its slot."""
+        read_into = ahead.slot
+        if slot is not None and not self._memory.converts:
+            self._memory.swap(slot, ahead.slot)
+            self._free_after_use(ahead.slot)
+            read_into = slot
+        self._under_way[key] = _Reading(read_into, slot, None)
+        ahead.land_in(self._landed)
+
     def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
         expert = key[1]
         spans = self._memory.spans(read_into, self._layer_id, expert, roles)
-        source = self._read_ahead(key) if self._read_ahead is not None and roles is None else None
-        what = f"layer {self._layer_id} expert {expert}"
-        self._reader.start(key, spans, self._landed, what=what, source=source)
+        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
         self._under_way[key] = _Reading(read_into, meant_for, roles)
-        if source is None:
-            self.bytes_read += sum(len(span.target) for span in spans)
+        self.bytes_read += sum(len(span.target) for span in spans)

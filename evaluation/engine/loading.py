@@ -19,6 +19,7 @@ from evaluation.engine.division import CONTEXT_TOKENS, divide
 from evaluation.engine.engine import Engine
 from evaluation.engine.needs import needs_of
 from evaluation.engine.policies import DEFAULT, make_policy
+from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, load_resident, read_config
 from evaluation.engine.route_trace import RouteTrace
@@ -46,7 +47,7 @@ def load(
     record_trace: bool = False,
     reads_in_flight: int | None = None,
     cache_prior: CachePrior | None = None,
-    prefetch: bool = False,
+    prefetch: int = 0,
 ) -> Iterator[tuple[PreTrainedModel, Engine]]:
     """Load a checkpoint without its experts; they are read from its shards as the model asks for them.
 
@@ -67,7 +68,8 @@ def load(
             one), for which experts are read into pinned memory and copied from there; with `expert_cache` only.
         record_trace: keep the routing of every token, for `engine.trace()`.
         reads_in_flight: reading threads; None: what `bandwidth.py` found best for the device.
-        prefetch: read ahead what the next layer's router is likely to choose, on top of `expert_cache`; an ablation.
+        prefetch: read ahead so many experts that the next layer's router is likely to choose, into slots on top of
+            `expert_cache`; 0: none. See `prefetch.py`.
         cache_prior: let routers prefer resident experts while decoding; this changes what the model says.
 
     Yields:
@@ -84,8 +86,8 @@ def load(
         raise UserError(
             "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
         )
-    if memory_budget is not None and prefetch:
-        raise UserError("reading ahead takes memory that a memory budget does not count; use it with an expert cache")
+    if prefetch < 0:
+        raise UserError(f"prefetch is {prefetch}; write how many experts of a layer to read ahead, or 0 for none")
     where = find_device(device)
     if memory_budget is not None and where.type != CPU.type:
         raise UserError(f"a memory budget counts the processor's memory, and device is {device}; give an expert cache")
@@ -114,17 +116,15 @@ def load(
             division = divide(
                 parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,
                 resident_bytes=resident_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
-                scope=cache_scope, prompt_tokens=prompt_tokens,
+                scope=cache_scope, prompt_tokens=prompt_tokens, ahead_slots=SLOTS_PER_GUESS * prefetch,
             )  # fmt: skip
             slots = division.slots
         warn_below_cliff(slots, demand, scope=cache_scope, policy=cache_policy)
         cache = ExpertCache(slots, demand.layers, scope=cache_scope, make_policy=make)
         engine = Engine(store, cache, demand=demand, dtype=chosen_dtype, division=division)
-        engine.attach(model, reader, record_trace=record_trace)
+        engine.attach(model, reader, record_trace=record_trace, prefetch=prefetch)
         if cache_prior is not None:
             engine.prefer_residents(model, cache_prior)
-        if prefetch:
-            engine.read_ahead(model)
         yield model, engine
 
 

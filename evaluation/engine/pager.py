@@ -109,8 +109,7 @@ class Pager:
         try:
             service = self._cache.serve(layer, event, phase=self._phase)
             prefetch = self.prefetch if self.is_decode else None
-            read_ahead = prefetch.take if prefetch else None
-            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer], read_ahead=read_ahead) as flight:
+            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer], prefetch=prefetch) as flight:
                 guess = partial(prefetch.guess, layer, hidden_TH) if prefetch else None
                 if isinstance(products, GroupedProducts) and not products.rows_are_independent():
                     _compute_in_two_parts(products, service, flight, guess)

@@ -1,8 +1,9 @@
-"""Reading ahead by the next layer's router: an ablation, off unless asked for. It costs reads and changes no result.
+"""Reading ahead by the next layer's router, off unless asked for. It costs reads and changes no result.
 
-While a layer decodes, the router of the next one is asked with this layer's input, and experts it names that are not
-resident are read into memory of their own. Of those, the ones the next layer then misses are copied from there instead of
-being read; the others were read in vain. The cache and its rules know nothing of it.
+While a layer decodes, the router of the next one is asked with this layer's input, and the heaviest experts it names that
+are not resident are read into slots of their own, behind the layer's own reads: the device works on while attention and
+router have nothing for it. What the next layer then misses is there already, or on its way; the others were read in vain.
+The cache and its rules know nothing of it.
 """
 
 import threading
@@ -10,49 +11,49 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from evaluation.engine.accounting import DECODE, ReadCounts
 from evaluation.engine.policies import Key
-from evaluation.engine.reader import Bytes, Reader, Request, Span
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.reader import Landing, Reader, Request
+from evaluation.engine.slot_memory import SlotMemory
 
-BUFFERS_PER_CHOICE = 2
-"""Memory for so many times the experts of one token in one layer: for those that are used, and for those on their way."""
+EXPERTS = 2
+"""How many experts of a layer to guess unless told otherwise."""
+SLOTS_PER_GUESS = 2
+"""Slots for each: while the last guesses are read to their end, the next ones are."""
 
 
 class ReadAhead:
-    """One expert that is read, or was, into memory of its own; a reader's landing place."""
+    """One expert on its way into a slot, or there; where its request lands, and from where it goes on."""
 
-    def __init__(self, buffer: Bytes) -> None:
-        self.buffer = buffer
-        self.parts: list[Span] = []
-        self._done = threading.Event()
-        self._error: Exception | None = None
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self._lock = threading.Lock()
+        self._request: Request | None = None
+        self._next: Landing | None = None
 
     def put(self, request: Request) -> None:
         """The reader is done."""
-        self._error = request.error
-        self._done.set()
+        with self._lock:
+            self._request = request
+            onward = self._next
+        if onward is not None:
+            onward.put(request)
+
+    def land_in(self, landed: Landing) -> None:
+        """Hand the request on, now or when it is done; its error with it."""
+        with self._lock:
+            self._next = landed
+            request = self._request
+        if request is not None:
+            landed.put(request)
 
     @property
-    def is_done(self) -> bool:
-        return self._done.is_set()
-
-    def copy_to(self, span: Span) -> None:
-        """Fill the span's target with what the file has there; waits for the read.
-
-        Raises:
-            Exception: the read's.
-        """
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        part = next(p for p in self.parts if p.shard == span.shard and 0 <= span.offset - p.offset < len(p.target))
-        start = span.offset - part.offset
-        np.copyto(span.target, part.target[start : start + len(span.target)])
+    def request(self) -> Request | None:
+        """None: it is still being read."""
+        return self._request
 
 
 class Prefetch:
@@ -60,61 +61,61 @@ class Prefetch:
 
     Args:
         routers: of all MoE layers, in order.
+        experts: how many to guess, at most, for a layer.
         layer_ids: the checkpoint's numbers of these layers.
         resident: position of a layer -> its experts that are in a slot.
         counts: where to count, asked for anew each time.
     """
 
     def __init__(
-        self, routers: Sequence[nn.Module], store: ExpertStore, reader: Reader, *, top_k: int, layer_ids: Sequence[int],
+        self, routers: Sequence[nn.Module], memory: SlotMemory, reader: Reader, *, experts: int, layer_ids: Sequence[int],
         resident: Callable[[int], Sequence[int]], counts: Callable[[], ReadCounts],
     ) -> None:  # fmt: skip
-        self._routers, self._store, self._reader, self._layer_ids = routers, store, reader, layer_ids
-        self._resident, self._counts = resident, counts
-        size = (BUFFERS_PER_CHOICE * top_k, store.shape.expert_bytes)
-        self._free: deque[Bytes] = deque(np.empty(size, np.uint8))
+        self._routers, self._memory, self._reader, self._layer_ids = routers, memory, reader, layer_ids
+        self._experts, self._resident, self._counts = experts, resident, counts
+        self._free = deque(memory.ahead_slots)
         self._guessed: dict[Key, ReadAhead] = {}
-        self._given: list[tuple[Key, ReadAhead]] = []
 
     @torch.no_grad()
     def guess(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """Start to read what the layer after `layer` is likely to miss; called once the layer's own reads are started."""
         wanted = self._wanted(layer + 1, hidden_TH) if layer + 1 < len(self._routers) else []
-        self._take_back(layer, keep=wanted)
+        self._forget(wanted)
         for key in wanted:
             if key not in self._guessed and self._free:
                 self._guessed[key] = self._read(key, self._free.popleft())
 
-    def _wanted(self, layer: int, hidden_TH: torch.Tensor) -> list[Key]:
-        router: Any = self._routers[layer]
-        ids_TK = router.forward(hidden_TH)[2]  # not called: hooks would take it for the layer's own choice
-        resident = set(self._resident(layer))
-        return [(layer, expert) for expert in dict.fromkeys(ids_TK.flatten().tolist()) if expert not in resident]
-
     def take(self, key: Key) -> ReadAhead | None:
-        """The read of this expert, if it was guessed; its memory is free again a layer later."""
+        """The read of this expert, if it was guessed; whoever takes it gives a slot back."""
         found = self._guessed.pop(key, None)
         if found is not None:
-            self._given.append((key, found))
             self._counts().prefetch_used += 1
         return found
 
-    def _read(self, key: Key, buffer: Bytes) -> ReadAhead:
-        layer_id, start = self._layer_ids[key[0]], 0
-        ahead = ReadAhead(buffer)
-        for extent in self._store.extents(layer_id, key[1]):
-            ahead.parts.append(Span(extent.shard, extent.offset, buffer[start : start + extent.length_bytes]))
-            start += extent.length_bytes
-        self._reader.start(key, ahead.parts, ahead, what=f"layer {layer_id} expert {key[1]}")
+    def give_back(self, slot: int) -> None:
+        """`slot`, one of the memory's for this purpose, may be read into again."""
+        self._free.append(slot)
+
+    def _wanted(self, layer: int, hidden_TH: torch.Tensor) -> list[Key]:
+        """The heaviest first."""
+        router: Any = self._routers[layer]
+        _, weights_TK, ids_TK = router.forward(hidden_TH)  # not called: hooks would take it for the layer's own choice
+        order = weights_TK.flatten().argsort(descending=True, stable=True)
+        resident = set(self._resident(layer))
+        ids = dict.fromkeys(ids_TK.flatten()[order].tolist())
+        return [(layer, expert) for expert in ids if expert not in resident][: self._experts]
+
+    def _read(self, key: Key, slot: int) -> ReadAhead:
+        layer_id, ahead = self._layer_ids[key[0]], ReadAhead(slot)
+        spans = self._memory.spans(slot, layer_id, key[1])
+        self._reader.start(key, spans, ahead, what=f"layer {layer_id} expert {key[1]}")
         self._counts().prefetched += 1
-        self._counts().bytes_read[DECODE] += start
+        self._counts().bytes_read[DECODE] += sum(len(span.target) for span in spans)
         return ahead
 
-    def _take_back(self, layer: int, *, keep: Sequence[Key]) -> None:
-        """Free the memory of what was read and is not wanted any more; this layer's is still in use."""
-        given = [(key, ahead) for key, ahead in self._given if key[0] == layer]
-        guessed = {key: a for key, a in self._guessed.items() if key[0] == layer or key in keep or not a.is_done}
-        kept = {id(ahead) for ahead in (*guessed.values(), *(ahead for _, ahead in given))}
-        known = [*self._guessed.values(), *(ahead for _, ahead in self._given)]
-        self._free += [ahead.buffer for ahead in known if id(ahead) not in kept]
-        self._given, self._guessed = given, guessed
+    def _forget(self, wanted: Sequence[Key]) -> None:
+        """Free the slots of what was read in vain."""
+        for key, ahead in list(self._guessed.items()):
+            if key not in wanted and ahead.request is not None:
+                self._counts().device_bytes_read[DECODE] += ahead.request.device_bytes
+                self.give_back(self._guessed.pop(key).slot)

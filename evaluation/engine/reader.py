@@ -1,9 +1,10 @@
 """Reads of expert weights, many in flight: threads that bring byte ranges of shards into memory, in whatever order.
 
 `O_DIRECT` goes past the page cache, so that a memory budget is one: what is read lies in the slots and nowhere else.
-The kernel then wants page-aligned file offsets and buffers, which experts do not have: each thread reads the aligned
-range around a piece into a buffer of its own and copies the piece out (numpy copies without the GIL). Where the file
-system refuses, reads go through the page cache. Knows files and bytes; no experts, no slots and no torch.
+The kernel then wants whole pages, of the file and of memory: what lies so goes straight where it belongs, and of the
+rest each thread reads the pages around a piece into a buffer of its own and copies the piece out (numpy copies without
+the GIL). Where the file system refuses, reads go through the page cache. Knows files and bytes; no experts, no slots
+and no torch.
 """
 
 import mmap
@@ -21,11 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.load import UserError
+from evaluation.engine.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.shards import AGAIN
 
-PAGE_BYTES = 4096
 PIECE_BYTES = 2**20
 """Longer ranges are cut here, so that one expert keeps several reads in flight."""
+BUFFER_BYTES = PIECE_BYTES + 2 * PAGE_BYTES
+"""Memory of a reading thread: a piece and the pages around it."""
 READS_IN_FLIGHT = 8
 
 Bytes = npt.NDArray[np.uint8]
@@ -43,12 +46,6 @@ class Landing(Protocol):
     """Where requests go when they are done: a queue, for example."""
 
     def put(self, request: "Request") -> None: ...
-
-
-class Source(Protocol):
-    """Something that has the bytes of a span already, or will have them."""
-
-    def copy_to(self, span: Span) -> None: ...
 
 
 @dataclass
@@ -87,10 +84,11 @@ class Reader:
 
     def __init__(self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True) -> None:
         self.reads_in_flight = reads_in_flight
-        self._jobs: SimpleQueue[tuple[Request, Span, Source | None] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Request, Span] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
         self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
+        self._buffers = huge_pages(reads_in_flight * BUFFER_BYTES if self.direct else 0)
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
@@ -101,13 +99,8 @@ class Reader:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def start(
-        self, key: tuple[int, int], spans: Sequence[Span], landed: Landing, *, what: str, source: Source | None = None
-    ) -> None:
+    def start(self, key: tuple[int, int], spans: Sequence[Span], landed: Landing, *, what: str) -> None:
         """Begin to read; `landed` gets the request when it is done. The targets must stay until then.
-
-        Args:
-            source: takes the place of the files; if it waits for reads, for such as were started before.
 
         Raises:
             UserError: the reader is closed.
@@ -118,7 +111,7 @@ class Reader:
         pieces = [piece for span in spans for piece in _pieces(span)]
         request = Request(key, what, len(pieces), landed)
         for piece in pieces:
-            self._jobs.put((request, piece, source))
+            self._jobs.put((request, piece))
 
     def changed_shards(self) -> list[Path]:
         """Files that were written to or cut since they were opened: their experts cannot be read any more."""
@@ -136,20 +129,17 @@ class Reader:
 
     def _start_threads(self) -> None:
         while len(self._threads) < self.reads_in_flight:
-            thread = threading.Thread(target=self._work, name="expert-reader", daemon=True)
+            number = len(self._threads)
+            thread = threading.Thread(target=self._work, args=[number], name="expert-reader", daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _work(self) -> None:
-        buffer = _PageBuffer() if self.direct else None
+    def _work(self, number: int) -> None:
+        buffer = _PageBuffer(self._buffers, number) if self.direct else None
         while (job := self._jobs.get()) is not None:
-            request, span, source = job
+            request, span = job
             read_bytes, error = 0, None
             try:
-                if source is not None:
-                    source.copy_to(span)
-                    request.piece_done(0, None)
-                    continue
                 descriptor = self._descriptors[span.shard]
                 read_bytes = _read(descriptor, span) if buffer is None else buffer.read(descriptor, span)
                 if _version(descriptor) != self._versions[span.shard]:
@@ -160,20 +150,20 @@ class Reader:
 
 
 class _PageBuffer:
-    """A page-aligned buffer for one piece and the pages around it."""
+    """A thread's part of the buffers, and reads in whole pages."""
 
-    def __init__(self) -> None:
-        memory = mmap.mmap(-1, PIECE_BYTES + 2 * PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._view = memoryview(memory)
-        self._bytes = np.frombuffer(memory, dtype=np.uint8)
+    def __init__(self, buffers: mmap.mmap, number: int) -> None:
+        self._bytes = np.frombuffer(buffers, np.uint8, count=BUFFER_BYTES, offset=number * BUFFER_BYTES)
 
     def read(self, descriptor: int, span: Span) -> int:
         """Fill the span's target; returns the bytes the device was asked for."""
+        if span.offset % PAGE_BYTES == len(span.target) % PAGE_BYTES == span.target.ctypes.data % PAGE_BYTES == 0:
+            return _read(descriptor, span)
         start = span.offset // PAGE_BYTES * PAGE_BYTES
         before = span.offset - start
         wanted_bytes = before + len(span.target)
         asked_bytes = -(-wanted_bytes // PAGE_BYTES) * PAGE_BYTES
-        got_bytes = os.preadv(descriptor, [self._view[:asked_bytes]], start)
+        got_bytes = os.preadv(descriptor, [self._bytes[:asked_bytes].data], start)
         if got_bytes < wanted_bytes:
             raise EOFError(max(0, got_bytes - before))
         np.copyto(span.target, self._bytes[before:wanted_bytes])

@@ -17,7 +17,8 @@ import torch
 
 from evaluation.engine.device import CPU
 from evaluation.engine.expert_layout import FUSED, ExpertShape
-from evaluation.engine.reader import PAGE_BYTES, Bytes, Span
+from evaluation.engine.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.reader import Bytes, Span
 from evaluation.engine.staging import Staging
 from evaluation.engine.store import ExpertStore, Extent
 
@@ -41,27 +42,32 @@ def record_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
 
 
 class SlotMemory:
-    """`slots` records for the experts of a store, in `dtype`, and `passing` more for experts that do not stay.
+    """`slots` records for the experts of a store, in `dtype`, and more for experts that do not stay: `passing` and `ahead`.
 
-    If the checkpoint's precision is another, or the slots lie on an accelerator, experts are read into `passing` records
-    of that precision in the processor's memory (pinned, where there is an accelerator) and copied from there.
+    If the checkpoint's precision is another, or the slots lie on an accelerator, experts are read into `passing` and
+    `ahead` records of that precision in the processor's memory (pinned, where there is an accelerator) and copied from
+    there.
 
     Attributes:
         passing_slots: numbers of the slots for experts that do not stay, after those of the cache.
+        ahead_slots: those for experts that are read ahead, after these.
         converts: whether what is read must be copied before it can be used.
     """
 
     def __init__(
-        self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1, device: torch.device = CPU
-    ) -> None:
+        self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1, ahead: int = 0,
+        device: torch.device = CPU,
+    ) -> None:  # fmt: skip
         stored, on_cpu = TORCH_DTYPES[store.shape.dtype], device.type == CPU.type
         self._store, self.dtype, self.converts = store, dtype, stored != dtype or not on_cpu
-        self._records = _Records(_Form.of(store, dtype), slots + (1 if self.converts else passing), device=device)
-        self._landing = (
-            _Records(_Form.of(store, stored), passing, pinned=not on_cpu) if self.converts else self._records
-        )
+        staying = slots + (1 if self.converts else passing + ahead)
+        self._records = _Records(_Form.of(store, dtype), staying, device=device)
+        self._landing = self._records
+        if self.converts:
+            self._landing = _Records(_Form.of(store, stored), passing + ahead, pinned=not on_cpu)
         self._staging = Staging(device)
         self.passing_slots = range(slots, slots + passing)
+        self.ahead_slots = range(slots + passing, slots + passing + ahead)
         self._first_landing = slots if self.converts else 0
 
     @property
@@ -101,6 +107,11 @@ class SlotMemory:
     def release(self, slot: int) -> None:
         """Give the memory of a slot back to the system; the slot may be used again."""
         self._records.release(slot)
+
+    def swap(self, slot: int, ahead_slot: int) -> None:
+        """Each is from now on where the other was; nothing moves. Not where experts are converted."""
+        assert not self.converts, "what is read ahead is converted, not swapped"
+        self._records.swap(slot, ahead_slot)
 
     def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
@@ -158,10 +169,11 @@ class _Records:
         self.form = form
         self.total_bytes = slots * form.record_bytes
         self.leads = [NO_LEADS] * slots
+        self._place = list(range(slots))  # of each slot
         if device.type != CPU.type or pinned:
             self._raw = torch.empty(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         else:
-            self._map = _huge_pages(self.total_bytes)
+            self._map = huge_pages(self.total_bytes)
             self._raw = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes))
         if device.type == CPU.type:
             self._memory: Bytes = self._raw.numpy()
@@ -169,14 +181,20 @@ class _Records:
     def matrix(self, slot: int, role: str) -> torch.Tensor:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
         start, length = self.form.place(role, self.leads[slot])
-        start += slot * self.form.record_bytes
+        start += self._place[slot] * self.form.record_bytes
         matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
         return matrix if self.form.shape.transposed else matrix.T
 
+    def swap(self, one: int, other: int) -> None:
+        """The places of two slots."""
+        for of_slot in (self._place, self.leads):
+            of_slot[one], of_slot[other] = of_slot[other], of_slot[one]
+
     def release(self, slot: int) -> None:
         """Whole pages only: what a slot shares with its neighbours stays."""
-        start = -(-slot * self.form.record_bytes // PAGE_BYTES) * PAGE_BYTES
-        end = (slot + 1) * self.form.record_bytes // PAGE_BYTES * PAGE_BYTES
+        place = self._place[slot]
+        start = -(-place * self.form.record_bytes // PAGE_BYTES) * PAGE_BYTES
+        end = (place + 1) * self.form.record_bytes // PAGE_BYTES * PAGE_BYTES
         if end > start:
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
@@ -188,7 +206,7 @@ class _Records:
             offset, target_end = extent.offset, -1
             for role in extent.roles:
                 start, length = self.form.place(role, leads)
-                start += slot * self.form.record_bytes
+                start += self._place[slot] * self.form.record_bytes
                 if start == target_end:
                     first = spans.pop()
                     start, offset = target_end - len(first.target), first.offset
@@ -197,14 +215,6 @@ class _Records:
                 spans.append(Span(extent.shard, offset, self._memory[start:target_end]))
                 offset += length
         return spans
-
-
-def _huge_pages(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory on a page boundary, in 2 MiB pages where the kernel has them to give."""
-    memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _aligned(size_bytes: int) -> int:

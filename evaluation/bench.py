@@ -4,6 +4,7 @@ Every side runs in a process of its own, the sides take turns in every repeat, a
 """
 
 import argparse
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -135,7 +136,9 @@ def _contenders(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierar
     work_dir = Path(arguments.work_dir).resolve()
     gguf = Path(arguments.gguf).resolve() if arguments.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
     opponents = parse_opponents(arguments.against)
-    ours = our_contenders(base, caches=caches, budgets=budgets, limit_bytes=limit_bytes)
+    ours = our_contenders(
+        base, caches=caches, budgets=budgets, prefetches=_numbers(arguments.prefetch), limit_bytes=limit_bytes
+    )
     return ours + [
         opponent(
             name, base, work_dir=work_dir, gguf=gguf, ours=ours[0].order, hierarchy=hierarchy, limit_bytes=limit_bytes,
@@ -147,6 +150,17 @@ def _contenders(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierar
 
 def _sizes(text: str) -> list[str]:
     return [size.strip() for size in text.split(",") if size.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    """Of experts to read ahead.
+
+    Raises:
+        UserError: something else.
+    """
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise UserError(f"--prefetch {text!r} is no list of numbers; write for example 3, or 0,3 for both")
+    return list(dict.fromkeys(int(number) for number in text.split(",")))
 
 
 def _take_turns(
@@ -273,6 +287,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="processes of every side (default 3)")
     parser.add_argument("--cache-policy", default=DEFAULT, help=f"ours (default {DEFAULT})")
+    parser.add_argument(
+        "--prefetch", default="0", metavar="N[,N]",
+        help="ours: experts of a layer to read ahead; 0,3: without and with it, in turns (default 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of every side (default: all cores)"
     )

@@ -36,7 +36,7 @@ def add_engine_flags(to: Any) -> None:
         const=EXPERTS,
         default=0,
         metavar="N",
-        help="read ahead N experts (2 if not said) that the next layer's router is likely to choose: same tokens, more reads",
+        help="read ahead N experts (3 if not said) that the next layer's router is likely to choose: same tokens, more reads",
     )
     to.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
     to.add_argument(

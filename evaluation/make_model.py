@@ -44,7 +44,7 @@ EXAMPLE = """examples:
 One expert has 3 x hidden x intermediate weights; without --intermediate it is chosen so that all weights fill --size.
 """
 CONTEXT_TOKENS = 4096
-INTERMEDIATE_STEP = 16  # rows of whole cache lines in 16 bit
+INTERMEDIATE_STEP = 64  # as in every model in the field; matrices are then whole pages, see `remoe pack`
 CHECK_CACHE = "30%"  # of the experts, while the finished checkpoint is measured
 CHECK_PROMPT_TOKENS = 256
 MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, at which LRU misses are told

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": ("evaluation.plan", "what a memory budget is divided into, and what it buys"),
     "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
     "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
+    "pack": ("evaluation.pack", "a copy of a checkpoint that is read faster: experts in whole pages"),
     "bench": ("evaluation.bench", "decode speed beside peers at equal memory, and beside the machine's bound"),
     "export": ("evaluation.export", "tuned routers for others: a Hugging Face folder, or a patched GGUF"),
     "report": ("evaluation.report", "write the report of a results.json again"),

@@ -56,7 +56,7 @@ def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -
 
 def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: int) -> int:
     """Read random places until `end`; returns the bytes that came."""
-    draw, buffer, total = random.Random(seed), huge_pages(length), 0
+    draw, buffer, total = random.Random(seed), memoryview(huge_pages(length))[:length], 0
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
     while True:
         number = draw.choices(range(len(descriptors)), weights=sizes)[0]

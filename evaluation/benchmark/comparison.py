@@ -113,7 +113,7 @@ def decode_bound(
     if not rows:
         return None
     memory_ms = 1e3 * active_bytes / memory_rate
-    read_ms = [1e3 * row["engine"]["counted_bytes_read_per_token"] / float(run.read_rate or 0) for run, row in rows]
+    read_ms = [1e3 * row["engine"]["missed_bytes_per_token"] / float(run.read_rate or 0) for run, row in rows]
     resident_ms = {
         run.repeat: run.legs[leg]["tpot_ms"] for run in runs if run.contender == resident and leg in run.legs
     }

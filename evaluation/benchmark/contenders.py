@@ -31,12 +31,16 @@ class Contender:
 
 
 def our_contenders(
-    base: Order, *, caches: Sequence[str], budgets: Sequence[str], limit_bytes: int | None
+    base: Order, *, caches: Sequence[str], budgets: Sequence[str], prefetches: Sequence[int], limit_bytes: int | None
 ) -> list[Contender]:
-    """Our engine, once for each size of the expert cache and for each memory budget."""
+    """Our engine, once for each size of the expert cache and for each memory budget, with each reading ahead."""
     orders = {f"remoe {cache}": replace(base, side="remoe", expert_cache=cache) for cache in caches}
     orders |= {f"remoe {size} for all": replace(base, side="remoe", memory_budget=size) for size in budgets}
-    return [Contender(name, order, limit_bytes) for name, order in orders.items()]
+    return [
+        Contender(f"{name}, prefetch {ahead}" if ahead else name, replace(order, prefetch=ahead), limit_bytes)
+        for name, order in orders.items()
+        for ahead in prefetches
+    ]
 
 
 def parse_opponents(text: str) -> list[str]:

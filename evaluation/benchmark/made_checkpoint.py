@@ -19,6 +19,7 @@ from evaluation.benchmark.calibration import LayerRun, calibrated_router, fused
 from evaluation.benchmark.prompts import document_beginnings
 from evaluation.benchmark.synthetic import Shape, Source
 from evaluation.engine.output import write_json
+from evaluation.engine.packing import pack_shard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SPLIT = "validation"  # calibrated on this; the result is measured on another
@@ -130,7 +131,7 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 
 
 class ShardWriter:
-    """Writes a checkpoint as transformers would, one shard at a time, and the index at the end."""
+    """Writes a checkpoint as transformers would, but packed, one shard at a time, and the index at the end."""
 
     def __init__(self, folder: Path, shards: int) -> None:
         self._folder, self._shards = folder, shards
@@ -139,11 +140,12 @@ class ShardWriter:
         self.total_bytes = 0
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """The next shard; safetensors puts its tensors in the order of their names."""
+        """The next shard."""
         self._written += 1
         name = f"model-{self._written:05}-of-{self._shards:05}.safetensors"
         apart = {key: tensor.clone() if tensor.dim() == 1 else tensor for key, tensor in tensors.items()}  # no aliases
         save_file(apart, self._folder / name, {"format": "pt"})
+        pack_shard(self._folder / name, self._folder / name)
         self._weight_map.update(dict.fromkeys(tensors, name))
         self.total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 

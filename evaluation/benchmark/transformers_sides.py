@@ -20,7 +20,7 @@ from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.serving import Serving
 from evaluation.benchmark.weights import expert_modules
 from evaluation.engine import load
-from evaluation.engine.accounting import DECODE
+from evaluation.engine.accounting import DECODE, EngineStats
 from evaluation.engine.decoding import greedy
 from evaluation.engine.engine import Engine
 from evaluation.engine.route_trace import RouteTrace
@@ -35,7 +35,7 @@ def remoe(order: Order) -> Iterator[Serving]:
     context_tokens = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs)
     with load(
         order.model_dir, order.expert_cache, memory_budget=order.memory_budget, context_tokens=context_tokens,
-        cache_policy=order.cache_policy, record_trace=True,
+        cache_policy=order.cache_policy, prefetch=order.prefetch, record_trace=True,
     ) as (model, engine):  # fmt: skip
         _never_end(model)
 
@@ -47,7 +47,7 @@ def remoe(order: Order) -> Iterator[Serving]:
 
         settings = {
             "expert_cache": order.expert_cache, "memory_budget": order.memory_budget, "expert_cache_bytes": engine.pool_bytes,
-            "cache_policy": order.cache_policy, "dtype": str(engine.dtype).removeprefix("torch."),
+            "cache_policy": order.cache_policy, "prefetch": order.prefetch, "dtype": str(engine.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         }  # fmt: skip
         yield Serving(request, _shards(order.model_dir), settings, engine.reset_cache)
@@ -63,11 +63,18 @@ def _engine_figures(engine: Engine) -> dict[str, Any]:
         "misses_per_token": stats.misses_by_phase["decode"] / decoded if decoded else None,
         "first_touches": stats.first_touches,
         "counted_bytes_read_per_token": stats.bytes_read_per_token,
+        "missed_bytes_per_token": _missed_bytes(stats) / decoded if decoded else None,
         "counted_bytes_read": stats.bytes_read_by_phase,
         "stall_seconds": stats.stall_seconds,
         "expert_bytes": engine.expert_bytes,
         "token_demand_bytes": engine.token_demand_bytes,
     }
+
+
+def _missed_bytes(stats: EngineStats) -> float:
+    """Of what was read while decoding, that which had to be: what was read ahead in vain left out."""
+    read_bytes, in_vain = stats.bytes_read_by_phase["decode"], stats.prefetched - stats.prefetch_used
+    return read_bytes * stats.misses_by_phase["decode"] / max(1, stats.misses_by_phase["decode"] + in_vain)
 
 
 def _decode_reuse(trace: RouteTrace, last: int) -> float | None:

@@ -10,9 +10,16 @@ PAGE_BYTES = 4096
 """What `O_DIRECT` wants file offsets and addresses to be multiples of, on every file system."""
 
 
+HUGE_BYTES = 2**21
+
+
 def huge_pages(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory on a page boundary; a page costs memory once it is touched."""
-    memory = mmap.mmap(-1, max(size_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Zeroed memory for so many bytes, or more; a page costs memory once it is touched.
+
+    Linux (6.9 and later) starts a map where a huge page may start only if it is as long as some of them.
+    """
+    whole_bytes = -(-max(size_bytes, 1) // HUGE_BYTES) * HUGE_BYTES
+    memory = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

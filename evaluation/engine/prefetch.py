@@ -19,7 +19,7 @@ from evaluation.engine.policies import Key
 from evaluation.engine.reader import Landing, Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
 
-EXPERTS = 2
+EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""
 SLOTS_PER_GUESS = 2
 """Slots for each: while the last guesses are read to their end, the next ones are."""

@@ -8,11 +8,12 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate,
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _batched_linear
@@ -88,8 +89,7 @@ class GroupedProducts:
     def combined(self, weights_TK: Tensor) -> Tensor:
         """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
         tokens, top_k = weights_TK.shape
-        place_R = torch.empty_like(self._rows.order_R)
-        place_R[self._rows.order_R] = torch.arange(len(place_R), device=place_R.device)
+        place_R = self._rows.order_R.argsort()
         sums = []
         for first in range(0, tokens, COMBINED_TOKENS):
             rows_rH = self._out_RH[place_R[first * top_k : (first + COMBINED_TOKENS) * top_k]]
@@ -176,6 +176,6 @@ class _Rows:
     @classmethod
     def of(cls, expert_ids_TK: Tensor) -> "_Rows":
         sorted_ids_R, order_R = torch.sort(expert_ids_TK.reshape(-1))
-        ids, starts = np.unique(sorted_ids_R.cpu().numpy(), return_index=True)
-        ends = [*starts[1:].tolist(), len(order_R)]
-        return cls(order_R, {e: slice(a, b) for e, a, b in zip(ids.tolist(), starts.tolist(), ends, strict=True)})
+        counts = Counter(sorted_ids_R.tolist())
+        ends = accumulate(counts.values())
+        return cls(order_R, {e: slice(end - n, end) for (e, n), end in zip(counts.items(), ends, strict=True)})

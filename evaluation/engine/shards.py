@@ -43,11 +43,11 @@ def read_index(model_dir: str | Path) -> dict[str, StoredTensor]:
     if not index_path.is_file():
         if not (model_dir / SINGLE_NAME).is_file():
             raise UserError(f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors")
-        return _read_shard(model_dir / SINGLE_NAME)
+        return _by_name(model_dir / SINGLE_NAME)
     weight_map = _read_weight_map(index_path)
     tensors: dict[str, StoredTensor] = {}
     for shard_name in sorted(set(weight_map.values())):
-        tensors.update(_read_shard(model_dir / shard_name))
+        tensors.update(_by_name(model_dir / shard_name))
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
             raise UserError(
@@ -67,24 +67,30 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shard(shard: Path) -> dict[str, StoredTensor]:
+def _by_name(shard: Path) -> dict[str, StoredTensor]:
+    return {tensor.name: tensor for tensor in read_shard(shard)[1]}
+
+
+def read_shard(shard: Path) -> tuple[dict[str, str], list[StoredTensor]]:
+    """What is said about a shard in its own header, and its tensors.
+
+    Raises:
+        UserError: missing, truncated, changed or no safetensors file.
+    """
     if not shard.is_file():
         raise UserError(f"shard {shard} is missing; {AGAIN}")
     size_bytes = shard.stat().st_size
     header, data_start = _read_header(shard, size_bytes)
+    metadata = header.pop("__metadata__", {})
     try:
-        tensors = {
-            name: _stored_tensor(name, shard, entry, data_start)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        tensors = [_stored_tensor(name, shard, entry, data_start) for name, entry in header.items()]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"shard {shard}: unreadable header ({error!r}); {AGAIN}") from error
-    expected_bytes = max((tensor.offset + tensor.length_bytes for tensor in tensors.values()), default=data_start)
+    expected_bytes = max((tensor.offset + tensor.length_bytes for tensor in tensors), default=data_start)
     if size_bytes != expected_bytes:
         what = "truncated" if size_bytes < expected_bytes else "changed"
         raise UserError(f"shard {shard} is {what}: {size_bytes} bytes, its header says {expected_bytes}; {AGAIN}")
-    return tensors
+    return metadata, tensors
 
 
 def _read_header(shard: Path, size_bytes: int) -> tuple[dict[str, Any], int]:

@@ -136,7 +136,10 @@ class _Form:
 
     @classmethod
     def of(cls, store: ExpertStore, dtype: torch.dtype) -> "_Form":
-        return cls(store.shape, dtype, ALIGN_BYTES if store.shape.roles == FUSED else 0)
+        starts = (
+            (store.offset(*key, role) for key in store.keys for role in FUSED) if store.shape.roles == FUSED else ()
+        )
+        return cls(store.shape, dtype, ALIGN_BYTES if any(start % ALIGN_BYTES for start in starts) else 0)
 
     @property
     def matrix_bytes(self) -> int:
@@ -170,6 +173,7 @@ class _Records:
         self.total_bytes = slots * form.record_bytes
         self.leads = [NO_LEADS] * slots
         self._place = list(range(slots))  # of each slot
+        self._matrices: dict[tuple[int, str, Leads], torch.Tensor] = {}  # views, which take longer to make than to use
         if device.type != CPU.type or pinned:
             self._raw = torch.empty(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
         else:
@@ -180,15 +184,18 @@ class _Records:
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
-        start, length = self.form.place(role, self.leads[slot])
-        start += self._place[slot] * self.form.record_bytes
-        matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
-        return matrix if self.form.shape.transposed else matrix.T
+        where = self._place[slot], role, self.leads[slot]
+        if where not in self._matrices:
+            start, length = self.form.place(role, self.leads[slot])
+            start += self._place[slot] * self.form.record_bytes
+            matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
+            self._matrices[where] = matrix if self.form.shape.transposed else matrix.T
+        return self._matrices[where]
 
     def swap(self, one: int, other: int) -> None:
         """The places of two slots."""
-        for of_slot in (self._place, self.leads):
-            of_slot[one], of_slot[other] = of_slot[other], of_slot[one]
+        self._place[one], self._place[other] = self._place[other], self._place[one]
+        self.leads[one], self.leads[other] = self.leads[other], self.leads[one]
 
     def release(self, slot: int) -> None:
         """Whole pages only: what a slot shares with its neighbours stays."""

@@ -3,7 +3,7 @@
 The store knows files and byte ranges; `reader.py` reads them. It knows no slots, no policies and no torch.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,11 @@ class ExpertStore:
         if roles is None:
             return self._whole[layer_id, expert]
         return _extents({role: self._parts[layer_id, expert][role] for role in roles})
+
+    @property
+    def keys(self) -> Iterable[tuple[int, int]]:
+        """Layer id and number of every expert."""
+        return self._parts
 
     def offset(self, layer_id: int, expert: int, role: str) -> int:
         """Where in its file one of an expert's matrices starts."""

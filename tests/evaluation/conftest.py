@@ -49,6 +49,12 @@ def tiny_config(family: str) -> PretrainedConfig:
         )  # fmt: skip
     if family == "wide":  # rows of experts that end in the middle of a vector register
         return OlmoeConfig(**COMMON, num_hidden_layers=2, intermediate_size=1000, num_experts=8, num_experts_per_tok=2)
+    if family == "pages":  # matrices of whole pages
+        return OlmoeConfig(**COMMON, num_hidden_layers=2, intermediate_size=64, num_experts=8, num_experts_per_tok=2)
+    if family == "fused_pages":
+        return GraniteMoeConfig(
+            **COMMON, num_hidden_layers=2, intermediate_size=64, num_local_experts=6, num_experts_per_tok=2
+        )
     if family == "mixtral":
         return MixtralConfig(
             **COMMON, num_hidden_layers=2, intermediate_size=56, num_local_experts=6, num_experts_per_tok=2

@@ -20,7 +20,8 @@ from training.model import load_tokenizer
 
 FIGURES = {
     "hit_rate": {"prefill": 0.1, "decode": 0.5}, "reuse_rate_mean": 0.35, "misses_per_token": 3.0, "first_touches": 9,
-    "counted_bytes_read_per_token": 1e4, "stall_seconds": {"prefill": 0.0, "decode": 0.01}, "expert_bytes": 1000,
+    "counted_bytes_read_per_token": 1.2e4, "missed_bytes_per_token": 1e4,
+    "stall_seconds": {"prefill": 0.0, "decode": 0.01}, "expert_bytes": 1000,
 }  # fmt: skip
 
 
@@ -104,6 +105,15 @@ def test_budgets_for_everything_take_part(model: Path, tmp_path: Path, ran: list
     ]  # fmt: skip
     assert ran[2][2].resident_bytes == 40 * 2**20, "accelerate keeps as much"
     assert set(json.loads((tmp_path / "bench.json").read_text())["bounds"]) == {name for name, _, _ in ran[:2]}
+
+
+def test_reading_ahead_takes_part_beside_not_doing_it(
+    model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]
+) -> None:
+    bench.main(flags(model, tmp_path, "--repeats", "1", "--against", "", "--prefetch", "0,3"))
+    assert [(name, order.prefetch) for name, _, order in ran] == [
+        ("remoe 30%", 0), ("remoe 30%, prefetch 3", 3), ("remoe 60%", 0), ("remoe 60%, prefetch 3", 3),
+    ]  # fmt: skip
 
 
 def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:

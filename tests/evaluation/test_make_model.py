@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from configs.load import UserError
+from evaluation.engine.packing import is_packed
+from evaluation.engine.store import ExpertStore
 from evaluation.make_model import main
 
 SMALL = ["--layers", "1", "--hidden", "128", "--experts", "8", "--top-k", "2", "--eor", "0.5", "--check-tokens", "8"]
@@ -15,7 +17,8 @@ def test_the_folder_is_complete_and_as_large_as_asked(tmp_path: Path, capsys: py
     folder = tmp_path / "new" / "model"
     main(["--output", str(folder), "--size", "3MiB", *SMALL])
     made = json.loads((folder / "made.json").read_text())
-    step_bytes = 8 * 3 * 128 * 16 * 2
+    step_bytes = 8 * 3 * 128 * 64 * 2
+    assert is_packed(ExpertStore(folder))
     assert 3 * 2**20 - step_bytes < made["weight_bytes"] <= 3 * 2**20
     for name in ("config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"):
         assert (folder / name).is_file()

@@ -19,7 +19,7 @@ def leg(
 
 def ours(tpot_ms: float, read: float) -> dict[str, Any]:
     return leg(
-        tpot_ms, hit_rate={"decode": 0.5}, reuse_rate_mean=0.35, counted_bytes_read_per_token=read,
+        tpot_ms, hit_rate={"decode": 0.5}, reuse_rate_mean=0.35, missed_bytes_per_token=read,
         stall_seconds={"decode": tpot_ms / 1e3},
     )  # fmt: skip
 

@@ -71,7 +71,19 @@ def test_our_figures_are_of_the_leg_alone(made_model: Made, tmp_path: Path) -> N
         assert 0 < figures["misses_per_token"] < TINY.layers * TINY.top_k
         missed_bytes = figures["misses_per_token"] * figures["expert_bytes"]
         assert figures["counted_bytes_read_per_token"] == pytest.approx(missed_bytes)
+        assert figures["missed_bytes_per_token"] == pytest.approx(missed_bytes)
     assert cold["first_touches"] > warm["first_touches"]  # the warm leg found experts that it had not read itself
+
+
+def test_what_is_read_ahead_in_vain_did_not_have_to_be_read(made_model: Made, tmp_path: Path) -> None:
+    order = replace(order_for("remoe", made_model[0], tmp_path), prefetch=2)
+    with open_side(order) as serving:
+        serving.begin_cold()
+        figures = serving.request(LEGS[0]).engine
+    assert figures is not None
+    missed_bytes = figures["misses_per_token"] * figures["expert_bytes"]
+    assert figures["missed_bytes_per_token"] == pytest.approx(missed_bytes)
+    assert figures["counted_bytes_read_per_token"] > missed_bytes
 
 
 def test_accelerate_keeps_the_first_layers_in_memory(made_model: Made) -> None:

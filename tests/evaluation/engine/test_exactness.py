@@ -91,12 +91,12 @@ def test_200_random_configurations(checkpoint: Checkpoint) -> None:
         family=st.sampled_from(FAMILIES), dtype=st.sampled_from(DTYPES), scope=st.sampled_from(SCOPES),
         policy=st.sampled_from([policy for policy in LIVE if policy != "static"]), share=st.floats(0, 1),
         batch=st.integers(1, 3), tokens=st.integers(1, 40), seed=st.integers(0, 5), in_flight=st.integers(1, 9),
-        threads=st.integers(1, 2), forget=st.booleans(), prefetch=st.booleans(),
+        threads=st.integers(1, 2), forget=st.booleans(), prefetch=st.integers(0, 3),
         how=st.sampled_from([{}, {"do_sample": True, "top_k": 20}, {"num_beams": 2}]),
     )  # fmt: skip
     def check(
         family: str, dtype: str, scope: str, policy: str, share: float, batch: int, tokens: int, seed: int,
-        in_flight: int, threads: int, forget: bool, prefetch: bool, how: dict[str, Any],
+        in_flight: int, threads: int, forget: bool, prefetch: int, how: dict[str, Any],
     ) -> None:  # fmt: skip
         folder, inputs = checkpoint(family, dtype), prompts(batch, tokens, seed)
         with load(folder, "100%") as (_, engine):

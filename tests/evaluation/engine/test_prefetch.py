@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine import load
-from evaluation.engine.accounting import EngineStats, ReadCounts
-from evaluation.engine.prefetch import BUFFERS_PER_CHOICE, Prefetch, ReadAhead
-from evaluation.engine.reader import Reader, Request, Span
+from evaluation.engine.accounting import DECODE, EngineStats, ReadCounts
+from evaluation.engine.flight import Flight
+from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch, ReadAhead
+from evaluation.engine.reader import Reader, Request
+from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store import ExpertStore
 
 Checkpoint = Callable[..., Path]
@@ -41,7 +44,7 @@ def test_tokens_and_misses_stay_and_reads_are_counted(
 ) -> None:
     folder = checkpoint(family)
     expected = generate(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
-    tokens, ahead = decoded(folder, dtype=dtype, reads_in_flight=in_flight, prefetch=True)
+    tokens, ahead = decoded(folder, dtype=dtype, reads_in_flight=in_flight, prefetch=2)
     plain_tokens, plain = decoded(folder, dtype=dtype, reads_in_flight=in_flight)
     assert torch.equal(tokens, expected)
     assert torch.equal(plain_tokens, expected)
@@ -59,91 +62,117 @@ class Chooses(nn.Module):
     def __init__(self, *ids: int) -> None:
         super().__init__()
         self.ids = torch.tensor([ids])
+        self.weights: torch.Tensor | None = None
 
-    def forward(self, hidden_TH: torch.Tensor) -> tuple[Any, Any, torch.Tensor]:
-        return None, None, self.ids
+    def forward(self, hidden_TH: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        falling = torch.arange(self.ids.shape[1], 0, -1.0)[None]
+        return None, falling if self.weights is None else self.weights, self.ids
 
 
-def a_prefetch(folder: Path, reader: Reader, *, resident: Callable[[int], list[int]]) -> tuple[Prefetch, ReadCounts]:
+EXPERTS = 2
+
+
+def a_prefetch(
+    folder: Path, reader: Reader, *, resident: Callable[[int], list[int]]
+) -> tuple[Prefetch, ReadCounts, SlotMemory]:
     store, counts = ExpertStore(folder), ReadCounts()
-    routers = [Chooses(0, 1), Chooses(2, 3), Chooses(4, 5)]
-    return Prefetch(
-        routers, store, reader, top_k=2, layer_ids=store.layer_ids, resident=resident, counts=lambda: counts
-    ), counts
+    memory = SlotMemory(store, 3, torch.bfloat16, passing=1, ahead=SLOTS_PER_GUESS * EXPERTS)
+    routers = [Chooses(0, 1, 7), Chooses(2, 3, 7), Chooses(4, 5, 7)]
+    prefetch = Prefetch(
+        routers, memory, reader, experts=EXPERTS, layer_ids=store.layer_ids, resident=resident, counts=lambda: counts
+    )
+    return prefetch, counts, memory
 
 
-def test_what_is_resident_or_guessed_already_is_not_read_and_the_last_layer_guesses_nothing(
+def wait_for(*guessed: ReadAhead) -> None:
+    landed: SimpleQueue[Request] = SimpleQueue()
+    for ahead in guessed:
+        ahead.land_in(landed)
+        landed.get(timeout=30)
+
+
+def test_the_heaviest_that_are_neither_resident_nor_guessed_are_read_and_the_last_layer_guesses_nothing(
     checkpoint: Checkpoint,
 ) -> None:
     folder = checkpoint("olmoe")
     with Reader(ExpertStore(folder).shards) as reader:
-        prefetch, counts = a_prefetch(folder, reader, resident=lambda layer: [2] if layer == 1 else [])
+        prefetch, counts, _ = a_prefetch(folder, reader, resident=lambda layer: [2] if layer == 1 else [])
         for _ in range(2):
             prefetch.guess(0, torch.zeros(1, 32))
-        assert counts.prefetched == 1
+        assert counts.prefetched == 2
         assert prefetch.take((1, 2)) is None
         assert prefetch.take((1, 3)) is not None
         assert prefetch.take((1, 3)) is None, "given once"
+        assert prefetch.take((1, 7)) is not None
         prefetch.guess(2, torch.zeros(1, 32))
-        assert (counts.prefetched, counts.prefetch_used) == (1, 1)
+        assert (counts.prefetched, counts.prefetch_used) == (2, 2)
 
 
-def test_memory_of_old_guesses_is_used_again_once_they_are_read_and_is_bounded(checkpoint: Checkpoint) -> None:
+def test_of_a_batch_the_heaviest_of_all_rows_are_guessed(checkpoint: Checkpoint) -> None:
     folder = checkpoint("olmoe")
     with Reader(ExpertStore(folder).shards) as reader:
-        prefetch, counts = a_prefetch(folder, reader, resident=lambda _: [])
+        prefetch, _, _ = a_prefetch(folder, reader, resident=lambda _: [])
+        prefetch._routers = [Chooses(0, 1), router := Chooses()]
+        router.ids, router.weights = torch.tensor([[1, 2], [3, 2]]), torch.tensor([[0.6, 0.4], [0.9, 0.1]])
+        prefetch.guess(0, torch.zeros(2, 32))
+        assert list(prefetch._guessed) == [(1, 3), (1, 1)]
+
+
+def test_what_was_guessed_lies_in_the_slot_that_is_swapped_in(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("olmoe")
+    store = ExpertStore(folder)
+    with Reader(store.shards) as reader:
+        prefetch, _, memory = a_prefetch(folder, reader, resident=lambda _: [])
+        prefetch.guess(0, torch.zeros(1, 32))
+        with Flight(memory, reader, layer_id=1, prefetch=prefetch) as flight:
+            flight.start({(1, 2): 0, (1, 3): None, (1, 5): 1})
+            for (_, expert), slot in flight.landings():
+                for span in memory.spans(slot, 1, expert):
+                    held = np.fromfile(span.shard, np.uint8, len(span.target), offset=span.offset)
+                    assert np.array_equal(span.target, held), expert
+        assert flight.bytes_read == store.shape.expert_bytes, "the third; the others were read before"
+        assert sorted(prefetch._free) == list(memory.ahead_slots)
+
+
+def test_slots_of_old_guesses_are_used_again_once_they_are_read_and_none_is_lost(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("olmoe")
+    with Reader(ExpertStore(folder).shards) as reader:
+        prefetch, counts, memory = a_prefetch(folder, reader, resident=lambda _: [])
         for round_ in range(10):
             for layer in range(3):
                 prefetch.guess(layer, torch.zeros(1, 32))
-                kept = [*prefetch._guessed.values(), *(ahead for _, ahead in prefetch._given)]
-                assert len(kept) + len(prefetch._free) == BUFFERS_PER_CHOICE * 2
-                assert len({id(ahead.buffer.base) + ahead.buffer.ctypes.data for ahead in kept}) == len(kept)
-                for ahead in kept:
-                    ahead._done.wait(30)
-                if layer == 1:
-                    prefetch.take((1, 2 + round_ % 2))
+                held = [ahead.slot for ahead in prefetch._guessed.values()]
+                assert sorted([*held, *prefetch._free]) == list(memory.ahead_slots)
+                wait_for(*prefetch._guessed.values())
+                if layer == 0 and (taken := prefetch.take((1, 2 + round_ % 2))):
+                    prefetch.give_back(taken.slot)
         assert counts.prefetched > 20
+        assert counts.device_bytes_read[DECODE] > 0, "of what was read in vain"
 
 
-def test_wrong_guesses_do_not_hold_their_memory_for_ever_where_there_are_two_layers_only(
-    checkpoint: Checkpoint,
-) -> None:
+def test_wrong_guesses_do_not_hold_their_slots_for_ever_where_there_are_two_layers_only(checkpoint: Checkpoint) -> None:
     folder = checkpoint("mixtral")
     with Reader(ExpertStore(folder).shards) as reader:
-        prefetch, counts = a_prefetch(folder, reader, resident=lambda _: [])
+        prefetch, counts, _ = a_prefetch(folder, reader, resident=lambda _: [])
         prefetch._routers = [Chooses(0, 1), router := Chooses(2, 3)]
         for token in range(8):
             router.ids = torch.tensor([[token % 6, (token + 1) % 6]])
             for layer in range(2):
                 prefetch.guess(layer, torch.zeros(1, 32))
-                for ahead in prefetch._guessed.values():
-                    ahead._done.wait(30)
-                if token % 2 and not layer:
-                    prefetch.take((1, token % 6))
+                wait_for(*prefetch._guessed.values())
         assert counts.prefetched >= 8
 
 
-def test_a_copy_is_what_the_file_holds_wherever_it_starts(tmp_path: Path) -> None:
-    shard = tmp_path / "shard"
-    content = np.random.default_rng(0).integers(0, 256, 20_000, dtype=np.uint8)
-    shard.write_bytes(content.tobytes())
-    with Reader([shard], reads_in_flight=1) as reader:
-        ahead = ReadAhead(np.zeros(6000, np.uint8))
-        ahead.parts = [Span(shard, 9000, ahead.buffer[:4000]), Span(shard, 100, ahead.buffer[4000:])]
-        reader.start((0, 0), ahead.parts, ahead, what="it")
-        for offset, length in ((9000, 4000), (9500, 3500), (100, 2000), (2099, 1)):
-            span = Span(shard, offset, np.zeros(length, np.uint8))
-            ahead.copy_to(span)
-            assert np.array_equal(span.target, content[offset : offset + length])
-    assert ahead.is_done
-
-
-def test_a_guess_that_cannot_be_read_matters_only_where_it_is_used() -> None:
-    ahead, request = ReadAhead(np.zeros(1, np.uint8)), Request((0, 0), "it", 1, landed=ReadAhead(np.zeros(1, np.uint8)))
+@pytest.mark.parametrize("late", [True, False])
+def test_a_request_is_handed_on_once_whether_it_is_done_or_not(late: bool) -> None:
+    ahead, landed = ReadAhead(7), SimpleQueue[Request]()
+    request = Request((0, 0), "it", 1, landed=ahead)
     request.error = OSError(errno.EIO, os.strerror(errno.EIO))
-    ahead.put(request)
-    with pytest.raises(OSError, match="Input/output"):
-        ahead.copy_to(Span(Path("shard"), 0, np.zeros(1, np.uint8)))
+    steps = [lambda: ahead.put(request), lambda: ahead.land_in(landed)]
+    for step in reversed(steps) if late else steps:
+        step()
+    assert landed.get_nowait() is request
+    assert landed.empty()
 
 
 def test_read_errors_end_in_an_error_or_in_the_right_tokens(
@@ -159,7 +188,7 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
         return real(*args)
 
     said: list[str] = []
-    with load(folder, "30%", prefetch=True, reads_in_flight=3) as (model, _):
+    with load(folder, "30%", prefetch=2, reads_in_flight=3) as (model, engine):
         monkeypatch.setattr(os, "preadv", sometimes)
         for _ in range(6):
             try:
@@ -170,11 +199,26 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
         assert said
         assert all("Input/output error" in message for message in said)
         assert torch.equal(generate(model), expected)
+        assert engine._pager is not None
+        prefetch = engine._pager.prefetch
+        assert prefetch is not None
+        held = [ahead.slot for ahead in prefetch._guessed.values()]
+        assert sorted([*held, *prefetch._free]) == list(prefetch._memory.ahead_slots), "no slot was lost"
 
 
-def test_a_memory_budget_and_reading_ahead_exclude_each_other(checkpoint: Checkpoint) -> None:
+def test_a_memory_budget_counts_the_slots(checkpoint: Checkpoint) -> None:
+    with load(checkpoint("olmoe"), memory_budget="200MiB") as (_, engine):
+        plain = engine.division
+    with load(checkpoint("olmoe"), memory_budget="200MiB", prefetch=2) as (_, engine):
+        ahead = engine.division
+    assert plain is not None
+    assert ahead is not None
+    assert ahead.buffer_bytes - plain.buffer_bytes == SLOTS_PER_GUESS * 2 * engine.demand.slot_bytes
+
+
+def test_fewer_than_none_is_refused(checkpoint: Checkpoint) -> None:
     with (
-        pytest.raises(UserError, match="takes memory that a memory budget does not count"),
-        load(checkpoint("olmoe"), memory_budget="200MiB", prefetch=True),
+        pytest.raises(UserError, match="prefetch is -1; write how many"),
+        load(checkpoint("olmoe"), "30%", prefetch=-1),
     ):
         pass

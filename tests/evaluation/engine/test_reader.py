@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from configs.load import UserError
 from evaluation.engine import reader as module
-from evaluation.engine.reader import PAGE_BYTES, PIECE_BYTES, Reader, Request, Span
+from evaluation.engine.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.reader import PIECE_BYTES, Reader, Request, Span
 
 SIZE = 3 * PIECE_BYTES + 777
 
@@ -57,6 +58,24 @@ def test_spans_hold_the_bytes_of_the_file(shard: Path, direct: bool) -> None:
             assert wanted_bytes <= request.device_bytes <= wanted_bytes + 2 * PAGE_BYTES * pieces
 
         check()
+
+
+@pytest.mark.parametrize(("offset", "pages", "start"), [(1, 3, 0), (0, 300, 0), (1, 3, 64), (2, 1, PAGE_BYTES)])
+def test_whole_pages_are_not_copied_where_they_may_lie(
+    shard: Path, monkeypatch: pytest.MonkeyPatch, offset: int, pages: int, start: int
+) -> None:
+    copied: list[int] = []
+    real = np.copyto
+    monkeypatch.setattr(module.np, "copyto", lambda to, source: copied.append(len(to)) or real(to, source))
+    target = np.frombuffer(huge_pages(2**21), np.uint8)[start : start + pages * PAGE_BYTES]
+    with Reader([shard], reads_in_flight=3) as reader:
+        if not reader.direct:
+            pytest.skip("this file system refuses O_DIRECT")
+        request = read(reader, [Span(shard, offset * PAGE_BYTES, target)])
+    assert request.error is None
+    assert np.array_equal(target, np.fromfile(shard, np.uint8, len(target), offset=offset * PAGE_BYTES))
+    assert request.device_bytes >= len(target)
+    assert sum(copied) == (0 if start % PAGE_BYTES == 0 else len(target))
 
 
 def test_many_requests_land_once_each_in_any_order(shard: Path) -> None:

@@ -56,6 +56,24 @@ def test_memory_on_top_of_the_slots_is_told(checkpoint: Checkpoint) -> None:
     assert converting.passing_bytes == 3 * record + 2 * record, "three as stored and one to compute with"
 
 
+@pytest.mark.parametrize("family", ["olmoe", "granitemoe"])
+def test_swapped_slots_have_each_others_experts_and_give_back_their_own_memory(
+    checkpoint: Checkpoint, family: str
+) -> None:
+    memory = SlotMemory(ExpertStore(checkpoint(family)), 3, torch.bfloat16, passing=1, ahead=2)
+    ahead = memory.ahead_slots[1]
+    assert ahead == 5
+    fill(memory, 1, 0)
+    fill(memory, ahead, 3)
+    before = {slot: (memory.gate_up_HJ(slot).clone(), memory.down_IH(slot).clone()) for slot in (1, ahead)}
+    memory.swap(1, ahead)
+    for slot, other in ((1, ahead), (ahead, 1)):
+        assert torch.equal(memory.gate_up_HJ(slot), before[other][0])
+        assert torch.equal(memory.down_IH(slot), before[other][1])
+    fill(memory, ahead, 2)
+    assert torch.equal(memory.down_IH(1), before[ahead][1]), "reading into one leaves the other"
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"), [("olmoe", "bfloat16"), ("granitemoe", "float32"), ("gpt_oss", "bfloat16")]
 )

@@ -175,11 +175,12 @@ def test_a_request_is_handed_on_once_whether_it_is_done_or_not(late: bool) -> No
     assert landed.empty()
 
 
+@pytest.mark.parametrize("dtype", ["auto", "float32"])  # as stored, and converted after reading
 def test_read_errors_end_in_an_error_or_in_the_right_tokens(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     folder = checkpoint("olmoe")
-    expected, real, calls = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")), os.preadv, [0]
+    expected, real, calls = generate(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)), os.preadv, [0]
 
     def sometimes(*args: Any) -> int:
         calls[0] += 1
@@ -188,7 +189,7 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
         return real(*args)
 
     said: list[str] = []
-    with load(folder, "30%", prefetch=2, reads_in_flight=3) as (model, engine):
+    with load(folder, "30%", dtype=dtype, prefetch=2, reads_in_flight=3) as (model, engine):
         monkeypatch.setattr(os, "preadv", sometimes)
         for _ in range(6):
             try:

@@ -32,10 +32,10 @@ def test_a_slot_holds_the_fused_matrices_of_its_expert(checkpoint: Checkpoint, f
     assert torch.equal(memory.down_IH(0), tensors[f"{module}.1.{down}.weight"].to(dtype).T), "other slots keep theirs"
 
 
-def fill(memory: SlotMemory, slot: int, expert: int) -> None:
-    """Read an expert of layer 1 into a slot."""
+def fill(memory: SlotMemory, slot: int, expert: int, *, layer: int = 1) -> None:
+    """Read an expert into a slot."""
     read_into = memory.passing_slots[-1] if memory.converts else slot
-    for span in memory.spans(read_into, 1, expert):
+    for span in memory.spans(read_into, layer, expert):
         span.target[:] = np.fromfile(span.shard, dtype=np.uint8, count=len(span.target), offset=span.offset)
     if memory.converts:
         assert memory.convert(read_into, slot) == slot
@@ -57,9 +57,7 @@ def test_memory_on_top_of_the_slots_is_told(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("family", ["olmoe", "granitemoe"])
-def test_swapped_slots_have_each_others_experts_and_give_back_their_own_memory(
-    checkpoint: Checkpoint, family: str
-) -> None:
+def test_swapped_slots_have_each_others_experts(checkpoint: Checkpoint, family: str) -> None:
     memory = SlotMemory(ExpertStore(checkpoint(family)), 3, torch.bfloat16, passing=1, ahead=2)
     ahead = memory.ahead_slots[1]
     assert ahead == 5
@@ -72,6 +70,31 @@ def test_swapped_slots_have_each_others_experts_and_give_back_their_own_memory(
         assert torch.equal(memory.down_IH(slot), before[other][1])
     fill(memory, ahead, 2)
     assert torch.equal(memory.down_IH(1), before[ahead][1]), "reading into one leaves the other"
+
+
+def test_a_swapped_slot_gives_back_its_own_memory(checkpoint: Checkpoint) -> None:
+    memory = SlotMemory(ExpertStore(checkpoint("pages")), 3, torch.bfloat16, passing=1, ahead=1)
+    ahead = memory.ahead_slots[0]
+    fill(memory, 1, 0)
+    fill(memory, ahead, 3)
+    memory.swap(1, ahead)
+    kept = memory.down_IH(ahead).clone()
+    memory.release(1)
+    assert not memory.down_IH(1).any()
+    assert torch.equal(memory.down_IH(ahead), kept)
+    assert kept.any()
+
+
+def test_experts_that_start_differently_off_a_boundary_take_turns_in_a_slot(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("gpt_oss")
+    store, tensors = ExpertStore(folder), load_file(folder / "model.safetensors")
+    assert len({store.offset(layer, 2, "down") % ALIGN_BYTES for layer in (0, 1)}) == 2
+    memory = SlotMemory(store, 2, torch.bfloat16)
+    for layer in (0, 1, 0):
+        fill(memory, 1, 2, layer=layer)
+        experts = f"model.layers.{layer}.mlp.experts"
+        assert torch.equal(memory.down_IH(1), tensors[f"{experts}.down_proj"][2])
+        assert torch.equal(memory.gate_up_HJ(1), tensors[f"{experts}.gate_up_proj"][2])
 
 
 @pytest.mark.parametrize(

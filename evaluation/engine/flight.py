@@ -72,6 +72,7 @@ class Flight:
             request = self._wait()
             read_into, meant_for, roles = self._under_way.pop(request.key)
             if request.error is not None:
+                self._free_after_use(read_into)
                 raise request.error
             slot = self._memory.convert(read_into, meant_for, roles) if self._memory.converts else read_into
             yield request.key, slot

@@ -73,10 +73,10 @@ EXPERTS = 2
 
 
 def a_prefetch(
-    folder: Path, reader: Reader, *, resident: Callable[[int], list[int]]
+    folder: Path, reader: Reader, *, resident: Callable[[int], list[int]], dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Prefetch, ReadCounts, SlotMemory]:
     store, counts = ExpertStore(folder), ReadCounts()
-    memory = SlotMemory(store, 3, torch.bfloat16, passing=1, ahead=SLOTS_PER_GUESS * EXPERTS)
+    memory = SlotMemory(store, 3, dtype, passing=1, ahead=SLOTS_PER_GUESS * EXPERTS)
     routers = [Chooses(0, 1, 7), Chooses(2, 3, 7), Chooses(4, 5, 7)]
     prefetch = Prefetch(
         routers, memory, reader, experts=EXPERTS, layer_ids=store.layer_ids, resident=resident, counts=lambda: counts
@@ -131,6 +131,26 @@ def test_what_was_guessed_lies_in_the_slot_that_is_swapped_in(checkpoint: Checkp
                     held = np.fromfile(span.shard, np.uint8, len(span.target), offset=span.offset)
                     assert np.array_equal(span.target, held), expert
         assert flight.bytes_read == store.shape.expert_bytes, "the third; the others were read before"
+        assert sorted(prefetch._free) == list(memory.ahead_slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_reads_that_fail_or_are_left_under_way_lose_no_slot(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    folder = checkpoint("olmoe")
+
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Reader(ExpertStore(folder).shards) as reader:
+        prefetch, _, memory = a_prefetch(folder, reader, resident=lambda _: [], dtype=dtype)
+        monkeypatch.setattr(os, "preadv", fails)
+        prefetch.guess(0, torch.zeros(1, 32))
+        with Flight(memory, reader, layer_id=1, prefetch=prefetch) as flight:
+            flight.start({(1, 2): None, (1, 3): None})
+            with pytest.raises(UserError, match="Input/output error"):
+                next(flight.landings())
         assert sorted(prefetch._free) == list(memory.ahead_slots)
 
 

@@ -14,6 +14,7 @@ from configs.load import UserError
 from evaluation.engine.packing import is_packed, pack_shard
 from evaluation.engine.pages import PAGE_BYTES
 from evaluation.engine.store import ExpertStore
+from evaluation.export import OTHER_WEIGHTS
 from training.model import local_folder
 
 EXAMPLE = """examples:
@@ -55,9 +56,12 @@ def write_packed(model_dir: Path, output: Path) -> None:
     """
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        shutil.copytree(model_dir, aside, ignore=shutil.ignore_patterns("*.safetensors"))
-        for shard in tqdm(sorted(model_dir.glob("*.safetensors")), desc="pack", unit="shard"):
-            pack_shard(shard, aside / shard.name)
+        aside.mkdir()
+        for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
+            if path.suffix == ".safetensors":
+                pack_shard(path, aside / path.name)
+            elif path.is_file() and path.suffix not in OTHER_WEIGHTS:
+                shutil.copyfile(path, aside / path.name)
         aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -86,13 +86,13 @@ class Engine:
         self._memory = SlotMemory(
             self._store, slots, self.dtype, passing=passing, ahead=SLOTS_PER_GUESS * prefetch, device=model.device
         )
-        self._pager = Pager(
+        pager = self._pager = Pager(
             self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
         )
         if prefetch:
-            self._pager.prefetch = Prefetch(
+            pager.prefetch = Prefetch(
                 routers_of(model), self._memory, reader, experts=prefetch, layer_ids=layer_ids,
-                resident=self.cache.resident_experts, counts=self._reads,
+                resident=self.cache.resident_experts, counts=lambda: pager.reads,
             )  # fmt: skip
         for position, (_, experts) in enumerate(modules):
             attach(experts, PagedLayer(self._pager, position))
@@ -168,10 +168,6 @@ class Engine:
         assert self._recorder is not None, "record_routing comes first"
         self._recorder.keep_last(requests)
         return self.trace() if self._recorder.has_calls else None
-
-    def _reads(self) -> ReadCounts:
-        assert self._pager is not None
-        return self._pager.reads
 
     def _begin_call(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward call of the decoder: is it one more token of known sequences, or a prompt?"""

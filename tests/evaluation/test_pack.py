@@ -72,6 +72,15 @@ def test_nothing_is_copied_and_tokens_and_logits_are_the_resident_models(
     assert all(torch.equal(a, b) for a, b in zip(found.logits, expected.logits, strict=True))
 
 
+def test_weights_in_other_forms_are_left_behind(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("pages"), tmp_path / "model"))
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_bytes(b"x")
+    output = packed(folder, tmp_path)
+    assert {p.name for p in folder.iterdir()} - {p.name for p in output.iterdir()} == {"pytorch_model.bin", "original"}
+
+
 def test_what_cannot_or_need_not_be_packed_is_told(checkpoint: Checkpoint, tmp_path: Path) -> None:
     output = packed(checkpoint("pages"), tmp_path)
     for model, to, words in (

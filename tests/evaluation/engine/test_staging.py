@@ -74,8 +74,9 @@ def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "gpt_oss", "deepseek_v2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("slots", [3, 7, 24])
+@pytest.mark.parametrize("prefetch", [0, 2])
 def test_on_cuda_logits_and_tokens_are_those_of_the_resident_model(
-    checkpoint: Checkpoint, family: str, dtype: str, slots: int
+    checkpoint: Checkpoint, family: str, dtype: str, slots: int, prefetch: int
 ) -> None:
     folder = checkpoint(family)
     ids_BT = torch.randint(2, 258, (2, 20), generator=torch.Generator().manual_seed(1)).cuda()
@@ -87,11 +88,14 @@ def test_on_cuda_logits_and_tokens_are_those_of_the_resident_model(
     expected = resident.generate(ids_BT, **options)
     with load(folder, "100%", dtype=dtype) as (_, sized):
         budget = min(slots * sized.demand.slot_bytes, sized.pool_bytes)
-    with load(folder, budget, dtype=dtype, device="auto") as (model, engine):
+    with load(folder, budget, dtype=dtype, device="auto", prefetch=prefetch) as (model, engine):
         found = model.generate(ids_BT, **options)
         assert torch.equal(found.sequences, expected.sequences)
         assert all(map(torch.equal, found.logits, expected.logits))
-        assert engine.stats().misses > 0
+        stats = engine.stats()
+        assert stats.misses > 0
+        if slots < 24:  # where nothing is missing there is nothing to read ahead
+            assert (stats.prefetch_used > 0) == (prefetch > 0)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")

@@ -3,7 +3,8 @@
 Two workloads of real text. `mixed`: conversations with long beginnings that take turns. `changing`: the same in its first
 half; in the second one-off requests with short prompts and long answers, which have no use for kept blocks. Every
 division is run, the even one among them, which `remoe plan --sessions` chooses from, then the controller, starting once with
-what the plan chose and once with the even one; all in every repeat, and figures are medians over repeats.
+what the plan chose and once with the even one; all in every repeat, every second one backwards, and figures are medians over
+repeats.
 """
 
 import argparse
@@ -107,8 +108,7 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argpars
     starts = {**{str(share): share for share in shares}, FROM_PLAN: chosen, FROM_EVEN: EVEN}
     runs: dict[str, list[_Run]] = {name: [] for name in starts}
     for repeat in range(arguments.repeats):
-        first = repeat % len(runs)
-        for name in [*runs][first:] + [*runs][:first]:
+        for name in reversed(runs) if repeat % 2 else runs:  # a machine that grows slower favours none
             kept_bytes = int(shared_bytes * starts[name])
             one = _timed(model_dir, requests, options, kept_bytes=kept_bytes, controlled=name in (FROM_PLAN, FROM_EVEN))
             runs[name].append(one)
@@ -130,11 +130,14 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argpars
 
 def _divisions(names: str) -> list[float]:
     """Of `SHARES`, those that are named."""
-    known = {str(share): share for share in SHARES}
-    asked = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in asked if name not in known]:
-        raise UserError(f"--divisions {unknown[0]!r} is not known; write some of {','.join(known)}")
-    return [known[name] for name in asked]
+    shares = []
+    for name in names.split(","):
+        try:
+            shares.append(SHARES[SHARES.index(float(name))])
+        except ValueError:
+            known = ",".join(map(str, SHARES))
+            raise UserError(f"--divisions {name.strip()!r} is not known; write some of {known}") from None
+    return shares
 
 
 def _timed(

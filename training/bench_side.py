@@ -34,8 +34,9 @@ from training.run import Run, build
 OURS = "remoe"
 READY = "ready for a step"
 """What a process prints before each step; it takes the step when a line comes in."""
-RATE_SIZE, RATE_SECONDS = 1024, 0.5
-"""The square matrices with which the machine's rate is measured, and how long."""
+RATE_SIZE, ACCELERATOR_RATE_SIZE, RATE_SECONDS = 1024, 8192, 0.5
+"""The square matrices with which the machine's rate is measured (on an accelerator starting a small product takes longer
+than the product), and how long."""
 
 
 @dataclass
@@ -177,13 +178,15 @@ def _grouped_mm_flop(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) 
 def _matrix_rate(run: Run) -> float:
     """Floating-point operations per second of large matrix products in the precision that the model computes in."""
     dtype = torch.bfloat16 if run.args.bf16 else next(run.model.parameters()).dtype
-    a = torch.randn(RATE_SIZE, RATE_SIZE, dtype=dtype, device=run.accelerator.device)
+    device = run.accelerator.device
+    size = RATE_SIZE if device.type == "cpu" else ACCELERATOR_RATE_SIZE
+    a = torch.randn(size, size, dtype=dtype, device=device)
     started, times = time.perf_counter(), []
     while time.perf_counter() - started < RATE_SECONDS:
         before = time.perf_counter()
         _ = (a @ a)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - before)
-    return 2 * RATE_SIZE**3 / sorted(times)[len(times) // 2]
+    return 2 * size**3 / sorted(times)[len(times) // 2]
 
 
 def _finish(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """The prediction for every division is what the engine really does with it; workloads are read or refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,22 +126,9 @@ def test_the_benchmark_runs_every_division_and_the_controller(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "sessions.json"
-    flags = "--conversations 2 --turns 2 --prefix-tokens 20 --question-tokens 8 --max-new-tokens 2 --repeats 1"
-    bench(
-        [
-            "--model",
-            "data/embedded/model",
-            "--memory-budget",
-            "64MiB",
-            "--block-tokens",
-            "16",
-            *flags.split(),
-            "--divisions",
-            "0.0,1.0",
-            "--output",
-            str(output),
-        ]
-    )
+    flags = "--conversations 2 --turns 2 --prefix-tokens 20 --question-tokens 8 --max-new-tokens 2 --repeats 2"
+    model = ["--model", "data/embedded/model", "--memory-budget", "64MiB", "--block-tokens", "16"]
+    bench([*model, *flags.split(), "--divisions", "0,1", "--output", str(output)])
     found = json.loads(output.read_text())["workloads"]
     assert list(found) == ["mixed", "changing"]
     for workload in found.values():
@@ -151,8 +139,10 @@ def test_the_benchmark_runs_every_division_and_the_controller(
         from_plan, from_even = (workload["controller_capacities"][name][0][0] for name in (FROM_PLAN, FROM_EVEN))
         assert from_plan == int(workload["plan_chooses"] * workload["shared_bytes"])
         assert from_even == int(0.5 * workload["shared_bytes"])
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
+    order = re.findall(r"^(.+): [\d.]+ s, ", progress, re.MULTILINE)[: 2 * len(found["mixed"]["seconds"])]
+    assert order == order[::-1], "the second repeat goes backwards"
     with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
         bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--divisions", "0.5,0.3"])
     with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):

@@ -65,9 +65,12 @@ def build(args: TrainArguments) -> Run:
     resume_from = checkpoint.find(out, args.resume_from_checkpoint)
     check_output_dir(args, out, resume_from)
     held = wanted(accelerator)
+    _check_can_be_held(args, how=held)
     check_room(args, accelerator, how=held)
     torch.manual_seed(args.seed)
-    weights = None if held == REPLICATED else _layerwise(args, how=held)
+    weights = None
+    if held != REPLICATED:
+        weights = LayerwiseCheckpoint(local_folder(str(args.model_name_or_path)), dtype=weights_dtype(args))
     model = build_model(args, seed=args.seed, weights=weights)
     tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents = _read(args, tokenizer, accelerator)
@@ -87,7 +90,8 @@ def build(args: TrainArguments) -> Run:
     else:
         trained, digest_of = spread(model, parameters, accelerator, how=held, weights=weights)
     if args.torch_compile:
-        _compile(model, how=held)
+        for layer in decoder_layers(model).values():
+            layer.compile()
     optimizer = torch.optim.AdamW(
         trained.values(),
         lr=args.learning_rate,
@@ -109,21 +113,15 @@ def build(args: TrainArguments) -> Run:
     return run
 
 
-def _layerwise(args: TrainArguments, *, how: str) -> LayerwiseCheckpoint:
-    if args.trainable == "all":
+def _check_can_be_held(args: TrainArguments, *, how: str) -> None:
+    if how != REPLICATED and args.trainable == "all":
         raise UserError(
             f"{how} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
         )
-    return LayerwiseCheckpoint(local_folder(str(args.model_name_or_path)), dtype=weights_dtype(args))
-
-
-def _compile(model: PreTrainedModel, *, how: str) -> None:
-    if how == ZERO3:
+    if how == ZERO3 and args.torch_compile:
         raise UserError(
             "torch_compile=true cannot see when ZeRO-3 gathers weights; write torch_compile=false, or use fsdp2"
         )
-    for layer in decoder_layers(model).values():
-        layer.compile()
 
 
 def _announce(run: Run, size: str, *, held: str) -> None:

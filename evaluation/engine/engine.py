@@ -86,6 +86,8 @@ class Engine:
         self._memory = SlotMemory(
             self._store, slots, self.dtype, passing=passing, ahead=SLOTS_PER_GUESS * prefetch, device=model.device
         )
+        if model.device.type == CPU.type:
+            self._memory.fill_rows()
         pager = self._pager = Pager(
             self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder
         )

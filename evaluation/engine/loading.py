@@ -26,8 +26,8 @@ from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.slot_memory import record_bytes
 from evaluation.engine.store import ExpertStore
 
-KERNELS = 16
-"""Compiled matrix products that are kept under a memory budget: those of decoding, and some of a prompt's."""
+KERNELS = 24
+"""Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
 
 
 @contextmanager

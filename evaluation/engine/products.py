@@ -9,7 +9,7 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate,
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from transformers.integrations.moe import _batched_linear
 
 from evaluation.engine.device import CPU
 from evaluation.engine.policies import Key
-from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
 
 VECTOR = 64
 """Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
@@ -49,6 +49,7 @@ class GroupedProducts:
         self._rows = _Rows.of(expert_ids_TK)
         hidden_RH = hidden_TH[self._rows.order_R // expert_ids_TK.shape[1]].to(memory.dtype)
         self.memory, self._hidden_RH = memory, hidden_RH
+        self._fill = memory.filled_rows if torch.get_num_threads() == memory.filled_for_threads else NOT_FILLED
         self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
         self._out_RH = torch.empty_like(hidden_RH)
 
@@ -97,12 +98,13 @@ class GroupedProducts:
         return torch.cat(sums)
 
     def _up(self, part: slice, expert: int, slot: int) -> None:
-        out = _product(self._hidden_RH[part], self.memory.gate_up_HJ(slot), out=self._gate_up_RJ[part])
+        matrix = self.memory.gate_up_HJ(slot)
+        out = _product(self._hidden_RH[part], matrix, out=self._gate_up_RJ[part], sizes=self._fill["gate_up"])
         if self._experts.has_bias:
             out.add_(self._experts.gate_up_proj_bias[expert])
 
     def _down(self, part: slice, expert: int, slot: int, activated_RI: Tensor) -> None:
-        out = _product(activated_RI, self.memory.down_IH(slot), out=self._out_RH[part])
+        out = _product(activated_RI, self.memory.down_IH(slot), out=self._out_RH[part], sizes=self._fill["down"])
         self.memory.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
@@ -148,11 +150,20 @@ class BatchedProducts:
         return out
 
 
-def _product(rows: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
-    """`rows @ weight` into `out`, which it returns, by the kernel that the resident model's products go through."""
+def _product(rows: Tensor, weight: Tensor, *, out: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`rows @ weight` into `out`, which it returns, by the kernel that the resident model's products go through.
+
+    `sizes`: how many rows to compute with, see `filled_rows.py`.
+    """
+    count = len(rows)
     if out.device.type == CPU.type:
-        return torch.mm(rows, weight, out=out)
-    end = torch.full((1,), len(rows), dtype=torch.int32, device=out.device)
+        size = sizes[count] if count < len(sizes) else count
+        if size == count:
+            return torch.mm(rows, weight, out=out)
+        filled = rows.new_zeros(size, rows.shape[1])
+        filled[:count] = rows
+        return out.copy_(torch.mm(filled, weight)[:count])
+    end = torch.full((1,), count, dtype=torch.int32, device=out.device)
     return out.copy_(torch.nn.functional.grouped_mm(rows, weight[None], offs=end))
 
 

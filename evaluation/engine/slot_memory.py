@@ -8,7 +8,7 @@ Axes: S slots, H hidden, I intermediate, J = 2 I (gate and up).
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from evaluation.engine.device import CPU
 from evaluation.engine.expert_layout import FUSED, ExpertShape
+from evaluation.engine.filled_rows import filled_rows
 from evaluation.engine.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.reader import Bytes, Span
 from evaluation.engine.staging import Staging
@@ -34,6 +35,7 @@ class Leads(NamedTuple):
 
 
 NO_LEADS = Leads()
+NOT_FILLED: Mapping[str, tuple[int, ...]] = {"gate_up": (), "down": ()}
 
 
 def record_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
@@ -52,6 +54,8 @@ class SlotMemory:
         passing_slots: numbers of the slots for experts that do not stay, after those of the cache.
         ahead_slots: those for experts that are read ahead, after these.
         converts: whether what is read must be copied before it can be used.
+        filled_rows: of `gate_up` and `down`, how many rows to compute products with, see `filled_rows.py`; with so many
+            threads as `filled_for_threads`.
     """
 
     def __init__(
@@ -69,6 +73,12 @@ class SlotMemory:
         self.passing_slots = range(slots, slots + passing)
         self.ahead_slots = range(slots + passing, slots + passing + ahead)
         self._first_landing = slots if self.converts else 0
+        self.filled_rows, self.filled_for_threads = NOT_FILLED, 0
+
+    def fill_rows(self) -> None:
+        """From now on products are to be filled up to few numbers of rows; before any expert is in a slot."""
+        self.filled_for_threads = torch.get_num_threads()
+        self.filled_rows = {role: filled_rows(self._records.matrix(0, role)) for role in NOT_FILLED}
 
     @property
     def gate_up_columns(self) -> int:

@@ -211,9 +211,13 @@ def test_a_checkpoint_of_another_program_is_refused(train_args: Arguments, tmp_p
         train(train_args(resume_from_checkpoint=str(tmp_path / "checkpoint-5")))
 
 
-def test_compiling_what_zero3_gathers_is_refused(tiny_model: Callable[..., Any]) -> None:
+def test_compiling_what_zero3_gathers_is_refused_before_anything_is_loaded(
+    train_args: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "wanted", lambda _: run_module.ZERO3)
+    monkeypatch.setattr(run_module, "LayerwiseCheckpoint", None)  # would fail
     with pytest.raises(UserError, match="torch_compile=true cannot see when ZeRO-3 gathers weights"):
-        run_module._compile(tiny_model(), how="zero3")
+        train(train_args(torch_compile=True))
 
 
 # a full disk

@@ -51,12 +51,17 @@ class MemoryController:
             self.decide()
 
     def decide(self) -> None:
-        """Give kept blocks the capacity that would have cost least, if that is worth moving memory."""
+        """Give kept blocks the capacity that would have cost least, if that is worth moving memory.
+
+        They lose none of it before `BLOCK_REQUESTS` have shown what comes back: at first nothing does.
+        """
         seconds = self.seconds_by_blocks()
         if seconds is None or self._chat.kept.block_bytes is None:
             return
         block_bytes = self._chat.kept.block_bytes
-        now, best = min(self._chat.kept.capacity_bytes // block_bytes, len(seconds) - 1), int(seconds.argmin())
+        now = min(self._chat.kept.capacity_bytes // block_bytes, len(seconds) - 1)
+        least = 0 if len(self._distances) == BLOCK_REQUESTS else now
+        best = least + int(seconds[least:].argmin())
         if seconds[now] - seconds[best] > WORTH * self._times.request_seconds:
             self._chat.kept.resize(best * block_bytes)
 

@@ -106,6 +106,20 @@ def test_memory_follows_the_workload_and_the_total_stays(
         assert chat.kept.capacity_bytes < many, "nobody comes back: experts get it"
 
 
+def test_kept_blocks_are_not_given_up_before_enough_requests_have_shown_what_comes_back(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_controller, "BLOCK_REQUESTS", 2 * EVERY)
+    with divided(checkpoint, monkeypatch, miss=1.0, token=10.0) as (chat, _, controller):
+        serve(chat, controller, conversations(EVERY, turns=1))
+        seconds = controller.seconds_by_blocks()
+        assert seconds is not None
+        assert seconds.argmin() == 0, "so far nobody has come back"
+        assert chat.kept.capacity_bytes == 4096
+        serve(chat, controller, conversations(EVERY, turns=1, seed=1))
+        assert chat.kept.capacity_bytes == 0
+
+
 def test_memory_does_not_move_for_little(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     with divided(checkpoint, monkeypatch, miss=1e-9, token=1e-9) as (chat, _, controller):
         serve(chat, controller, conversations(4, turns=4))

@@ -44,6 +44,7 @@ class _Run(NamedTuple):
     found_tokens: int
     answers: list[list[int]]
     capacities: list[int]  # after every request, where a controller moves them
+    deciding_seconds: float  # of `seconds`, what a controller took
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,6 +122,7 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argpars
         "seconds": {name: [one.seconds for one in repeated] for name, repeated in runs.items()},
         "median_seconds": medians, "planned": [vars(split) for split in planned], "plan_chooses": chosen,
         "controller_capacities": {name: [one.capacities for one in runs[name]] for name in (FROM_PLAN, FROM_EVEN)},
+        "deciding_seconds": median(one.deciding_seconds for one in runs[FROM_PLAN]),
         "answers_equal": all(said == answers[0] for said in answers),
         "plan_over_best": medians[str(chosen)] / best, "even_over_best": medians[str(EVEN)] / best,
         "controller_over_best": medians[FROM_PLAN] / best,
@@ -149,14 +151,16 @@ def _timed(
         chat = Conversations(model, kept, block_tokens=options["prompt_tokens"])
         controller = MemoryController(engine, chat) if controlled else None
         serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
-        answers, capacities = [], []
+        answers, capacities, deciding_seconds = [], [], 0.0
         started = time.perf_counter()
         for request in requests:
             answers += serve_all(chat, [request])
             if controller is not None:
+                asked = time.perf_counter()
                 controller.request_done()
+                deciding_seconds += time.perf_counter() - asked
                 capacities.append(kept.capacity_bytes)
-        return _Run(time.perf_counter() - started, chat.found_tokens, answers, capacities)
+        return _Run(time.perf_counter() - started, chat.found_tokens, answers, capacities, deciding_seconds)
 
 
 def _table(name: str, found: dict[str, Any]) -> Table:
@@ -171,7 +175,8 @@ def _table(name: str, found: dict[str, Any]) -> Table:
         table.add_row(controller, "-", f"{found['median_seconds'][controller]:.1f} s")
     table.caption = (
         f"of the best division: plan {found['plan_over_best']:.2f}, even {found['even_over_best']:.2f}, controller "
-        f"{found['controller_over_best']:.2f}; answers {'equal' if found['answers_equal'] else 'DIFFER'}"
+        f"{found['controller_over_best']:.2f} (deciding took {found['deciding_seconds']:.2f} s); "
+        f"answers {'equal' if found['answers_equal'] else 'DIFFER'}"
     )
     return table
 

@@ -139,6 +139,7 @@ def test_the_benchmark_runs_every_division_and_the_controller(
         from_plan, from_even = (workload["controller_capacities"][name][0][0] for name in (FROM_PLAN, FROM_EVEN))
         assert from_plan == int(workload["plan_chooses"] * workload["shared_bytes"])
         assert from_even == int(0.5 * workload["shared_bytes"])
+        assert 0 < workload["deciding_seconds"] < workload["median_seconds"][FROM_PLAN]
     printed, progress = capsys.readouterr()
     assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
     order = re.findall(r"^(.+): [\d.]+ s, ", progress, re.MULTILINE)[: 2 * len(found["mixed"]["seconds"])]

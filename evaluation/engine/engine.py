@@ -86,7 +86,7 @@ class Engine:
         self._memory = SlotMemory(
             self._store, slots, self.dtype, passing=passing, ahead=SLOTS_PER_GUESS * prefetch, device=model.device
         )
-        if model.device.type == CPU.type:
+        if self.division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
         pager = self._pager = Pager(
             self.cache, memory=self._memory, reader=reader, layer_ids=layer_ids, recorder=self._recorder

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from evaluation.engine import load
 from evaluation.engine.filled_rows import LARGEST_MATRIX, SIZES, _tried, filled_rows, order_showing
@@ -84,10 +85,28 @@ def test_the_engine_computes_with_filled_up_rows_unless_threads_have_changed(
         counts.add(len(rows))
         return multiply(rows, weight, **options)
 
-    with torch.no_grad(), load(checkpoint("olmoe", "bfloat16"), "100%") as (model, engine):
+    with torch.no_grad(), load(checkpoint("olmoe", "bfloat16"), memory_budget="400MiB") as (model, engine):
         if threads_change:
             monkeypatch.setattr(torch, "get_num_threads", lambda: engine._memory.filled_for_threads + 1)
         monkeypatch.setattr(torch, "mm", counting)
         model(torch.arange(2, 60)[None])
     filled = {size for sizes in engine._memory.filled_rows.values() for size in sizes}
     assert (counts <= filled) != threads_change
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2", "granitemoe", "wide"])
+def test_logits_under_a_memory_budget_are_those_of_the_resident_model(
+    checkpoint: Callable[..., Path], family: str
+) -> None:
+    folder, ids_BT = checkpoint(family, "bfloat16"), torch.arange(2, 242).reshape(4, 60)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids_BT).logits
+        with load(folder, memory_budget="400MiB") as (model, engine):
+            assert any(engine._memory.filled_rows.values())
+            assert torch.equal(model(ids_BT).logits, expected)
+
+
+def test_nothing_is_tried_without_a_memory_budget(checkpoint: Callable[..., Path]) -> None:
+    """Every number that is tried leaves a kernel behind, where they are not bounded."""
+    with load(checkpoint("olmoe", "bfloat16"), "100%") as (_, engine):
+        assert not any(engine._memory.filled_rows.values())

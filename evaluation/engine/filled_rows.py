@@ -3,7 +3,8 @@
 In 16-bit precision oneDNN compiles a product for every number of rows it meets (torch 2.13 on x86: 0.6 ms, and 0.6 MB for
 as long as it is kept), and in a prompt every expert has another number. Zeros below the rows make few numbers of many,
 but a kernel for more rows may add up in another order and give other last bits. So every number is tried beforehand, on
-data that show the order, and is filled up only where every row keeps its bits.
+data that show the order, and is filled up only where every row keeps its bits. Trying compiles a kernel for every number,
+so it is for processes that keep few of them (`bound_kernel_caches` in loading.py).
 Axes: M rows, K and N of the matrix that they are multiplied by.
 """
 

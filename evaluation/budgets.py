@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluation.engine import load
-from evaluation.engine.accounting import peak_rss_bytes
 from evaluation.engine.decoding import DecodeResult, decode, greedy
 from evaluation.engine.policies import DEFAULT
 from training import router_delta
@@ -29,40 +28,63 @@ class DecodeArguments:
     prompts_per_domain: int = 2  # of routing.split
     prompt_tokens: int = 64
     max_new_tokens: int = 32
+    repeats: int = 2  # for the times; with an even number all sides lie equally early and late
     cache_policy: str = DEFAULT
     cache_scope: str = "global"
     dtype: str = "auto"  # as stored, or float32 or bfloat16
 
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; write 1 or more, best an even number")
 
-def decode_at_budgets(
+
+def decode_in_turns(
     model_dir: str,
-    weights: Mapping[str, Tensor] | None,
+    sides: Sequence[Mapping[str, Tensor] | None],
     prompts: Sequence[np.ndarray],
     args: DecodeArguments,
     *,
     device: torch.device,
-    name: str,
-) -> list[dict[str, Any]]:
-    """Decode every prompt greedily, cold, at every budget; one row of measurements a budget.
+) -> list[list[dict[str, Any]]]:
+    """Decode every prompt greedily, cold, at every budget; for each side one row of measurements a budget.
 
-    `tokens_equal_resident` says whether the tokens were those of the same model with all experts in memory.
+    At a budget the sides take turns, every second repeat backwards, so that a machine that becomes slower or quicker
+    favours none of them. `tokens_equal_resident` says whether the tokens were those of the same model with all experts
+    in memory.
+
+    Args:
+        sides: the router weights of each, None for the base's.
     """
     logging.getLogger("evaluation.engine.budget").setLevel(logging.ERROR)  # the report says what a small budget does
-    reference = _resident_tokens(model_dir, weights, prompts, args, device)
+    references = [_resident_tokens(model_dir, weights, prompts, args, device) for weights in sides]
     demand_bytes = expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"]
-    rows = []
-    for demands in tqdm(args.demands, desc=f"{name}: decode", unit="budget"):
-        with load(model_dir, expert_cache=int(demands * demand_bytes), router_delta=weights, dtype=args.dtype,
-                  cache_policy=args.cache_policy, cache_scope=args.cache_scope, device=device) as (model, engine):  # fmt: skip
-            results = [
-                decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens) for p in prompts
-            ]
-            row = {
-                "demands": demands,
-                "expert_cache_bytes": engine.pool_bytes,
-                "token_demand_bytes": engine.token_demand_bytes,
-            }
-        rows.append({**row, **_measured(results), "tokens_equal_resident": [r.token_ids for r in results] == reference})
+    rows: list[list[dict[str, Any]]] = [[] for _ in sides]
+    progress = tqdm(total=len(args.demands) * args.repeats * len(sides), desc="decode", unit="turn")
+    for demands in args.demands:
+        decoded: list[list[DecodeResult]] = [[] for _ in sides]
+        pool = {}
+        for repeat in range(args.repeats):
+            for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
+                with load(
+                    model_dir, expert_cache=int(demands * demand_bytes), router_delta=sides[side], dtype=args.dtype,
+                    cache_policy=args.cache_policy, cache_scope=args.cache_scope, device=device,
+                ) as (model, engine):  # fmt: skip
+                    decoded[side] += [
+                        decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens)
+                        for p in prompts
+                    ]
+                    pool = {
+                        "demands": demands,
+                        "repeats": args.repeats,
+                        "expert_cache_bytes": engine.pool_bytes,
+                        "token_demand_bytes": engine.token_demand_bytes,
+                    }
+                progress.update()
+        for results, reference, own_rows in zip(decoded, references, rows, strict=True):
+            equal = [result.token_ids for result in results] == reference * args.repeats
+            measured = _measured(results, n_prompts=len(prompts))
+            own_rows.append({**pool, **measured, "tokens_equal_resident": equal})
+    progress.close()
     return rows
 
 
@@ -85,8 +107,8 @@ def _resident_tokens(
     return [greedy(model, prompt.tolist(), max_new_tokens=args.max_new_tokens) for prompt in prompts]
 
 
-def _measured(results: Sequence[DecodeResult]) -> dict[str, Any]:
-    """Sums of counters, means of times; names as in vLLM where it has one."""
+def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, Any]:
+    """Ratios of counters, means of times over all repeats; names as in vLLM where it has one."""
     hits = {
         phase: _ratio(
             sum(r.stats.accesses_by_phase[phase] - r.stats.misses_by_phase[phase] for r in results),
@@ -101,9 +123,8 @@ def _measured(results: Sequence[DecodeResult]) -> dict[str, Any]:
         "mean_ttft_ms": _mean([r.timing.ttft_ms for r in results]),
         "mean_tpot_ms": _mean([r.timing.tpot_ms for r in results]),
         "output_throughput": _mean([r.timing.output_throughput for r in results]),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "n_prompts": len(results),
-        "n_tokens": sum(len(r.token_ids) for r in results),
+        "n_prompts": n_prompts,
+        "n_tokens": sum(len(result.token_ids) for result in results[:n_prompts]),
     }
 
 

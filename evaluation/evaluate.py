@@ -21,7 +21,7 @@ from configs.command import run
 from configs.load import UserError, keys_help, load
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
-from evaluation.budgets import DecodeArguments, decode_at_budgets, expert_sizes
+from evaluation.budgets import DecodeArguments, decode_in_turns, expert_sizes
 from evaluation.engine.curve import lru_curve
 from evaluation.engine.device import find_device
 from evaluation.engine.output import write_json
@@ -119,6 +119,10 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
                  "difference": differences(base_scores, scores)}
             )  # fmt: skip
         results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
+    measured_runs = [measured for arm in results.values() for measured in arm["runs"]]
+    routers = [None, *(weights[id(candidate)] for arm in arms.values() for candidate in arm.candidates)]
+    for measured, rows in zip(measured_runs, _decode(model_dir, routers, tokenizer, args), strict=True):
+        measured["decode"] = rows
     facts = {"name": model, **_model_facts(model_dir, args)}
     return {"format_version": 1, "model": facts, "plans": plans, "arms": results}
 
@@ -142,26 +146,25 @@ def _measure(
     model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
     name: str,
 ) -> tuple[dict[str, Any], dict[str, TaskScores]]:  # fmt: skip
-    device = find_device(args.device)
-    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
+    model = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device))
     if weights is not None:
         router_delta.apply(model, weights)
     scores = run_tasks(model, tokenizer, args.quality)
     routed = _routing(model, tokenizer, args, name=name)
-    del model
+    return {"seed": None, "history": [], "quality": summarize(scores), "difference": None, **routed}, scores
+
+
+def _decode(
+    model_dir: str,
+    routers: Sequence[Mapping[str, Tensor] | None],
+    tokenizer: PreTrainedTokenizerBase,
+    args: EvaluationArguments,
+) -> list[list[dict[str, Any]]]:
     texts = args.routing
     prompts = _pieces_of_text(
         tokenizer, texts.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, texts.split
     )
-    measured = {
-        "seed": None,
-        "history": [],
-        "quality": summarize(scores),
-        "difference": None,
-        **routed,
-        "decode": decode_at_budgets(model_dir, weights, prompts, args.decode, device=device, name=name),
-    }
-    return measured, scores
+    return decode_in_turns(model_dir, routers, prompts, args.decode, device=find_device(args.device))
 
 
 def _routing(

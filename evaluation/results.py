@@ -87,7 +87,6 @@ _DECODE = {
     "mean_ttft_ms": float,
     "mean_tpot_ms": float,
     "output_throughput": float,
-    "peak_rss_bytes": float,
     "n_prompts": float,
     "n_tokens": float,
 }

@@ -159,8 +159,16 @@ def miss_tables(results: Results) -> list[Table]:
 
 
 def decode_table(results: Results) -> Table:
-    header = ["arm", "expert cache", "hit rate\nprefill", "hit rate\ndecode", "bytes / token", "TTFT", "TPOT"]
-    header += ["tokens / s", "peak memory"]
+    header = [
+        "arm",
+        "expert cache",
+        "hit rate\nprefill",
+        "hit rate\ndecode",
+        "bytes / token",
+        "TTFT",
+        "TPOT",
+        "tokens / s",
+    ]
     rows = [
         [arm, *_decode_cells(results, arm, budget)]
         for budget in budgets(results)
@@ -170,10 +178,18 @@ def decode_table(results: Results) -> Table:
     decoded = [row for arm in results["arms"] for run in runs_of(results, arm) for row in run["decode"] or []]
     prompts, tokens = (COUNT.spread(spread(row[key] for row in decoded)) for key in ("n_prompts", "n_tokens"))
     note = (
-        f"Each row: {prompts} prompts, {tokens} generated tokens, one request at a time, experts on disk. "
+        f"Each row: {prompts} prompts, {tokens} generated tokens, one request at a time, experts on disk.{_turns(decoded)} "
         f"Under the cache size: how many times one token's demand it holds.{_exactness(decoded)}"
     )
     return Table("Decode under a memory budget", header, rows, note)
+
+
+def _turns(decoded: Sequence[Run]) -> str:
+    """How far times may be compared: a machine is quicker in one minute than in another."""
+    if not all("repeats" in row for row in decoded):
+        return ""
+    repeats = COUNT.spread(spread(row["repeats"] for row in decoded))
+    return f" Times: means of {repeats} repeats, the models taking turns at each cache size."
 
 
 def _exactness(decoded: Sequence[Run]) -> str:
@@ -200,7 +216,6 @@ def _decode_cells(results: Results, arm: str, budget: int) -> list[str]:
         MILLISECONDS.spread(value("mean_ttft_ms")),
         MILLISECONDS.spread(value("mean_tpot_ms")),
         Unit(digits=1).spread(value("output_throughput")),
-        bytes_text(value("peak_rss_bytes")),
     ]
 
 

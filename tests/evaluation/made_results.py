@@ -145,7 +145,7 @@ def _decode(demands: float, factor: float) -> dict[str, Any]:
         "expert_cache_bytes": int(demands * DEMAND_BYTES), "demands": demands,
         "hit_rate": {"prefill": hits / 2, "decode": hits}, "bytes_read_per_token": DEMAND_BYTES * (1 - hits),
         "mean_ttft_ms": 40.0 - 9 * hits, "mean_tpot_ms": 11.0 - 5 * hits, "output_throughput": 90 + 30 * hits,
-        "peak_rss_bytes": 500_000_000 + demands * 1e6, "n_prompts": 8, "n_tokens": 512,
+        "n_prompts": 8, "n_tokens": 512,
     }  # fmt: skip
 
 

@@ -197,6 +197,15 @@ def test_a_decode_whose_tokens_differ_from_the_resident_model_is_told(results: d
     assert "In 1 of 2 decodes tokens differ" in decode_table(results).note
 
 
+def test_times_are_said_to_be_taken_in_turns_where_they_were(results: dict[str, Any]) -> None:
+    assert "turns" not in decode_table(results).note
+    for arm in results["arms"].values():
+        for run in arm["runs"]:
+            for row in run["decode"]:
+                row["repeats"] = 2
+    assert "means of 2 repeats, the models taking turns at each cache size" in decode_table(results).note
+
+
 @pytest.mark.parametrize("figure", FIGURES)
 def test_every_arm_is_named_and_drawn_in_its_colour_in_every_figure(
     results: dict[str, Any], figure: Callable[[dict[str, Any]], str | None]

@@ -108,6 +108,9 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
         for budget in args.plan.memory_budgets
     ]
     tokenizer = load_tokenizer(model_dir)
+    prompts = _pieces_of_text(
+        tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split
+    )
     base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")
     results: dict[str, Any] = {"base": {"objective": None, "coefficients": {}, "runs": [base]}}
     for name, arm in arms.items():
@@ -121,7 +124,8 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
         results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
     measured_runs = [measured for arm in results.values() for measured in arm["runs"]]
     routers = [None, *(weights[id(candidate)] for arm in arms.values() for candidate in arm.candidates)]
-    for measured, rows in zip(measured_runs, _decode(model_dir, routers, tokenizer, args), strict=True):
+    decoded = decode_in_turns(model_dir, routers, prompts, args.decode, device=find_device(args.device))
+    for measured, rows in zip(measured_runs, decoded, strict=True):
         measured["decode"] = rows
     facts = {"name": model, **_model_facts(model_dir, args)}
     return {"format_version": 1, "model": facts, "plans": plans, "arms": results}
@@ -152,19 +156,6 @@ def _measure(
     scores = run_tasks(model, tokenizer, args.quality)
     routed = _routing(model, tokenizer, args, name=name)
     return {"seed": None, "history": [], "quality": summarize(scores), "difference": None, **routed}, scores
-
-
-def _decode(
-    model_dir: str,
-    routers: Sequence[Mapping[str, Tensor] | None],
-    tokenizer: PreTrainedTokenizerBase,
-    args: EvaluationArguments,
-) -> list[list[dict[str, Any]]]:
-    texts = args.routing
-    prompts = _pieces_of_text(
-        tokenizer, texts.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, texts.split
-    )
-    return decode_in_turns(model_dir, routers, prompts, args.decode, device=find_device(args.device))
 
 
 def _routing(

@@ -35,6 +35,15 @@ def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
         evaluate(MODEL, {}, args)
 
 
+def test_too_little_text_to_decode_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.evaluate.run_tasks", lambda *_: pytest.fail("something was measured"))
+    args = load(
+        EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", ["decode.prompts_per_domain=100000"]
+    )
+    with pytest.raises(UserError, match="100000 were asked for"):
+        evaluate(MODEL, {}, args)
+
+
 def test_a_model_too_large_for_its_device_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("no room")

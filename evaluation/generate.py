@@ -80,6 +80,7 @@ def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
         "bytes_read_per_token": stats.bytes_read_per_token,
         "token_demand_bytes": engine.token_demand_bytes,
         "stall_seconds": stats.stall_seconds,
+        "reading_seconds": stats.reading_seconds,
         "mean_ttft_ms": timing.ttft_ms,
         "mean_tpot_ms": timing.tpot_ms,
         "itl_ms": timing.itl_ms,

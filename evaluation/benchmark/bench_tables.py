@@ -15,7 +15,7 @@ GIGABYTES = Unit(scale=1e-9, digits=2, suffix="\N{NO-BREAK SPACE}GB/s")
 
 def result_tables(result: dict[str, Any]) -> RenderableType:
     """Figures, ratios, bounds, settings and remarks."""
-    return Group(_speeds(result), _reads(result), _ratios(result), _bounds(result), *_lines(result))
+    return Group(_speeds(result), _reads(result), _ratios(result), _bounds(result), _times(result), *_lines(result))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -94,6 +94,19 @@ def _bounds(result: dict[str, Any]) -> Table:
                     contender, leg, _spread(bound["bound_ms"], MILLISECONDS), _spread(bound["share"], PERCENT),
                     _spread(bound["share_with_resident"], PERCENT), _middle(bound["stall_share"], PERCENT),
                 )  # fmt: skip
+    return table
+
+
+def _times(result: dict[str, Any]) -> Table:
+    title = "what keeps a token from reading at the disk's rate all the time: its share of that is the product"
+    table = _table(
+        title, "side", "leg", "of the time, reading", "of the disk's rate, then", "of the bytes, needed", "product"
+    )
+    for contender, legs in result["bounds"].items():
+        for leg, bound in legs.items():
+            if leg != "long_prompt":
+                names = ("reading_share", "rate_share", "needed_share", "read_share")
+                table.add_row(contender, leg, *(_spread(bound[name], PERCENT) for name in names))
     return table
 
 

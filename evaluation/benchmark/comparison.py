@@ -127,7 +127,30 @@ def decode_bound(
             if resident_ms.get(run.repeat)
         ),
         "stall_share": spread(row["engine"]["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]) for _, row in rows),
+        **_where_time_goes(rows),
     }
+
+
+def _where_time_goes(rows: Sequence[tuple[SideRun, dict[str, Any]]]) -> dict[str, Any]:
+    """What keeps a token from reading what it misses at the disk's rate all the time: `read_share`, the product of three.
+
+    Something is read for `reading_share` of the time, at `rate_share` of the disk's rate, and `needed_share` of it was
+    not read ahead in vain.
+    """
+    shares: list[dict[str, float | None]] = []
+    for run, row in rows:
+        engine, seconds = row["engine"], sum(row["itl_ms"]) / 1e3
+        reading_seconds, tokens = engine["reading_seconds"]["decode"], len(row["itl_ms"])
+        read_bytes, needed_bytes = (
+            tokens * engine[name] for name in ("counted_bytes_read_per_token", "missed_bytes_per_token")
+        )
+        shares.append({
+            "reading_share": reading_seconds / seconds,
+            "rate_share": _divide(read_bytes / float(run.read_rate or 0), reading_seconds),
+            "needed_share": _divide(needed_bytes, read_bytes),
+            "read_share": needed_bytes / float(run.read_rate or 0) / seconds,
+        })  # fmt: skip
+    return {name: spread(share[name] for share in shares) for name in shares[0]}
 
 
 def prompt_bound(runs: Sequence[SideRun], contender: str, *, resident: str) -> dict[str, Any] | None:

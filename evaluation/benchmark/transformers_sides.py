@@ -20,7 +20,7 @@ from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.serving import Serving
 from evaluation.benchmark.weights import expert_modules
 from evaluation.engine import load
-from evaluation.engine.accounting import DECODE, EngineStats
+from evaluation.engine.accounting import DECODE
 from evaluation.engine.decoding import greedy
 from evaluation.engine.engine import Engine
 from evaluation.engine.route_trace import RouteTrace
@@ -63,18 +63,13 @@ def _engine_figures(engine: Engine) -> dict[str, Any]:
         "misses_per_token": stats.misses_by_phase["decode"] / decoded if decoded else None,
         "first_touches": stats.first_touches,
         "counted_bytes_read_per_token": stats.bytes_read_per_token,
-        "missed_bytes_per_token": _missed_bytes(stats) / decoded if decoded else None,
+        "missed_bytes_per_token": stats.misses_by_phase["decode"] * engine.expert_bytes / decoded if decoded else None,
         "counted_bytes_read": stats.bytes_read_by_phase,
         "stall_seconds": stats.stall_seconds,
+        "reading_seconds": stats.reading_seconds,
         "expert_bytes": engine.expert_bytes,
         "token_demand_bytes": engine.token_demand_bytes,
     }
-
-
-def _missed_bytes(stats: EngineStats) -> float:
-    """Of what was read while decoding, that which had to be: what was read ahead in vain left out."""
-    read_bytes, in_vain = stats.bytes_read_by_phase["decode"], stats.prefetched - stats.prefetch_used
-    return read_bytes * stats.misses_by_phase["decode"] / max(1, stats.misses_by_phase["decode"] + in_vain)
 
 
 def _decode_reuse(trace: RouteTrace, last: int) -> float | None:

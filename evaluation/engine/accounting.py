@@ -4,6 +4,8 @@ Numbers that were not measured are None, never 0. No torch: the replay counts wi
 """
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +60,31 @@ class CacheCounts:
         return [sum(column, Counts()) for column in zip(*self.cells, strict=True)]
 
 
+class BusyClock:
+    """Time in which at least one thread was inside; a context manager for each of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._since, self._seconds = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._seconds += time.perf_counter() - self._since
+
+    def seconds(self) -> float:
+        """Up to now."""
+        with self._lock:
+            return self._seconds + (time.perf_counter() - self._since if self._inside else 0.0)
+
+
 @dataclass
 class ReadCounts:
     """What a live engine moved, by phase (see `PHASES`)."""
@@ -65,6 +92,7 @@ class ReadCounts:
     bytes_read: list[int] = field(default_factory=lambda: [0, 0])  # of experts
     device_bytes_read: list[int] = field(default_factory=lambda: [0, 0])  # of the pages they lie in
     stall_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    reading_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     tokens: list[int] = field(default_factory=lambda: [0, 0])  # rows the model computed, padding included
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the decoder's calls
     prefetched: int = 0  # experts that were read ahead
@@ -88,6 +116,7 @@ class EngineStats:
     device_bytes_read: int  # with the rest of the pages that experts begin and end in
     tokens: dict[str, int]
     stall_seconds: dict[str, float]  # time in which computing waited for expert reads
+    reading_seconds: dict[str, float]  # time of the decoder's calls in which something was being read
     seconds: dict[str, float]  # time of the decoder's calls, waiting included
     prefetched: int = 0  # experts that were read ahead by the next layer's router; their bytes count as decode's
     prefetch_used: int = 0  # those of them that were missed then
@@ -115,6 +144,7 @@ def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
         device_bytes_read=sum(reads.device_bytes_read),
         tokens=dict(zip(PHASES, reads.tokens, strict=True)),
         stall_seconds=dict(zip(PHASES, reads.stall_seconds, strict=True)),
+        reading_seconds=dict(zip(PHASES, reads.reading_seconds, strict=True)),
         seconds=dict(zip(PHASES, reads.seconds, strict=True)),
         prefetched=reads.prefetched,
         prefetch_used=reads.prefetch_used,

@@ -107,7 +107,7 @@ class Flight:
             self._free_after_use(ahead.slot)
             read_into = slot
         self._under_way[key] = _Reading(read_into, slot, None)
-        ahead.land_in(self._landed)
+        self._reader.wait_for(ahead.request, self._landed)
 
     def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
         expert = key[1]

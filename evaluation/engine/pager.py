@@ -51,7 +51,7 @@ class Pager:
         self._cache, self._memory, self._reader = cache, memory, reader
         self._layer_ids, self.recorder = layer_ids, recorder
         self._phase: int | None = None
-        self._began_seconds = 0.0
+        self._began_seconds = self._read_seconds = 0.0
         self.reads = ReadCounts()
 
     def begin_call(self, *, rows: int, is_decode: bool) -> None:
@@ -60,12 +60,13 @@ class Pager:
         self.reads.tokens[self._phase] += rows
         if self.recorder is not None:
             self.recorder.begin_call(self._phase)
-        self._began_seconds = time.perf_counter()
+        self._began_seconds, self._read_seconds = time.perf_counter(), self._reader.clock.seconds()
 
     def end_call(self) -> None:
         """The call is over."""
         assert self._phase is not None
         self.reads.seconds[self._phase] += time.perf_counter() - self._began_seconds
+        self.reads.reading_seconds[self._phase] += self._reader.clock.seconds() - self._read_seconds
 
     @contextmanager
     def batched_products(self) -> Iterator[None]:

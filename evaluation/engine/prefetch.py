@@ -6,17 +6,16 @@ router have nothing for it. What the next layer then misses is there already, or
 The cache and its rules know nothing of it.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from evaluation.engine.accounting import DECODE, ReadCounts
 from evaluation.engine.policies import Key
-from evaluation.engine.reader import Landing, Reader, Request
+from evaluation.engine.reader import Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
 
 EXPERTS = 3
@@ -25,35 +24,11 @@ SLOTS_PER_GUESS = 2
 """Slots for each: while the last guesses are read to their end, the next ones are."""
 
 
-class ReadAhead:
-    """One expert on its way into a slot, or there; where its request lands, and from where it goes on."""
+class ReadAhead(NamedTuple):
+    """One expert on its way into a slot, or there."""
 
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self._lock = threading.Lock()
-        self._request: Request | None = None
-        self._next: Landing | None = None
-
-    def put(self, request: Request) -> None:
-        """The reader is done."""
-        with self._lock:
-            self._request = request
-            onward = self._next
-        if onward is not None:
-            onward.put(request)
-
-    def land_in(self, landed: Landing) -> None:
-        """Hand the request on, now or when it is done; its error with it."""
-        with self._lock:
-            self._next = landed
-            request = self._request
-        if request is not None:
-            landed.put(request)
-
-    @property
-    def request(self) -> Request | None:
-        """None: it is still being read."""
-        return self._request
+    slot: int
+    request: Request
 
 
 class Prefetch:
@@ -75,22 +50,24 @@ class Prefetch:
         self._experts, self._resident, self._counts = experts, resident, counts
         self._free = deque(memory.ahead_slots)
         self._guessed: dict[Key, ReadAhead] = {}
+        self._dropped: deque[ReadAhead] = deque()  # wrong guesses of which a piece was still being read
 
     @torch.no_grad()
     def guess(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """Start to read what the layer after `layer` is likely to miss; called once the layer's own reads are started."""
         wanted = self._wanted(layer + 1, hidden_TH) if layer + 1 < len(self._routers) else []
-        self._forget(wanted)
+        self._drop([key for key in self._guessed if key not in wanted])
         for key in wanted:
             if key not in self._guessed and self._free:
                 self._guessed[key] = self._read(key, self._free.popleft())
 
     def take(self, key: Key) -> ReadAhead | None:
         """The read of this expert, if it was guessed; whoever takes it gives a slot back."""
-        found = self._guessed.pop(key, None)
-        if found is not None:
+        ahead = self._guessed.pop(key, None)
+        if ahead is not None:
             self._counts().prefetch_used += 1
-        return found
+            self._count(ahead.request)
+        return ahead
 
     def give_back(self, slot: int) -> None:
         """`slot`, one of the memory's for this purpose, may be read into again."""
@@ -106,16 +83,24 @@ class Prefetch:
         return [(layer, expert) for expert in ids if expert not in resident][: self._experts]
 
     def _read(self, key: Key, slot: int) -> ReadAhead:
-        layer_id, ahead = self._layer_ids[key[0]], ReadAhead(slot)
+        layer_id = self._layer_ids[key[0]]
         spans = self._memory.spans(slot, layer_id, key[1])
-        self._reader.start(key, spans, ahead, what=f"layer {layer_id} expert {key[1]}")
-        self._counts().prefetched += 1
-        self._counts().bytes_read[DECODE] += sum(len(span.target) for span in spans)
-        return ahead
+        return ReadAhead(slot, self._reader.start(key, spans, None, what=f"layer {layer_id} expert {key[1]}"))
 
-    def _forget(self, wanted: Sequence[Key]) -> None:
-        """Free the slots of what was read in vain."""
-        for key, ahead in list(self._guessed.items()):
-            if key not in wanted and ahead.request is not None:
-                self._counts().device_bytes_read[DECODE] += ahead.request.device_bytes
-                self.give_back(self._guessed.pop(key).slot)
+    def _drop(self, wrong: Sequence[Key]) -> None:
+        """Read no more of these; their slots are free once what has begun is read."""
+        for key in wrong:
+            self._dropped.append(self._guessed.pop(key))
+            self._dropped[-1].request.drop()
+        for _ in range(len(self._dropped)):
+            slot, request = ahead = self._dropped.popleft()
+            if request.is_done:
+                self.give_back(slot)
+                self._counts().device_bytes_read[DECODE] += request.device_bytes
+                self._count(request)
+            else:
+                self._dropped.append(ahead)
+
+    def _count(self, request: Request) -> None:
+        self._counts().prefetched += request.wanted_bytes > 0
+        self._counts().bytes_read[DECODE] += request.wanted_bytes

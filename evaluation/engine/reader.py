@@ -10,25 +10,27 @@ and no torch.
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.load import UserError
+from evaluation.engine.accounting import BusyClock
 from evaluation.engine.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.shards import AGAIN
 
-PIECE_BYTES = 2**20
-"""Longer ranges are cut here, so that one expert keeps several reads in flight."""
-BUFFER_BYTES = PIECE_BYTES + 2 * PAGE_BYTES
-"""Memory of a reading thread: a piece and the pages around it."""
+PIECE_BYTES = 3 * 2**19
+"""Longer ranges are cut into equal pieces of at most this size, so that one expert keeps several reads in flight."""
+BUFFER_BYTES = PIECE_BYTES
+"""Memory of a reading thread: the pages of a piece."""
 READS_IN_FLIGHT = 8
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,32 +44,56 @@ class Span(NamedTuple):
     target: Bytes
 
 
-class Landing(Protocol):
-    """Where requests go when they are done: a queue, for example."""
-
-    def put(self, request: "Request") -> None: ...
-
-
 @dataclass
 class Request:
-    """Spans that are read together; it lands in the queue it was started with when all are there or one has failed."""
+    """Spans that are read together; it lands in a queue when all are there or one has failed."""
 
     key: tuple[int, int]  # the caller's
     what: str  # for messages
-    pieces_left: int
-    landed: Landing
+    pieces: deque[Span]  # that no thread has begun to read
+    landed: "SimpleQueue[Request] | None"
     device_bytes: int = 0  # what the read calls returned, pages around the spans included
     error: Exception | None = None
+    wanted_bytes: int = field(init=False)  # of all pieces, but for those that were dropped
+    pieces_left: int = field(init=False)  # that are not done
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def piece_done(self, device_bytes: int, error: Exception | None) -> None:
+    def __post_init__(self) -> None:
+        self.pieces_left = len(self.pieces)
+        self.wanted_bytes = sum(len(piece.target) for piece in self.pieces)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing of it is being read, or will be."""
+        return self.pieces_left == 0
+
+    def next_piece(self) -> Span | None:
+        """To be read now, by whoever asks; None: all have begun."""
+        try:
+            return self.pieces.popleft()
+        except IndexError:
+            return None
+
+    def land_in(self, landed: "SimpleQueue[Request]") -> None:
+        """If it was started without a queue: this is the one, now or when it is done."""
+        with self.lock:
+            self.landed = landed
+            if self.is_done:
+                landed.put(self)
+
+    def drop(self) -> None:
+        """Read none of what has not begun to be read; it is done when the rest is."""
+        while (piece := self.next_piece()) is not None:
+            self.wanted_bytes -= len(piece.target)
+            self.piece_done()
+
+    def piece_done(self, device_bytes: int = 0, error: Exception | None = None) -> None:
         with self.lock:
             self.pieces_left -= 1
             self.device_bytes += device_bytes
             self.error = self.error or error
-            last = self.pieces_left == 0
-        if last:
-            self.landed.put(self)
+            if self.is_done and self.landed is not None:
+                self.landed.put(self)
 
 
 class Reader:
@@ -80,11 +106,16 @@ class Reader:
 
     Attributes:
         direct: whether reads do go past the page cache.
+        clock: runs while something is being read.
     """
 
     def __init__(self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True) -> None:
         self.reads_in_flight = reads_in_flight
-        self._jobs: SimpleQueue[tuple[Request, Span] | None] = SimpleQueue()
+        self._first: deque[Request] = deque()  # an entry for every piece
+        self._behind: deque[Request] = deque()
+        self._entries: SimpleQueue[bool] = SimpleQueue()  # True: an entry was made; False: a thread is to end
+        self._lock = threading.Lock()
+        self.clock = BusyClock()
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
         self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
@@ -99,8 +130,13 @@ class Reader:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def start(self, key: tuple[int, int], spans: Sequence[Span], landed: Landing, *, what: str) -> None:
+    def start(
+        self, key: tuple[int, int], spans: Sequence[Span], landed: SimpleQueue[Request] | None, *, what: str
+    ) -> Request:
         """Begin to read; `landed` gets the request when it is done. The targets must stay until then.
+
+        Args:
+            landed: None: nobody waits for it, so it comes behind everything somebody waits for.
 
         Raises:
             UserError: the reader is closed.
@@ -108,10 +144,20 @@ class Reader:
         if not self._descriptors:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")
         self._start_threads()
-        pieces = [piece for span in spans for piece in _pieces(span)]
-        request = Request(key, what, len(pieces), landed)
-        for piece in pieces:
-            self._jobs.put((request, piece))
+        request = Request(key, what, deque(piece for span in spans for piece in _pieces(span)), landed)
+        self._enter(request, self._behind if landed is None else self._first)
+        return request
+
+    def wait_for(self, request: Request, landed: SimpleQueue[Request]) -> None:
+        """It was started for nobody, and is wanted now."""
+        self._enter(request, self._first)
+        request.land_in(landed)
+
+    def _enter(self, request: Request, queue: deque[Request]) -> None:
+        """An entry for every piece that has not begun; one that is there already will find nothing to do."""
+        for _ in range(len(request.pieces)):
+            queue.append(request)
+            self._entries.put(True)
 
     def changed_shards(self) -> list[Path]:
         """Files that were written to or cut since they were opened: their experts cannot be read any more."""
@@ -121,7 +167,7 @@ class Reader:
     def close(self) -> None:
         """Finish what was started, end the threads, close the files. May be called again."""
         for _ in self._threads:
-            self._jobs.put(None)
+            self._entries.put(False)
         while self._threads:
             self._threads.pop().join()
         while self._descriptors:
@@ -136,12 +182,17 @@ class Reader:
 
     def _work(self, number: int) -> None:
         buffer = _PageBuffer(self._buffers, number) if self.direct else None
-        while (job := self._jobs.get()) is not None:
-            request, span = job
+        while self._entries.get():
+            with self._lock:
+                request = (self._first or self._behind).popleft()
+            span = request.next_piece()
+            if span is None:
+                continue
             read_bytes, error = 0, None
             try:
                 descriptor = self._descriptors[span.shard]
-                read_bytes = _read(descriptor, span) if buffer is None else buffer.read(descriptor, span)
+                with self.clock:
+                    read_bytes = _read(descriptor, span) if buffer is None else buffer.read(descriptor, span)
                 if _version(descriptor) != self._versions[span.shard]:
                     raise _ChangedError
             except Exception as caught:  # carried to the thread that waits for the request
@@ -201,9 +252,12 @@ def _named(error: Exception, request: Request, span: Span) -> Exception:
 
 
 def _pieces(span: Span) -> list[Span]:
-    """The span cut at multiples of `PIECE_BYTES` in the file, so that no page is read twice."""
+    """The span in equal parts, cut between pages of the file, so that no page is read twice."""
     first, end = span.offset, span.offset + len(span.target)
-    cuts = [first, *range((first // PIECE_BYTES + 1) * PIECE_BYTES, end, PIECE_BYTES), end]
+    start = first // PAGE_BYTES * PAGE_BYTES
+    pages = -(-(end - start) // PAGE_BYTES)
+    pages_each = -(-pages // -(-pages // (PIECE_BYTES // PAGE_BYTES)))
+    cuts = [first, *range(start + pages_each * PAGE_BYTES, end, pages_each * PAGE_BYTES), end]
     return [Span(span.shard, a, span.target[a - first : b - first]) for a, b in pairwise(cuts)]
 
 

@@ -21,7 +21,8 @@ from training.model import load_tokenizer
 FIGURES = {
     "hit_rate": {"prefill": 0.1, "decode": 0.5}, "reuse_rate_mean": 0.35, "misses_per_token": 3.0, "first_touches": 9,
     "counted_bytes_read_per_token": 1.2e4, "missed_bytes_per_token": 1e4,
-    "stall_seconds": {"prefill": 0.0, "decode": 0.01}, "expert_bytes": 1000,
+    "stall_seconds": {"prefill": 0.0, "decode": 0.01}, "reading_seconds": {"prefill": 0.0, "decode": 0.008},
+    "expert_bytes": 1000,
 }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ def leg(
 def ours(tpot_ms: float, read: float) -> dict[str, Any]:
     return leg(
         tpot_ms, hit_rate={"decode": 0.5}, reuse_rate_mean=0.35, missed_bytes_per_token=read,
-        stall_seconds={"decode": tpot_ms / 1e3},
+        counted_bytes_read_per_token=1.25 * read, stall_seconds={"decode": tpot_ms / 1e3},
+        reading_seconds={"decode": 2 * 0.8 * tpot_ms / 1e3},
     )  # fmt: skip
 
 
@@ -80,6 +81,12 @@ def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
     assert found["share"] == {"median": pytest.approx(0.45), "min": 0.4, "max": 0.5, "n": 2}
     assert found["share_with_resident"] == {"median": 0.75, "min": 0.75, "max": 0.75, "n": 1}, "150 of 200 ms"
     assert found["stall_share"]["median"] == pytest.approx(0.5)
+    assert found["reading_share"]["median"] == pytest.approx(0.8)
+    assert found["needed_share"]["median"] == pytest.approx(0.8)
+    assert found["rate_share"]["max"] == pytest.approx(125 / 0.16 / 1000), "125 bytes in 160 ms of reading"
+    assert found["rate_share"]["min"] == pytest.approx(25 / 0.04 / 2000)
+    assert found["read_share"]["max"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["max"])
+    assert found["read_share"]["min"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["min"])
     assert decode_bound(runs, "a", "warm", resident="resident", memory_rate=1, active_bytes=1) is None
 
 

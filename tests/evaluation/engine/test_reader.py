@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -90,14 +91,105 @@ def test_many_requests_land_once_each_in_any_order(shard: Path) -> None:
     assert all(np.array_equal(s.target, content[s.offset : s.offset + 5000]) for s in spans)
 
 
-def test_long_ranges_are_cut_at_page_boundaries_and_lose_nothing(shard: Path) -> None:
-    pieces = module._pieces(Span(shard, 5, np.zeros(2 * PIECE_BYTES, np.uint8)))
-    assert [(p.offset, len(p.target)) for p in pieces] == [
-        (5, PIECE_BYTES - 5),
-        (PIECE_BYTES, PIECE_BYTES),
-        (2 * PIECE_BYTES, 5),
+@given(st.integers(0, 3 * PAGE_BYTES), st.integers(1, 4 * PIECE_BYTES))
+def test_long_ranges_are_cut_between_pages_in_equal_parts_and_lose_nothing(offset: int, length: int) -> None:
+    target = np.empty(length, np.uint8)
+    pieces = module._pieces(Span(Path("it"), offset, target))
+    assert [piece.offset for piece in pieces] == [
+        offset + piece.target.ctypes.data - target.ctypes.data for piece in pieces
     ]
-    assert sum(len(p.target) for p in pieces) == 2 * PIECE_BYTES
+    assert sum(len(piece.target) for piece in pieces) == length
+    ends = [piece.offset + len(piece.target) for piece in pieces]
+    assert all(end % PAGE_BYTES == 0 for end in ends[:-1])
+    assert ends[:-1] == [piece.offset for piece in pieces[1:]]
+    pages = [-(-end // PAGE_BYTES) - piece.offset // PAGE_BYTES for end, piece in zip(ends, pieces, strict=True)]
+    assert len(pieces) == -(-sum(pages) * PAGE_BYTES // PIECE_BYTES), "no more than need be"
+    assert max(pages) * PAGE_BYTES <= min(PIECE_BYTES, module.BUFFER_BYTES)
+    assert max(pages) - min(pages[:-1] or pages) == 0
+
+
+class Gate:
+    """Reads wait until they are let through, and are noted in the order they begin."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.offsets: SimpleQueue[int] = SimpleQueue()
+        self._permits = threading.Semaphore(0)
+        real = os.preadv
+
+        def preadv(descriptor: int, buffers: Any, offset: int) -> int:
+            self.offsets.put(offset)
+            assert self._permits.acquire(timeout=30)
+            return real(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    def began(self) -> int:
+        return self.offsets.get(timeout=30)
+
+    def let_through(self, reads: int = 1) -> None:
+        self._permits.release(reads)
+
+
+def test_what_nobody_waits_for_comes_last_until_somebody_does(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    landed: SimpleQueue[Request] = SimpleQueue()
+    with Reader([shard], reads_in_flight=1, direct=False) as reader:
+        gate = Gate(monkeypatch)
+        begun, early, late = (
+            reader.start((0, n), spans_of(shard, [(n, 1)]), None, what="an expert read ahead") for n in range(3)
+        )
+        assert gate.began() == 0
+        reader.start((0, 3), spans_of(shard, [(3, 1)]), landed, what="an expert")
+        reader.wait_for(late, landed)
+        gate.let_through(4)
+        assert [gate.began() for _ in range(3)] == [3, 2, 1]
+        assert [landed.get(timeout=30).key for _ in range(2)] == [(0, 3), (0, 2)]
+        for request in (begun, early):  # done long since, or not yet
+            reader.wait_for(request, landed)
+            assert landed.get(timeout=30) is request
+    assert landed.empty(), "each lands once"
+
+
+def test_of_what_is_dropped_no_further_piece_is_read(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    landed: SimpleQueue[Request] = SimpleQueue()
+    with Reader([shard], reads_in_flight=1, direct=False) as reader:
+        gate = Gate(monkeypatch)
+        dropped = reader.start((0, 0), spans_of(shard, [(0, 2 * PIECE_BYTES)]), None, what="an expert read ahead")
+        never = reader.start((0, 1), spans_of(shard, [(0, 3)]), None, what="an expert read ahead")
+        gate.began()
+        dropped.drop()
+        never.drop()
+        assert (never.is_done, never.wanted_bytes) == (True, 0)
+        assert not dropped.is_done
+        reader.start((0, 2), spans_of(shard, [(7, 1)]), landed, what="an expert")
+        gate.let_through(2)
+        assert gate.began() == 7
+        assert landed.get(timeout=30).key == (0, 2)
+        assert dropped.is_done
+        assert dropped.wanted_bytes == dropped.device_bytes == PIECE_BYTES
+        dropped.drop()
+        reader.wait_for(dropped, landed)
+        assert landed.get(timeout=30) is dropped
+    assert gate.offsets.empty()
+    assert landed.empty()
+
+
+def test_the_clock_runs_while_something_is_read(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    landed: SimpleQueue[Request] = SimpleQueue()
+    with Reader([shard], reads_in_flight=2, direct=False) as reader:
+        gate = Gate(monkeypatch)
+        for number in range(2):
+            reader.start((0, number), spans_of(shard, [(number, 1)]), landed, what="an expert")
+        for _ in range(2):
+            gate.began()
+        first = reader.clock.seconds()
+        time.sleep(0.002)
+        assert reader.clock.seconds() >= first + 0.002
+        gate.let_through(2)
+        for _ in range(2):
+            landed.get(timeout=30)
+        stopped = reader.clock.seconds()
+        time.sleep(0.002)
+        assert reader.clock.seconds() == stopped >= 0.002
 
 
 @pytest.mark.parametrize("direct", [True, False])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from configs.command import run
 from configs.load import UserError
 from evaluation.benchmark import page_cache
-from evaluation.benchmark.bandwidth import memory_bandwidth, read_bandwidth
+from evaluation.benchmark.bandwidth import memory_bandwidth, products_beside, read_bandwidth
 from evaluation.benchmark.bench_tables import result_tables
 from evaluation.benchmark.comparison import decode_bound, equal_tokens, prompt_bound, ratios, summarise
 from evaluation.benchmark.contenders import Contender, opponent, our_contenders, parse_opponents
@@ -211,11 +211,13 @@ def _files(order: Order) -> list[Path]:
 
 
 def _bandwidth(shards: Sequence[Path], model_dir: str, threads: int) -> dict[str, Any]:
-    """Bytes per second, of reads as large as one expert and of memory."""
+    """Bytes per second, of reads as large as one expert, alone and while all cores compute, and of memory."""
     reads = read_bandwidth(shards, expert_bytes(model_dir))
+    with products_beside(threads):
+        beside = read_bandwidth(shards, expert_bytes(model_dir), depths=AROUND_DEPTHS, seconds=AROUND_SECONDS)
     return {
         "read_bytes": reads.read_bytes, "direct": reads.direct, "read_by_depth": reads.by_depth, "read": reads.best,
-        "memory": memory_bandwidth(threads),
+        "read_beside_products": beside.best, "memory": memory_bandwidth(threads),
     }  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 import os
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth
 MEMORY_BYTES = 1 << 29  # far beyond any cache of a processor
 MEMORY_ROUNDS = 8
+MATRIX, MATRICES = 1024, 64  # 128 MiB in 16-bit precision
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,40 @@ def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: in
             return total
 
 
+@contextmanager
+def products_beside(threads: int) -> Iterator[None]:
+    """Meanwhile `threads` threads multiply one row by one matrix after the other, as decoding does."""
+    ended = threading.Event()
+    matrices = torch.ones(MATRICES, MATRIX, MATRIX, dtype=torch.bfloat16)
+
+    def multiply() -> None:
+        while not ended.is_set():
+            for matrix in matrices:
+                torch.mm(matrix[:1], matrix.T)
+
+    worker = threading.Thread(target=multiply, name="products")
+    with _threads(threads):
+        worker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            worker.join()
+
+
 def memory_bandwidth(threads: int, *, size_bytes: int = MEMORY_BYTES, rounds: int = MEMORY_ROUNDS) -> float:
     """Bytes per second at which `threads` threads read memory: the best of several sums over a large array."""
+    with _threads(threads):
+        numbers = torch.ones(size_bytes // 4)
+        return size_bytes / min(_seconds_to_sum(numbers) for _ in range(rounds))
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        numbers = torch.ones(size_bytes // 4)
-        return size_bytes / min(_seconds_to_sum(numbers) for _ in range(rounds))
+        yield
     finally:
         torch.set_num_threads(before)
 

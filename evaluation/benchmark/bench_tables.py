@@ -116,7 +116,8 @@ def _lines(result: dict[str, Any]) -> Iterator[Text]:
         yield Text(
             f"bandwidth {when}: reads of {measured['read_bytes']} bytes "
             f"({'O_DIRECT' if measured['direct'] else 'through the page cache: O_DIRECT is refused here'}), by depth "
-            f"{depths}; memory {GIGABYTES.text(measured['memory'])}"
+            f"{depths}; {GIGABYTES.text(measured['read_beside_products'])} while all cores compute; "
+            f"memory {GIGABYTES.text(measured['memory'])}"
         )
     for contender, summary in result["summary"].items():
         settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())

@@ -59,7 +59,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Order]]:
     monkeypatch.setattr(contenders, "run_side", run_side)
     monkeypatch.setattr(
         bench, "_bandwidth", lambda *_: {"read_bytes": 4096, "direct": True, "read_by_depth": {1: 1e9}, "read": 1e9,
-                                         "memory": 1e10}
+                                         "read_beside_products": 9e8, "memory": 1e10}
     )  # fmt: skip
     before_and_after = itertools.cycle([5e8, 1.5e9])  # their mean counts
     monkeypatch.setattr(bench, "_read_rate", lambda _: next(before_and_after))

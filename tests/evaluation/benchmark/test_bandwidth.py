@@ -1,12 +1,14 @@
 """Bandwidths: of the size and depths asked for, and honest about O_DIRECT."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from evaluation.benchmark.bandwidth import memory_bandwidth, read_bandwidth
+from evaluation.benchmark.bandwidth import memory_bandwidth, products_beside, read_bandwidth
 
 
 @pytest.fixture
@@ -43,3 +45,20 @@ def test_a_file_smaller_than_an_expert_is_read_as_it_is(file: Path) -> None:
 
 def test_memory_bandwidth_is_a_rate() -> None:
     assert memory_bandwidth(1, size_bytes=1 << 22, rounds=2) > 1e8
+
+
+def test_products_go_on_beside_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, multiplied, real = torch.get_num_threads(), threading.Event(), torch.mm
+    seen: list[int] = []
+
+    def mm(*args: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        multiplied.set()
+        return real(*args)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    with products_beside(1):
+        assert multiplied.wait(timeout=30)
+    assert set(seen) == {1}
+    assert "products" not in [thread.name for thread in threading.enumerate()]
+    assert torch.get_num_threads() == threads

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from configs.load import UserError
 from evaluation.engine.budget import Demand, readable
 from evaluation.engine.needs import Needs
-from evaluation.engine.reader import BUFFER_BYTES
+from evaluation.engine.reader import PIECE_BYTES
 
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
@@ -100,7 +100,7 @@ def divide(
     if context_tokens < 1:
         raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
     pools = 1 if scope == "global" else demand.layers
-    reading_bytes = reads_in_flight * BUFFER_BYTES + ahead_slots * demand.slot_bytes
+    reading_bytes = reads_in_flight * PIECE_BYTES + ahead_slots * demand.slot_bytes
     kv_bytes = needs.kv_bytes(context_tokens)
     rows = min(context_tokens, prompt_tokens or context_tokens)
     activation_bytes = needs.activation_bytes(rows=rows, context_tokens=context_tokens)

@@ -28,9 +28,8 @@ from evaluation.engine.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.shards import AGAIN
 
 PIECE_BYTES = 3 * 2**19
-"""Longer ranges are cut into equal pieces of at most this size, so that one expert keeps several reads in flight."""
-BUFFER_BYTES = PIECE_BYTES
-"""Memory of a reading thread: the pages of a piece."""
+"""Longer ranges are cut into equal pieces of at most this size, so that one expert keeps several reads in flight;
+each reading thread has a buffer for the pages of one."""
 READS_IN_FLIGHT = 8
 
 Bytes = npt.NDArray[np.uint8]
@@ -119,7 +118,7 @@ class Reader:
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
         self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
-        self._buffers = huge_pages(reads_in_flight * BUFFER_BYTES if self.direct else 0)
+        self._buffers = huge_pages(reads_in_flight * PIECE_BYTES if self.direct else 0)
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
@@ -204,7 +203,7 @@ class _PageBuffer:
     """A thread's part of the buffers, and reads in whole pages."""
 
     def __init__(self, buffers: mmap.mmap, number: int) -> None:
-        self._bytes = np.frombuffer(buffers, np.uint8, count=BUFFER_BYTES, offset=number * BUFFER_BYTES)
+        self._bytes = np.frombuffer(buffers, np.uint8, count=PIECE_BYTES, offset=number * PIECE_BYTES)
 
     def read(self, descriptor: int, span: Span) -> int:
         """Fill the span's target; returns the bytes the device was asked for."""

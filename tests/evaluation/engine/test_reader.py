@@ -104,7 +104,7 @@ def test_long_ranges_are_cut_between_pages_in_equal_parts_and_lose_nothing(offse
     assert ends[:-1] == [piece.offset for piece in pieces[1:]]
     pages = [-(-end // PAGE_BYTES) - piece.offset // PAGE_BYTES for end, piece in zip(ends, pieces, strict=True)]
     assert len(pieces) == -(-sum(pages) * PAGE_BYTES // PIECE_BYTES), "no more than need be"
-    assert max(pages) * PAGE_BYTES <= min(PIECE_BYTES, module.BUFFER_BYTES)
+    assert max(pages) * PAGE_BYTES <= PIECE_BYTES
     assert max(pages) - min(pages[:-1] or pages) == 0
 
 

@@ -10,10 +10,10 @@ demo: $(READY)
 	$(VENV)/bin/remoe run configs/run/demo.yaml
 
 test: $(DEVELOP)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(DEVELOP)
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -n 2 -m slow
 
 lint: $(DEVELOP)
 	$(VENV)/bin/ruff check .

@@ -4,7 +4,8 @@ In 16-bit precision oneDNN compiles a product for every number of rows it meets 
 as long as it is kept), and in a prompt every expert has another number. Zeros below the rows make few numbers of many,
 but a kernel for more rows may add up in another order and give other last bits. So every number is tried beforehand, on
 data that show the order, and is filled up only where every row keeps its bits. Trying compiles a kernel for every number,
-so it is for processes that keep few of them (`bound_kernel_caches` in loading.py).
+so it is for processes that keep few of them (`bound_kernel_caches` in loading.py). Where a processor lacks what oneDNN needs
+(x86 without AVX-512), torch multiplies by itself and compiles nothing: zeros would only be more to multiply.
 Axes: M rows, K and N of the matrix that they are multiplied by.
 """
 
@@ -31,12 +32,21 @@ def filled_rows(scratch_KN: Tensor) -> tuple[int, ...]:
     Args:
         scratch_KN: a matrix in the precision and layout of those that will be multiplied by; it is overwritten.
     """
-    if scratch_KN.dtype == torch.float32 or scratch_KN.numel() > LARGEST_MATRIX:
+    if not is_compiled(scratch_KN.dtype) or scratch_KN.numel() > LARGEST_MATRIX:
         return ()
     what = (scratch_KN.shape, scratch_KN.stride(), scratch_KN.dtype, torch.get_num_threads())
     if what not in _FOUND:
         _FOUND[what] = _tried(scratch_KN)
     return _FOUND[what]
+
+
+def is_compiled(dtype: torch.dtype) -> bool:
+    """Whether this processor's products in this precision are compiled by oneDNN for every number of rows."""
+    asked = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return dtype in asked and asked[dtype]()
 
 
 def _tried(scratch_KN: Tensor, *, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm) -> tuple[int, ...]:

@@ -1,3 +1,4 @@
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from evaluation.engine import load
-from evaluation.engine.filled_rows import LARGEST_MATRIX, SIZES, _tried, filled_rows, order_showing
+from evaluation.engine.filled_rows import LARGEST_MATRIX, SIZES, _tried, filled_rows, is_compiled, order_showing
 from evaluation.engine.products import _product
+
+large = pytest.mark.skipif(not is_compiled(torch.bfloat16), reason="takes minutes where torch multiplies by itself")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are filled up on any processor, as on those where it gains."""
+    monkeypatch.setattr("evaluation.engine.filled_rows.is_compiled", lambda dtype: dtype.itemsize == 2)
 
 
 def matrix(inner: int, columns: int, *, transposed: bool = True, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -16,11 +25,13 @@ def matrix(inner: int, columns: int, *, transposed: bool = True, dtype: torch.dt
     return torch.empty(columns, inner, dtype=dtype).T if transposed else torch.empty(inner, columns, dtype=dtype)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize(("inner", "columns"), [(64, 96), (33, 48), (512, 128), (2048, 1536)])
+@pytest.mark.parametrize(("inner", "columns"), [(64, 96), (33, 48), (512, 128), pytest.param(2048, 1536, marks=large)])
 def test_filling_up_keeps_every_bit_of_every_number_of_rows(inner: int, columns: int, transposed: bool) -> None:
     weight_KN = matrix(inner, columns, transposed=transposed)
     sizes = filled_rows(weight_KN)
+    assert len(sizes) == SIZES[-1] + 1
     generator = torch.Generator().manual_seed(1)
     weight_KN.copy_(torch.randn(inner, columns, generator=generator))
     rows_MK = torch.randn(SIZES[-1] + 2, inner, generator=generator).bfloat16()
@@ -59,11 +70,20 @@ def test_what_it_is_tried_on_shows_another_order(inner: int, dtype: torch.dtype)
     assert (whole.to(dtype) != halves.to(dtype)).float().mean() > 0.3
 
 
+@pytest.mark.usefixtures("compiled")
 def test_nothing_is_tried_where_nothing_is_gained() -> None:
     assert filled_rows(matrix(64, 96, dtype=torch.float32)) == ()
     assert filled_rows(matrix(4096, LARGEST_MATRIX // 4096 + 1)) == ()
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors have other names for it")
+def test_nothing_is_tried_where_torch_multiplies_by_itself() -> None:
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    assert is_compiled(torch.bfloat16) == has_avx512
+    assert (filled_rows(matrix(8, 8)) != ()) == has_avx512
+
+
+@pytest.mark.usefixtures("compiled")
 def test_another_number_of_threads_is_another_question(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr("evaluation.engine.filled_rows._FOUND", {})
@@ -74,6 +94,7 @@ def test_another_number_of_threads_is_another_question(monkeypatch: pytest.Monke
     assert len(asked) == 2
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("threads_change", [False, True])
 def test_the_engine_computes_with_filled_up_rows_unless_threads_have_changed(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, threads_change: bool
@@ -94,6 +115,7 @@ def test_the_engine_computes_with_filled_up_rows_unless_threads_have_changed(
     assert (counts <= filled) != threads_change
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2", "granitemoe", "wide"])
 def test_logits_under_a_memory_budget_are_those_of_the_resident_model(
     checkpoint: Callable[..., Path], family: str
@@ -106,6 +128,7 @@ def test_logits_under_a_memory_budget_are_those_of_the_resident_model(
             assert torch.equal(model(ids_BT).logits, expected)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_nothing_is_tried_without_a_memory_budget(checkpoint: Callable[..., Path]) -> None:
     """Every number that is tried leaves a kernel behind, where they are not bounded."""
     with load(checkpoint("olmoe", "bfloat16"), "100%") as (_, engine):

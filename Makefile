@@ -1,5 +1,5 @@
 # make demo: the whole loop on the shipped model, report in runs/demo/report.html
-# make test: the tests that take seconds each;  make test-slow: the end-to-end ones
+# make test: the tests that take seconds each;  make test-slow: the end-to-end ones; both in two processes of one thread each
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.installed

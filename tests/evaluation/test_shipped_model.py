@@ -49,7 +49,8 @@ def test_it_has_learnt_to_predict_and_no_expert_is_dead(model: PreTrainedModel, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
-def test_it_is_clearly_above_chance_at_every_task(model: PreTrainedModel) -> None:
+def test_it_is_clearly_above_chance_at_every_task() -> None:
+    model = load_pretrained(MODEL, dtype="float32")  # in bfloat16 a processor without AVX-512 takes ten times as long
     scores = run_tasks(model, load_tokenizer(MODEL), QualityArguments())
     assert sum(not task.measures_perplexity for task in scores.values()) >= 4
     for name, task in scores.items():

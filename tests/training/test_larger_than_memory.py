@@ -22,8 +22,8 @@ LIMIT_BYTES = 1280 << 20
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def large_model(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 layers of 32 experts, more than three times the limit."""
     config = Qwen2MoeConfig(
         # no padding token: its embedding would be zero, and gradients of norms explode there
@@ -34,9 +34,10 @@ def large_model(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert sum(p.nbytes for p in model.parameters()) > 3 * LIMIT_BYTES
-    model.save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    folder = tmp_path_factory.mktemp("large_model")
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def test_a_model_three_times_the_memory_limit_trains_as_in_memory(

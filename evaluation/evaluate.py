@@ -5,10 +5,13 @@
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +96,28 @@ class Arm:
     candidates: list[Candidate]
 
 
-def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> dict[str, Any]:
+def divide_budgets(model: str, args: EvaluationArguments) -> list[dict[str, Any]]:
+    """The plan of every memory budget, made in a process of its own.
+
+    There residents are measured beside nothing else, and the settings of a small budget end with it.
+
+    Raises:
+        UserError: a budget is too small, or the device is not there.
+    """
+    find_device(args.device)
+    divided = partial(plan, local_folder(model), context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
+    spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet) as process:
+        return [process.submit(divided, memory_budget=budget).result() for budget in args.plan.memory_budgets]
+
+
+def evaluate(
+    model: str, arms: Mapping[str, Arm], args: EvaluationArguments, *, plans: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Measure the base and every candidate.
+
+    Args:
+        plans: what `divide_budgets` found, if that was done already.
 
     Raises:
         UserError: see the parts; a delta that belongs to another base is found before anything is measured.
@@ -103,10 +126,7 @@ def evaluate(model: str, arms: Mapping[str, Arm], args: EvaluationArguments) -> 
     find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
     weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
-    plans = [  # first, while this process holds nothing else: residents are measured
-        plan(model_dir, memory_budget=budget, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
-        for budget in args.plan.memory_budgets
-    ]
+    plans = divide_budgets(model, args) if plans is None else plans
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(
         tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split

@@ -16,6 +16,7 @@ from evaluation.evaluate import (
     EvaluationArguments,
     assemble,
     coefficients,
+    divide_budgets,
     evaluate,
     read_history,
     write_results,
@@ -55,19 +56,22 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     """
     out = Path(args.output_dir)
     evaluation = load(EvaluationArguments, args.evaluation)
-    plans = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
+    trainings = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
+    model = str(next(iter(trainings.values()))[0].model_name_or_path)
+    plans = divide_budgets(model, evaluation)  # first, so that what is refused is refused before hours of training
     out.mkdir(parents=True, exist_ok=True)
     dump(args, out / "config.yaml")
     started = time.perf_counter()
-    all_new = not any((Path(t.output_dir) / "config.yaml").exists() for plan in plans.values() for t in plan)
+    all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
     arms = {}
-    for name, plan in plans.items():
-        for training in plan:
+    for name, of_arm in trainings.items():
+        for training in of_arm:
             launch_training(training, args.accelerate_config)
-        runs = [Candidate(Path(t.output_dir) / "router_delta", t.seed, read_history(Path(t.output_dir))) for t in plan]
-        arms[name] = Arm(plan[0].objective, coefficients(asdict(plan[0])), runs)
+        folders = [(Path(training.output_dir), training.seed) for training in of_arm]
+        runs = [Candidate(folder / "router_delta", seed, read_history(folder)) for folder, seed in folders]
+        arms[name] = Arm(of_arm[0].objective, coefficients(asdict(of_arm[0])), runs)
     trained = time.perf_counter()
-    results = evaluate(str(next(iter(plans.values()))[0].model_name_or_path), arms, evaluation)
+    results = evaluate(model, arms, evaluation, plans=plans)
     seconds = {"evaluate": time.perf_counter() - trained}
     if all_new:  # time of a training that was only taken up again says nothing
         seconds["train"] = trained - started

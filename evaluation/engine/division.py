@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from configs.load import UserError
 from evaluation.engine.budget import Demand, readable
 from evaluation.engine.needs import Needs
-from evaluation.engine.reader import PIECE_BYTES
 
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
@@ -85,12 +84,13 @@ class Division:
 
 
 def divide(
-    budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reads_in_flight: int, context_tokens: int,
-    scope: str, prompt_tokens: int | None = None, ahead_slots: int = 0,
+    budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reader_bytes: int, reads_in_flight: int,
+    context_tokens: int, scope: str, prompt_tokens: int | None = None, ahead_slots: int = 0,
 ) -> Division:  # fmt: skip
     """Divide a budget; experts get what the rest leaves, at most all of them.
 
     Args:
+        reader_bytes: the buffers of the reading threads.
         prompt_tokens: of a prompt that are computed at once, at most; None: all that the context may have.
         ahead_slots: for experts that are read ahead.
 
@@ -100,7 +100,7 @@ def divide(
     if context_tokens < 1:
         raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
     pools = 1 if scope == "global" else demand.layers
-    reading_bytes = reads_in_flight * PIECE_BYTES + ahead_slots * demand.slot_bytes
+    reading_bytes = reader_bytes + ahead_slots * demand.slot_bytes
     kv_bytes = needs.kv_bytes(context_tokens)
     rows = min(context_tokens, prompt_tokens or context_tokens)
     activation_bytes = needs.activation_bytes(rows=rows, context_tokens=context_tokens)

@@ -105,7 +105,7 @@ def load(
         assert expert_cache is not None, "one of the two was given"
         budget_bytes = parse_size(expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)
         slots = slots_for(budget_bytes, demand, scope=cache_scope)
-    with Reader(store.shards, reads_in_flight=in_flight) as reader:
+    with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=chosen_dtype, device=where)
         copy_into_routers(model, router_delta or {})
         if memory_budget is not None:
@@ -115,8 +115,9 @@ def load(
             resident_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
             division = divide(
                 parse_size(memory_budget, whole_bytes=total_memory_bytes()), demand=demand, needs=needs,
-                resident_bytes=resident_bytes, reads_in_flight=in_flight, context_tokens=context_tokens,
-                scope=cache_scope, prompt_tokens=prompt_tokens, ahead_slots=SLOTS_PER_GUESS * prefetch,
+                resident_bytes=resident_bytes, reader_bytes=reader.buffer_bytes, reads_in_flight=in_flight,
+                context_tokens=context_tokens, scope=cache_scope, prompt_tokens=prompt_tokens,
+                ahead_slots=SLOTS_PER_GUESS * prefetch,
             )  # fmt: skip
             slots = division.slots
         warn_below_cliff(slots, demand, scope=cache_scope, policy=cache_policy)

@@ -102,13 +102,18 @@ class Reader:
         shards: the files, all opened at once.
         reads_in_flight: threads.
         direct: go past the page cache where the file system allows it.
+        longest_bytes: of the ranges that will be read, where that is known: short ones need less of a buffer.
 
     Attributes:
         direct: whether reads do go past the page cache.
+        buffer_bytes: of all threads.
         clock: runs while something is being read.
     """
 
-    def __init__(self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True) -> None:
+    def __init__(
+        self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True,
+        longest_bytes: int = PIECE_BYTES,
+    ) -> None:  # fmt: skip
         self.reads_in_flight = reads_in_flight
         self._first: deque[Request] = deque()  # an entry for every piece
         self._behind: deque[Request] = deque()
@@ -118,7 +123,9 @@ class Reader:
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
         self.direct = direct and all(takes_direct_reads(shard) for shard in shards)
-        self._buffers = huge_pages(reads_in_flight * PIECE_BYTES if self.direct else 0)
+        around_bytes = (-(-longest_bytes // PAGE_BYTES) + 1) * PAGE_BYTES  # it may begin and end within a page
+        self._buffers = huge_pages(reads_in_flight * min(PIECE_BYTES, around_bytes) if self.direct else 0)
+        self.buffer_bytes = len(self._buffers) if self.direct else 0
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
@@ -180,7 +187,7 @@ class Reader:
             thread.start()
 
     def _work(self, number: int) -> None:
-        buffer = _PageBuffer(self._buffers, number) if self.direct else None
+        buffer = _PageBuffer(self._buffers, number, of=self.reads_in_flight) if self.direct else None
         while self._entries.get():
             with self._lock:
                 request = (self._first or self._behind).popleft()
@@ -202,8 +209,9 @@ class Reader:
 class _PageBuffer:
     """A thread's part of the buffers, and reads in whole pages."""
 
-    def __init__(self, buffers: mmap.mmap, number: int) -> None:
-        self._bytes = np.frombuffer(buffers, np.uint8, count=PIECE_BYTES, offset=number * PIECE_BYTES)
+    def __init__(self, buffers: mmap.mmap, number: int, *, of: int) -> None:
+        length_bytes = len(buffers) // of // PAGE_BYTES * PAGE_BYTES
+        self._bytes = np.frombuffer(buffers, np.uint8, count=length_bytes, offset=number * length_bytes)
 
     def read(self, descriptor: int, span: Span) -> int:
         """Fill the span's target; returns the bytes the device was asked for."""

@@ -51,6 +51,11 @@ class ExpertStore:
         return _extents({role: self._parts[layer_id, expert][role] for role in roles})
 
     @property
+    def longest_bytes(self) -> int:
+        """The longest of all ranged reads."""
+        return max(extent.length_bytes for extents in self._whole.values() for extent in extents)
+
+    @property
     def keys(self) -> Iterable[tuple[int, int]]:
         """Layer id and number of every expert."""
         return self._parts

@@ -37,9 +37,8 @@ def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
 
 def test_too_little_text_to_decode_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evaluation.evaluate.run_tasks", lambda *_: pytest.fail("something was measured"))
-    args = load(
-        EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", ["decode.prompts_per_domain=100000"]
-    )
+    overrides = ["decode.prompts_per_domain=100000", "plan.memory_budgets=[]"]
+    args = load(EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", overrides)
     with pytest.raises(UserError, match="100000 were asked for"):
         evaluate(MODEL, {}, args)
 

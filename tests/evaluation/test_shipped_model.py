@@ -5,10 +5,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from configs.load import load as load_config
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.engine import load
+from evaluation.engine.bandwidth import DEPTHS
 from evaluation.engine.decoding import decode
+from evaluation.evaluate import EvaluationArguments
 from evaluation.quality import QualityArguments, run_tasks
 from evaluation.reuse import routing_summary
 from evaluation.trace import teacher_forced_trace
@@ -45,6 +48,17 @@ def test_it_has_learnt_to_predict_and_no_expert_is_dead(model: PreTrainedModel, 
     summary = routing_summary(trace)
     assert summary["dead_experts_per_layer"] == [0, 0, 0, 0]
     assert summary["reuse_rate_mean"] > summary["chance_reuse_rate"]
+
+
+@pytest.mark.parametrize("name", ["demo", "smoke", "tiny"])
+def test_budgets_that_are_planned_for_it_hold_some_experts_and_not_all(name: str) -> None:
+    args = load_config(EvaluationArguments, f"configs/evaluation/{name}.yaml")
+    assert args.plan.memory_budgets
+    for budget in args.plan.memory_budgets:
+        options = {"memory_budget": budget, "context_tokens": args.plan.context_tokens, "dtype": args.decode.dtype}
+        for reads_in_flight in DEPTHS:  # whatever suits the disk
+            with load(MODEL, **options, reads_in_flight=reads_in_flight) as (_, engine):
+                assert engine.demand.token_experts < engine.cache.total_slots < engine.demand.all_experts
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert list(results["arms"]) == ["base", "remoe", "cache"]
     assert results["reproduce"]["command"].startswith("remoe run configs/run/smoke.yaml")
+    assert [plan["division"]["budget_bytes"] for plan in results["plans"]] == [46 * 2**20]
     for arm in results["arms"].values():
         for measured in arm["runs"]:
             assert all(row["tokens_equal_resident"] for row in measured["decode"])
@@ -42,6 +43,18 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     again = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert set(again["reproduce"]["seconds"]) == {"evaluate"}  # nothing was trained
     assert (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns == trained
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline_module, "launch_training", lambda *_: pytest.fail("something was trained"))
+    (tmp_path / "evaluation.yaml").write_text("plan: {memory_budgets: [1MiB]}", encoding="utf-8")
+    overrides = [f"output_dir={tmp_path / 'run'}", f"evaluation={tmp_path / 'evaluation.yaml'}"]
+    with pytest.raises(UserError, match="a memory budget of 1MiB is too small"):
+        pipeline(load(RunArguments, "configs/run/smoke.yaml", overrides), command="")
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_shipped_run_config_loads() -> None:

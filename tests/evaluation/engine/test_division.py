@@ -26,8 +26,8 @@ NEEDS = Needs(layers=4, kv_bytes_per_token=4000, row_bytes=20_000, mask_bytes=5)
 
 def divided(budget_bytes: int, **changes: Any) -> Division:
     options: dict[str, Any] = {
-        "demand": DEMAND, "needs": NEEDS, "resident_bytes": 10 * MIB, "reads_in_flight": 4, "context_tokens": 100,
-        "scope": "global",
+        "demand": DEMAND, "needs": NEEDS, "resident_bytes": 10 * MIB, "reader_bytes": 6 * MIB, "reads_in_flight": 4,
+        "context_tokens": 100, "scope": "global",
     }  # fmt: skip
     return divide(budget_bytes, **{**options, **changes})
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from configs.load import UserError
 from evaluation.engine import reader as module
-from evaluation.engine.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.pages import HUGE_BYTES, PAGE_BYTES, huge_pages
 from evaluation.engine.reader import PIECE_BYTES, Reader, Request, Span
 
 SIZE = 3 * PIECE_BYTES + 777
@@ -59,6 +59,16 @@ def test_spans_hold_the_bytes_of_the_file(shard: Path, direct: bool) -> None:
             assert wanted_bytes <= request.device_bytes <= wanted_bytes + 2 * PAGE_BYTES * pieces
 
         check()
+
+
+def test_buffers_are_as_large_as_the_pages_around_the_longest_range(shard: Path) -> None:
+    longest_bytes = 128 * PAGE_BYTES  # four of these are one huge page, so nothing is there by rounding up
+    spans = spans_of(shard, [(PAGE_BYTES - 1, longest_bytes)])
+    with Reader([shard], reads_in_flight=4, longest_bytes=longest_bytes) as reader:
+        assert read(reader, spans).error is None
+        assert reader.buffer_bytes == (2 * HUGE_BYTES if reader.direct else 0)
+    content = np.fromfile(shard, dtype=np.uint8)
+    assert np.array_equal(spans[0].target, content[PAGE_BYTES - 1 :][:longest_bytes])
 
 
 @pytest.mark.parametrize(("offset", "pages", "start"), [(1, 3, 0), (0, 300, 0), (1, 3, 64), (2, 1, PAGE_BYTES)])

@@ -97,7 +97,7 @@ class Arm:
 
 
 def divide_budgets(model: str, args: EvaluationArguments) -> list[dict[str, Any]]:
-    """The plan of every memory budget, made in a process of its own.
+    """The plan of every memory budget, each made in a process of its own.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it.
 
@@ -107,7 +107,7 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[dict[str, Any]
     find_device(args.device)
     divided = partial(plan, local_folder(model), context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet) as process:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
         return [process.submit(divided, memory_budget=budget).result() for budget in args.plan.memory_budgets]
 
 

@@ -99,7 +99,8 @@ class Arm:
 def divide_budgets(model: str, args: EvaluationArguments) -> list[dict[str, Any]]:
     """The plan of every memory budget, each made in a process of its own.
 
-    There residents are measured beside nothing else, and the settings of a small budget end with it.
+    There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
+    this needs `if __name__ == "__main__":`, as with anything that starts Python anew.
 
     Raises:
         UserError: a budget is too small, or the device is not there.

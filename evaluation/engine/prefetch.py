@@ -1,6 +1,6 @@
 """Reading ahead by the next layer's router, off unless asked for. It costs reads and changes no result.
 
-While a layer decodes, the router of the next one is asked with this layer's input, and the heaviest experts it names that
+While a layer decodes, the router of the next one is asked with this layer's input, and those of the heaviest it names that
 are not resident are read into slots of their own, behind the layer's own reads: the device works on while attention and
 router have nothing for it. What the next layer then misses is there already, or on its way; the others were read in vain.
 The cache and its rules know nothing of it.
@@ -20,6 +20,9 @@ from evaluation.engine.slot_memory import SlotMemory
 
 EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""
+TRUSTED = 2 / 3
+"""The part of the experts a router names that is guessed from, the heaviest. Of a made model's 8 they are chosen in 95, 89,
+84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which is read in vain too often."""
 SLOTS_PER_GUESS = 2
 """Slots for each: while the last guesses are read to their end, the next ones are."""
 
@@ -77,9 +80,10 @@ class Prefetch:
         """The heaviest first."""
         router: Any = self._routers[layer]
         _, weights_TK, ids_TK = router.forward(hidden_TH)  # not called: hooks would take it for the layer's own choice
-        order = weights_TK.flatten().argsort(descending=True, stable=True)
+        weights_TN, place_TN = weights_TK.topk(max(1, int(TRUSTED * weights_TK.shape[-1])))
+        order = weights_TN.flatten().argsort(descending=True, stable=True)
         resident = set(self._resident(layer))
-        ids = dict.fromkeys(ids_TK.flatten()[order].tolist())
+        ids = dict.fromkeys(ids_TK.gather(-1, place_TN).flatten()[order].tolist())
         return [(layer, expert) for expert in ids if expert not in resident][: self._experts]
 
     def _read(self, key: Key, slot: int) -> ReadAhead:

@@ -79,7 +79,7 @@ def a_prefetch(
 ) -> tuple[Prefetch, ReadCounts, SlotMemory]:
     store, counts = ExpertStore(folder), ReadCounts()
     memory = SlotMemory(store, 3, dtype, passing=1, ahead=SLOTS_PER_GUESS * EXPERTS)
-    routers = [Chooses(0, 1, 7), Chooses(2, 3, 7), Chooses(4, 5, 7)]
+    routers = [Chooses(0, 1, 7, 6), Chooses(2, 3, 7, 6, 5), Chooses(4, 5, 7, 6)]
     prefetch = Prefetch(
         routers, memory, reader, experts=EXPERTS, layer_ids=store.layer_ids, resident=resident, counts=lambda: counts
     )
@@ -108,6 +108,17 @@ def test_the_heaviest_that_are_neither_resident_nor_guessed_are_read_and_the_las
         assert prefetch.take((1, 7)) is not None
         prefetch.guess(2, torch.zeros(1, 32))
         assert (counts.prefetched, counts.prefetch_used) == (2, 2)
+
+
+def test_the_lighter_third_of_what_a_router_names_is_not_guessed(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("olmoe")
+    with Reader(ExpertStore(folder).shards) as reader:
+        prefetch, _, _ = a_prefetch(folder, reader, resident=lambda _: [2, 3])
+        prefetch.guess(0, torch.zeros(1, 32))
+        assert list(prefetch._guessed) == [(1, 7)], "not 6 and 5, though one slot more is free"
+        prefetch._routers = [Chooses(0), Chooses(4)]
+        prefetch.guess(0, torch.zeros(1, 32))
+        assert list(prefetch._guessed) == [(1, 4)], "the only one is"
 
 
 def test_of_a_wrong_guess_no_more_is_read_and_what_was_read_is_counted(

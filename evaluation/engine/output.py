@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from configs.load import UserError
 
 
@@ -37,21 +35,13 @@ def writing_aside(path: str | Path) -> Iterator[Path]:
     try:
         yield aside
         os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        if _is_full_disk(error):
+    except OSError as error:
+        if error.errno is None:  # numpy, when it could write only a part
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if isinstance(error, OSError):
-            error.filename = str(path)
+        error.filename = str(path)
         raise
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _is_full_disk(error: OSError | SafetensorError) -> bool:
-    """safetensors says it in words only, numpy with an error without a number when it could write only a part."""
-    if isinstance(error, SafetensorError):
-        return f"os error {errno.ENOSPC}" in str(error)
-    return error.errno is None
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from configs.load import UserError
 from evaluation.engine.output import writing_aside
@@ -86,7 +86,8 @@ class RouteTrace:
             "model": self.model,
         }
         with writing_aside(path) as aside:
-            save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, aside, metadata)
+            # not save_file (0.8), whose files nobody but their owner may read, whatever the umask
+            aside.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
 
     @classmethod
     def read(cls, path: str | Path) -> "RouteTrace":

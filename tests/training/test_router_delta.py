@@ -158,13 +158,17 @@ def test_gates_of_another_model_are_not_applied(base: Path, routers: dict[str, T
             router_delta.apply(model, wrong)
 
 
+def test_whoever_may_read_the_description_may_read_the_weights(delta: Path) -> None:
+    assert len({path.stat().st_mode for path in delta.iterdir()}) == 1
+
+
 def test_a_failed_write_leaves_the_old_delta(
     base: Path, delta: Path, routers: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(router_delta, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"cannot be written .*the disk is full or not writable"):
         router_delta.save(delta, routers, base_model="x", base_sha256="y", about={})
     assert router_delta.load_for(base, delta).keys() == routers.keys()

@@ -41,6 +41,12 @@ def test_a_trace_survives_the_round_trip(tmp_path: Path, num_experts: int, dtype
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
 
 
+def test_whoever_may_read_other_files_may_read_a_trace(tmp_path: Path) -> None:
+    RouteTrace(**arguments()).save(tmp_path / "t.safetensors")
+    (tmp_path / "other").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_unknown_expert_bytes_stay_unknown(tmp_path: Path) -> None:
     RouteTrace(**arguments(expert_bytes=None)).save(tmp_path / "t.safetensors")
     assert RouteTrace.read(tmp_path / "t.safetensors").expert_bytes is None

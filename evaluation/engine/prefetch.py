@@ -22,7 +22,8 @@ EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""
 TRUSTED = 2 / 3
 """The part of the experts a router names that is guessed from, the heaviest. Of a made model's 8 they are chosen in 95, 89,
-84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which is read in vain too often."""
+84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which is read in vain too often
+(`README.md`, reading ahead)."""
 SLOTS_PER_GUESS = 2
 """Slots for each: while the last guesses are read to their end, the next ones are."""
 

@@ -7,6 +7,7 @@ that stack, from 1) hits in every cache of at least d slots. With one pool per l
 numpy only; memory does not grow with the trace. Axes: M accesses of a block of calls.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +67,12 @@ def _curve_global(trace: RouteTrace) -> Array:
     """[phase, one pool, distance], as above."""
     counts = np.zeros((len(PHASES), 1, trace.num_experts * trace.layers + 2), np.int64)
     windows = _Windows(trace)
-    for accesses in accesses_by_block(trace, old_age=windows.old_age):
-        _count(counts, accesses.phase.astype(np.int64), accesses, accesses.place + windows.used_elsewhere(accesses))
+    blocks = accesses_by_block(trace, old_age=windows.old_age)
+    with ThreadPoolExecutor(1) as stacks:  # of the next block are moved while this one's windows are counted
+        coming = stacks.submit(next, blocks, None)
+        while (accesses := coming.result()) is not None:
+            coming = stacks.submit(next, blocks, None)
+            _count(counts, accesses.phase.astype(np.int64), accesses, accesses.place + windows.used_elsewhere(accesses))
     return counts
 
 

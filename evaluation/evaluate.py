@@ -1,6 +1,6 @@
 """`remoe evaluate`: quality, routing, cache replay and decode of a base model and of router deltas for it.
 
-`evaluate` is what `remoe run` calls too: one results dictionary, whose layout `evaluation/report.py` shows.
+`evaluate` is what `remoe run` calls too: one results dictionary, whose layout `evaluation/report/markdown.py` shows.
 """
 
 import argparse
@@ -21,24 +21,24 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.command import run
+from configs.files import write_json
 from configs.load import UserError, keys_help, load
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
-from evaluation.budgets import DecodeArguments, decode_in_turns, expert_sizes
-from evaluation.engine.curve import lru_curve
+from evaluation.decode import DecodeArguments, decode_in_turns, expert_sizes
+from evaluation.engine.cache.curve import lru_curve
+from evaluation.engine.cache.replay import lru_per_layer, replay, requests_of
+from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.device import find_device
-from evaluation.engine.output import write_json
-from evaluation.engine.replay import lru_per_layer, replay, requests_of
+from evaluation.engine.sessions.plan import plan
 from evaluation.machine import machine_facts
-from evaluation.plan import PlanArguments, plan
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from evaluation.report import write_report
-from evaluation.reuse import routing_summary
-from evaluation.trace import teacher_forced_trace
-from training import router_delta
-from training.model import load_pretrained, load_tokenizer, local_folder
-from training.routers import find_routers
-from training.run_folder import code_commit
+from evaluation.report.markdown import write_report
+from evaluation.tracing import teacher_forced_trace
+from training.model.loading import load_pretrained, load_tokenizer, local_folder
+from training.model.routers import find_routers
+from training.run_folder import router_delta
+from training.run_folder.folder import code_commit
 
 EXAMPLE = """example:
   remoe evaluate --model data/embedded/model --router-delta runs/tiny/router_delta \\
@@ -63,6 +63,14 @@ class ReplayArguments:
     policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "fifo", "belady"])
     cache_scope: str = "per_layer"
     slots: list[int] = field(default_factory=lambda: [4, 6, 8, 12, 16, 24, 32])
+
+
+@dataclass
+class PlanArguments:
+    """Memory budgets that the report divides; none: no plan in it."""
+
+    memory_budgets: list[str] = field(default_factory=list)  # for everything, for example [64MiB]
+    context_tokens: int = 256  # tokens of prompt and answer to keep room for
 
 
 @dataclass

@@ -8,20 +8,23 @@ from configs.command import run
 from configs.load import UserError
 
 COMMANDS = {
-    "run": ("launch.pipeline", "the whole loop: train the arms, evaluate them and the base, write a report"),
+    "run": ("launch.run", "the whole loop: train the arms, evaluate them and the base, write a report"),
     "train": ("training.train", "fine-tune the routers of a model"),
-    "bench-train": ("training.bench_train", "speed and memory of that beside transformers' own Trainer"),
+    "bench-train": ("evaluation.benchmark.training", "speed and memory of that beside transformers' own Trainer"),
     "evaluate": ("evaluation.evaluate", "quality, routing, cache replay and decode of a model and a router delta"),
-    "trace": ("evaluation.trace", "which experts every token of a text chooses"),
-    "replay": ("evaluation.replay", "what a cache of each size and policy would miss on a trace"),
-    "generate": ("evaluation.generate", "decode with experts paged from disk under a byte budget"),
-    "plan": ("evaluation.plan", "what a memory budget is divided into, and what it buys"),
-    "serve": ("evaluation.serve", "the same behind OpenAI's HTTP API, with metrics"),
-    "make-model": ("evaluation.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
-    "pack": ("evaluation.pack", "a copy of a checkpoint that is read faster: experts in whole pages"),
-    "bench": ("evaluation.bench", "decode speed beside peers at equal memory, and beside the machine's bound"),
-    "export": ("evaluation.export", "tuned routers for others: a Hugging Face folder, or a patched GGUF"),
-    "report": ("evaluation.report", "write the report of a results.json again"),
+    "trace": ("launch.trace", "which experts every token of a text chooses"),
+    "replay": ("launch.replay", "what a cache of each size and policy would miss on a trace"),
+    "generate": ("launch.generate", "decode with experts paged from disk under a byte budget"),
+    "plan": ("launch.plan", "what a memory budget is divided into, and what it buys"),
+    "serve": ("evaluation.server.application", "the same behind OpenAI's HTTP API, with metrics"),
+    "make-model": ("launch.make_model", "a mid-sized checkpoint with realistic routing, to measure paging with"),
+    "pack": ("launch.pack", "a copy of a checkpoint that is read faster: experts in whole pages"),
+    "bench": (
+        "evaluation.benchmark.decode",
+        "decode speed beside peers at equal memory, and beside the machine's bound",
+    ),
+    "export": ("evaluation.export.hf_folder", "tuned routers for others: a Hugging Face folder, or a patched GGUF"),
+    "report": ("evaluation.report.markdown", "write the report of a results.json again"),
 }
 
 

@@ -37,6 +37,7 @@ from transformers import (
 from training.arguments import TrainArguments
 
 ROOT = Path(__file__).parent.parent
+pytest_plugins = ["tests.checkpoints"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none")
 END_OF_TEXT = "<|endoftext|>"
 SMALL: dict[str, Any] = {

@@ -1,15 +1,41 @@
-"""What holds the house together: import direction, the tree in README, shipped sizes."""
+"""What holds the house together: which room imports which, the trees in the READMEs, shipped sizes."""
 
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["configs", "data", "training", "evaluation", "launch"]  # each imports only what is left of it
 MEGABYTE = 10**6
+ENGINE = "evaluation.engine"
+EVERYTHING = ("configs", "data", "training", "evaluation", "launch")
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "configs": (),
+    "data": ("configs",),
+    "training": ("configs", "data", "training.model"),
+    "training.model": ("configs",),
+    "evaluation": ("configs", "data", "training", ENGINE),
+    f"{ENGINE}.cache": ("configs",),
+    f"{ENGINE}.store": ("configs",),
+    f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store"),
+    ENGINE: ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", f"{ENGINE}.memory", "training.model"),
+    f"{ENGINE}.sessions": ("configs", ENGINE, "training.model"),
+    "evaluation.report": ("configs", "evaluation.results"),
+    "evaluation.server": ("configs", ENGINE, "training.model"),
+    "evaluation.export": ("configs", f"{ENGINE}.store", "training"),
+    "evaluation.benchmark": (
+        "configs", "data", "training", ENGINE, "evaluation.report", "evaluation.export", "evaluation.machine",
+        "evaluation.tracing", "evaluation.turns",
+    ),
+    "launch": EVERYTHING,
+}  # fmt: skip
+"""Room -> what it may import of ours beside itself; the longest name that fits decides, on both sides of the arrow."""
+WITHOUT_TORCH = (f"{ENGINE}.cache", f"{ENGINE}.store")
+PARSERS = ("launch", "training.train", "configs.command")
+"""Where command lines are read."""
 
 
 def tracked(pattern: str = "*") -> list[Path]:
@@ -17,42 +43,86 @@ def tracked(pattern: str = "*") -> list[Path]:
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
 
 
+def product() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of every module that is no test."""
+    for path in tracked("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if not name.startswith("tests"):
+            yield name, path
+
+
 def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return modules | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return modules | {
+        f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_point_one_way(layer: str) -> None:
-    later = LAYERS[LAYERS.index(layer) + 1 :]
-    for path in (ROOT / layer).rglob("*.py"):
-        wrong = {module for module in imported(path) if module.split(".")[0] in later}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+def inside(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
 
 
-def test_engine_imports_nothing_of_ours_but_the_config_loader() -> None:
-    for path in (ROOT / "evaluation" / "engine").glob("*.py"):
-        ours = {module for module in imported(path) if module.split(".")[0] in LAYERS}
-        wrong = {m for m in ours if m != "configs.load" and not m.startswith("evaluation.engine")}
-        assert not wrong, f"{path.name} imports {wrong}"
+def room_of(name: str) -> str:
+    return max((room for room in MAY_IMPORT if inside(name, room)), key=len)
 
 
-def test_tree_in_readme_is_what_is_on_disk() -> None:
-    block = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tree -->")[1]
-    named, folder = set(), ""
-    for line in re.findall(r"(?m)^( *)(\S+)(?: {2,}\S.*)?$", block.strip().strip("`")):
-        indent, name = line
-        if not indent:
-            folder = name if name.endswith("/") else ""
-            named.add(folder or name)
-        else:
-            named.add(folder + name)
-    python = {str(p.relative_to(ROOT)) for p in tracked("*.py") if p.name != "__init__.py" and "tests" not in p.parts}
-    missing = python - named
-    assert not missing, f"README's tree lacks {sorted(missing)}"
-    gone = {name for name in named if not (ROOT / name).exists()}
-    assert not gone, f"README's tree names what is not there: {sorted(gone)}"
+def allowed(name: str, module: str) -> bool:
+    """Whether the module `name` may import `module` of ours."""
+    room = room_of(name)
+    return room == room_of(module) or any(inside(module, named) for named in MAY_IMPORT[room])
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_the_table_allows(room: str) -> None:
+    for name, path in product():
+        ours = {module for module in imported(path) if module.split(".")[0] in EVERYTHING}
+        wrong = {module for module in ours if room_of(name) == room and not allowed(name, module)}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_the_cache_and_the_store_need_neither_torch_nor_transformers() -> None:
+    for name, path in product():
+        if any(inside(name, room) for room in WITHOUT_TORCH):
+            heavy = {module for module in imported(path) if module.split(".")[0] in ("torch", "transformers")}
+            assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)}"
+
+
+def test_command_lines_are_read_in_launch_alone() -> None:
+    for name, path in product():
+        if not any(inside(name, room) for room in PARSERS):
+            parsers = {module for module in imported(path) if module.split(".")[0] in ("argparse", "tyro")}
+            assert not parsers, f"{path.relative_to(ROOT)} imports {sorted(parsers)}"
+
+
+def trees() -> dict[Path, set[str]]:
+    """Folder -> the files that the tree in its README names, as paths from the root."""
+    found = {}
+    for readme in tracked("*README.md"):
+        parts = readme.read_text(encoding="utf-8").split("<!-- tree -->")
+        if len(parts) < 3:
+            continue
+        named, folder = set(), ""
+        for indent, name in re.findall(r"(?m)^( *)(\S+)(?: {2,}\S.*)?$", parts[1].strip().strip("`")):
+            if not indent:
+                folder = name if name.endswith("/") else ""
+            named.add(str((readme.parent / (folder + name if indent else name)).relative_to(ROOT)))
+        found[readme.parent] = named
+    return found
+
+
+def test_every_file_is_in_the_tree_of_the_nearest_readme() -> None:
+    named = trees()
+    for name, path in product():
+        if path.name != "__init__.py":
+            folder = next(parent for parent in path.parents if parent in named)
+            assert str(path.relative_to(ROOT)) in named[folder], f"{folder.name}/README.md lacks {name}"
+
+
+def test_trees_name_nothing_that_is_not_there() -> None:
+    for folder, named in trees().items():
+        gone = sorted(name for name in named if not (ROOT / name).exists())
+        assert not gone, f"{folder.name}/README.md names {gone}"
 
 
 def test_what_ships_is_small_enough() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import SchedulerType
 
 from data.batches import DataArguments
-from training.model import ModelArguments
-from training.objective import ObjectiveArguments
+from training.model.loading import ModelArguments
+from training.objective.objective import ObjectiveArguments
 
 
 @dataclass

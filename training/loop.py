@@ -16,14 +16,14 @@ from torch import Tensor
 
 from configs.load import UserError
 from data.batches import Batch
-from training import proof
 from training.arguments import TrainArguments
-from training.objective import Objective, objective, total_counts
+from training.objective.objective import Objective, objective, total_counts
+from training.objective.token_loss import Head
 from training.run import Run, build, finish, save_checkpoint
-from training.run_folder import update_json
+from training.run_folder import proof
+from training.run_folder.folder import update_json
+from training.run_folder.metrics import Tracker
 from training.stop_signal import StopSignal, listening
-from training.token_loss import Head
-from training.tracking import Tracker
 
 
 def train(args: TrainArguments) -> Path:

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from configs.load import UserError, dump
 from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
-from training import checkpoint, proof, router_delta
 from training.arguments import TrainArguments
-from training.layerwise import LayerwiseCheckpoint, decoder_layers
-from training.model import (
+from training.model.loading import (
     build_model,
     load_tokenizer,
     local_folder,
@@ -25,11 +23,14 @@ from training.model import (
     trained_parameters,
     weights_dtype,
 )
-from training.placement import check_room
-from training.routers import RouterObserver
-from training.run_folder import check_output_dir, code_commit, update_json
-from training.sharding import REPLICATED, ZERO3, make_accelerator, place, spread, wanted, whole_tensors
-from training.token_loss import Head
+from training.model.routers import RouterObserver
+from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
+from training.objective.token_loss import Head
+from training.run_folder import checkpoint, proof, router_delta
+from training.run_folder.folder import check_output_dir, code_commit, update_json
+from training.sharding.launcher import REPLICATED, ZERO3, make_accelerator, wanted
+from training.sharding.placement import check_room
+from training.sharding.spread import place, spread, whole_tensors
 
 
 @dataclass

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from evaluation.engine.pages import PAGE_BYTES, huge_pages
-from evaluation.engine.reader import takes_direct_reads
+from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.store.reader import takes_direct_reads
 
 DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth

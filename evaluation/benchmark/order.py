@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.engine.policies import DEFAULT
+from evaluation.engine.cache.policies import DEFAULT
 
 COLD, WARM, LONG = "cold", "warm", "long_prompt"
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.sizes import readable
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup
 from evaluation.benchmark.order import Order
-from evaluation.engine.budget import readable
 
 PROJECT = Path(__file__).parents[2]
-MODULE = "evaluation.benchmark.side"
+MODULE = "evaluation.benchmark.sides.side"
 INSTALL = 'install the opponents with pip install -e ".[bench]"'
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from evaluation.engine.shards import read_index
+from evaluation.engine.store.shards import read_index
 
 EXPERT = re.compile(r"(?P<module>.*\.experts)\.\d+\..*")
 

@@ -7,20 +7,21 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from evaluation.engine.accounting import CacheCounts, EngineStats, ReadCounts, engine_stats
-from evaluation.engine.budget import Demand
-from evaluation.engine.cache import ExpertCache
+from evaluation.engine.cache.counts import CacheCounts
+from evaluation.engine.cache.pool import ExpertCache
+from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
 from evaluation.engine.cache_prior import CachePrior, attach_cache_prior, routers_of
 from evaluation.engine.device import CPU
-from evaluation.engine.division import Division, passing_slots
+from evaluation.engine.memory.demand import Demand
+from evaluation.engine.memory.division import Division, passing_slots
+from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
-from evaluation.engine.prefix_cache import PrefixCache
-from evaluation.engine.reader import Reader
 from evaluation.engine.resident import experts_modules
-from evaluation.engine.route_trace import RouteTrace, TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.reader import Reader
 
 
 class Engine:

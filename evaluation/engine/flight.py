@@ -11,10 +11,10 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import NamedTuple
 
-from evaluation.engine.policies import Key
+from evaluation.engine.cache.policies import Key
 from evaluation.engine.prefetch import Prefetch, ReadAhead
-from evaluation.engine.reader import Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.store.reader import Reader, Request
 
 
 class _Reading(NamedTuple):

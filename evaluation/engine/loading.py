@@ -9,22 +9,23 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
-from evaluation.engine.accounting import private_bytes, total_memory_bytes
-from evaluation.engine.bandwidth import reads_in_flight_for
-from evaluation.engine.budget import Demand, parse_size, slots_for, warn_below_cliff
-from evaluation.engine.cache import SCOPES, ExpertCache
+from configs.sizes import parse_size
+from evaluation.engine.cache.policies import DEFAULT, make_policy
+from evaluation.engine.cache.pool import SCOPES, ExpertCache
+from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.device import CPU, find_device
-from evaluation.engine.division import CONTEXT_TOKENS, divide
 from evaluation.engine.engine import Engine
-from evaluation.engine.needs import needs_of
-from evaluation.engine.policies import DEFAULT, make_policy
+from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
+from evaluation.engine.memory.division import CONTEXT_TOKENS, divide
+from evaluation.engine.memory.needs import needs_of
+from evaluation.engine.memory.process import private_bytes, total_memory_bytes
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
-from evaluation.engine.reader import Reader
 from evaluation.engine.resident import compute_dtype, load_resident, read_config
-from evaluation.engine.route_trace import RouteTrace
 from evaluation.engine.slot_memory import record_bytes
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.store.bandwidth import reads_in_flight_for
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.reader import Reader
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""

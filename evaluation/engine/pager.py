@@ -17,14 +17,15 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from configs.load import UserError
-from evaluation.engine.accounting import DECODE, PREFILL, ReadCounts
-from evaluation.engine.cache import ExpertCache, Service, event_order
+from evaluation.engine.cache.counts import DECODE, PREFILL
+from evaluation.engine.cache.pool import ExpertCache, Service, event_order
+from evaluation.engine.cache.trace import TraceRecorder
 from evaluation.engine.flight import Flight
 from evaluation.engine.prefetch import Prefetch
 from evaluation.engine.products import BatchedProducts, GroupedProducts, Products
-from evaluation.engine.reader import Reader
-from evaluation.engine.route_trace import TraceRecorder
 from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.stats import ReadCounts
+from evaluation.engine.store.reader import Reader
 
 IMPLEMENTATION = "remoe_paged"
 

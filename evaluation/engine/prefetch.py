@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from evaluation.engine.accounting import DECODE, ReadCounts
-from evaluation.engine.policies import Key
-from evaluation.engine.reader import Reader, Request
+from evaluation.engine.cache.counts import DECODE
+from evaluation.engine.cache.policies import Key
 from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.stats import ReadCounts
+from evaluation.engine.store.reader import Reader, Request
 
 EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _batched_linear
 
+from evaluation.engine.cache.policies import Key
 from evaluation.engine.device import CPU
-from evaluation.engine.policies import Key
 from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
 
 VECTOR = 64

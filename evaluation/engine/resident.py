@@ -24,7 +24,7 @@ from transformers import (
 from configs.load import UserError
 from evaluation.engine.device import CPU
 from evaluation.engine.slot_memory import ALIGN_BYTES, TORCH_DTYPES
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.store.experts import ExpertStore
 
 
 def read_config(model_dir: str | Path) -> PretrainedConfig:

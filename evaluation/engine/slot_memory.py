@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from evaluation.engine.device import CPU
-from evaluation.engine.expert_layout import FUSED, ExpertShape
 from evaluation.engine.filled_rows import filled_rows
-from evaluation.engine.pages import PAGE_BYTES, huge_pages
-from evaluation.engine.reader import Bytes, Span
 from evaluation.engine.staging import Staging
-from evaluation.engine.store import ExpertStore, Extent
+from evaluation.engine.store.expert_layout import FUSED, ExpertShape
+from evaluation.engine.store.experts import ExpertStore, Extent
+from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.store.reader import Bytes, Span
 
 ALIGN_BYTES = 64
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -16,11 +16,12 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from evaluation.engine.accounting import PHASES, EngineStats
-from evaluation.engine.conversations import Conversations
+from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.engine import Engine
-from evaluation.engine.memory_controller import MemoryController
 from evaluation.engine.pager import PagedLayer
+from evaluation.engine.sessions.controller import MemoryController
+from evaluation.engine.sessions.conversations import Conversations
+from evaluation.engine.stats import EngineStats
 from evaluation.server.choice import Choice
 from evaluation.server.metrics import Metrics
 from evaluation.server.work import Cancelled, Delta, Done, Job, Work

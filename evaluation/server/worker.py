@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from configs.load import UserError
-from evaluation.engine.division import ContextTooLong
+from evaluation.engine.memory.division import ContextTooLong
 from evaluation.server.errors import ApiError
 from evaluation.server.work import Cancelled, Done, Event, Failed, Job
 

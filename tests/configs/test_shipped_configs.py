@@ -72,7 +72,7 @@ def unread_keys(schema: type, sources: list[str]) -> list[str]:
 
 def test_every_key_of_a_training_config_is_read_by_some_code() -> None:
     sources = [
-        path.read_text(encoding="utf-8") for folder in ("data", "training") for path in (ROOT / folder).glob("*.py")
+        path.read_text(encoding="utf-8") for folder in ("data", "training") for path in (ROOT / folder).rglob("*.py")
     ]
     assert unread_keys(TrainArguments, sources) == []
 

@@ -14,7 +14,7 @@ from configs.load import UserError
 from data import token_cache
 from data.batches import DataArguments, PackedRows, tokenize
 from data.token_cache import Documents, left_out_text, training_documents
-from training.model import load_tokenizer
+from training.model.loading import load_tokenizer
 
 TEXTS = ["The sea was calm.", "def f(x):\n    return x\n", "\N{GREEK SMALL LETTER ALPHA}"]
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from configs.load import UserError, load
 from evaluation.evaluate import EvaluationArguments, evaluate
 from tests.conftest import needs_gpu
-from training.model import load_pretrained
+from training.model.loading import load_pretrained
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data" / "embedded" / "model")

@@ -17,13 +17,13 @@ from torch import Tensor
 from configs.load import UserError
 from evaluation.engine import load
 from tests.conftest import byte_tokenizer
-from training import proof, router_delta
 from training.arguments import TrainArguments
-from training.layerwise import LayerwiseCheckpoint, decoder_layers
 from training.loop import train_step
-from training.model import load_pretrained
-from training.routers import RouterObserver, find_routers, router_kind, router_parameters
+from training.model.loading import load_pretrained
+from training.model.routers import RouterObserver, find_routers, router_kind, router_parameters
+from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
 from training.run import build, finish, save_checkpoint
+from training.run_folder import proof, router_delta
 
 FAMILIES = (
     "OlmoeConfig", "Qwen2MoeConfig", "Qwen3MoeConfig", "MixtralConfig", "DeepseekV2Config", "DeepseekV2Config:groups",

@@ -11,7 +11,7 @@ from scipy import stats
 
 from configs.load import UserError
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from training.model import load_pretrained, load_tokenizer
+from training.model.loading import load_pretrained, load_tokenizer
 
 MakeModelDir = Callable[[str], Path]
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides

@@ -7,7 +7,7 @@ import pytest
 
 from configs import command
 from configs.load import UserError
-from evaluation.report import main
+from evaluation.report.markdown import main
 from evaluation.results import check_results, read_results
 from tests.evaluation.made_results import changed, made_results
 

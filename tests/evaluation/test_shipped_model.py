@@ -9,13 +9,13 @@ from configs.load import load as load_config
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.engine import load
-from evaluation.engine.bandwidth import DEPTHS
-from evaluation.engine.decoding import decode
+from evaluation.engine.cache.reuse import routing_summary
+from evaluation.engine.greedy import decode
+from evaluation.engine.store.bandwidth import DEPTHS
 from evaluation.evaluate import EvaluationArguments
 from evaluation.quality import QualityArguments, run_tasks
-from evaluation.reuse import routing_summary
-from evaluation.trace import teacher_forced_trace
-from training.model import load_pretrained, load_tokenizer
+from evaluation.tracing import teacher_forced_trace
+from training.model.loading import load_pretrained, load_tokenizer
 
 MODEL = "data/embedded/model"
 PIECE = 64  # tokens

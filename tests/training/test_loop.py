@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, GraniteMoeConfig
 from configs.load import UserError
 from data.batches import IGNORE_LABEL
 from tests.conftest import SMALL
-from training import checkpoint, proof, router_delta
 from training.arguments import TrainArguments
 from training.loop import train, train_step
-from training.model import load_pretrained, plain_head
-from training.routers import router_parameters
+from training.model.loading import load_pretrained, plain_head
+from training.model.routers import router_parameters
 from training.run import Run, build, finish
+from training.run_folder import checkpoint, proof, router_delta
 
 Arguments = Callable[..., TrainArguments]
 

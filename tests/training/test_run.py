@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 
 from configs.load import UserError
 from data.batches import PackedRows
-from training import checkpoint, loop, router_delta
+from training import loop
 from training import run as run_module
 from training.arguments import TrainArguments
 from training.loop import train, train_step
-from training.model import load_pretrained
+from training.model.loading import load_pretrained
 from training.run import Run, build, save_checkpoint
+from training.run_folder import checkpoint, router_delta
 
 Arguments = Callable[..., TrainArguments]
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from configs.command import run
-from training import checkpoint
+from training.run_folder import checkpoint
 from training.train import main
 
 Values = Callable[..., dict[str, Any]]

@@ -18,7 +18,7 @@ from data.batches import PADDING, Batch
 from tests.conftest import SMALL, byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
-from training.objective import objective, total_counts
+from training.objective.objective import objective, total_counts
 from training.run import Run, build, save_checkpoint
 
 Arguments = Callable[..., TrainArguments]

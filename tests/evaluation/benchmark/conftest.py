@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from data.corpus import EMBEDDED
-from evaluation.benchmark.made_checkpoint import Recipe, write_checkpoint
-from evaluation.benchmark.synthetic import Shape
-from training.model import load_tokenizer
+from evaluation.benchmark.made_model.made_checkpoint import Recipe, write_checkpoint
+from evaluation.benchmark.made_model.synthetic import Shape
+from training.model.loading import load_tokenizer
 
 TINY = Shape(
     hidden=128, layers=2, num_experts=8, top_k=2, intermediate=16, shared_intermediate=16, vocabulary=4096, context=512

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from configs.load import UserError
 from evaluation.engine import load
-from evaluation.engine.accounting import DECODE, PREFILL
-from evaluation.engine.policies import ONLINE
-from evaluation.engine.replay import replay
-from evaluation.engine.route_trace import RouteTrace
+from evaluation.engine.cache.counts import DECODE, PREFILL
+from evaluation.engine.cache.policies import ONLINE
+from evaluation.engine.cache.replay import replay
+from evaluation.engine.cache.trace import RouteTrace
 
 Checkpoint = Callable[..., Path]
 

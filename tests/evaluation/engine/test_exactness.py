@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from evaluation.engine import load
-from evaluation.engine.cache import SCOPES
-from evaluation.engine.policies import LIVE
-from evaluation.engine.route_trace import RouteTrace
+from evaluation.engine.cache.policies import LIVE
+from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.cache.trace import RouteTrace
 
 Checkpoint = Callable[..., Path]
 FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "phimoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "wide"]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine import load
-from evaluation.engine import reader as reader_module
+from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.engine import Engine
 from evaluation.engine.pager import paged_experts_forward
-from evaluation.engine.policies import ONLINE
+from evaluation.engine.store import reader as reader_module
 
 NEW_TOKENS = 10
 Checkpoint = Callable[..., Path]

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine import load
-from evaluation.engine.accounting import DECODE, EngineStats, ReadCounts
+from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.flight import Flight
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
-from evaluation.engine.reader import Reader, Request
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.stats import EngineStats, ReadCounts
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.reader import Reader, Request
 
 Checkpoint = Callable[..., Path]
 PROMPT = torch.arange(3, 15).unsqueeze(0)

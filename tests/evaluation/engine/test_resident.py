@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine.resident import experts_modules, load_resident, read_config
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from evaluation.engine.slot_memory import ALIGN_BYTES, SlotMemory, record_bytes
-from evaluation.engine.store import ExpertStore
+from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.engine.engine import Engine
-from evaluation.serve import HttpServer, application, listener, parser
+from evaluation.server.application import HttpServer, application, listener, parser
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from evaluation.serve import application, parser
+from evaluation.server.application import application, parser
 from evaluation.server.protocol import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
 from tests.evaluation.server.conftest import TEMPLATE
 

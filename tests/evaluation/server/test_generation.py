@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from evaluation.engine import load
-from evaluation.engine.conversations import Conversations
 from evaluation.engine.engine import Engine
+from evaluation.engine.sessions.conversations import Conversations
 from evaluation.server.generation import Generator
 from evaluation.server.metrics import Metrics
 from evaluation.server.work import Cancelled, Delta, Job, Work

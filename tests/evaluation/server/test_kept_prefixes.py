@@ -8,7 +8,7 @@ from transformers import Gemma2Config
 
 from configs.load import UserError
 from evaluation.engine.resident import read_config
-from evaluation.serve import _keeps_prefixes, parser
+from evaluation.server.application import _keeps_prefixes, parser
 from tests.evaluation.server.running import Plain, serve
 
 

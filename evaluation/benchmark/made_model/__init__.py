@@ -1,0 +1,1 @@
+"""A checkpoint with the routing of trained models, made without training."""

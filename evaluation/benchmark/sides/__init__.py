@@ -1,0 +1,1 @@
+"""The sides of a benchmark, each in a process of its own."""

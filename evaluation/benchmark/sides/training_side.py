@@ -1,0 +1,216 @@
+"""The process of one side of `remoe bench-train`: `python -m evaluation.benchmark.sides.training_side ORDER_JSON`.
+
+Loads the model, takes each step when it is told to, and says on standard output how long each took, how much memory they
+needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.
+"""
+
+import ctypes
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from configs.command import run as run_command
+from configs.load import UserError, load
+from data.batches import Batch
+from training.arguments import TrainArguments
+from training.loop import train_step
+from training.model import packed_attention
+from training.run import Run, build
+
+OURS = "remoe"
+READY = "ready for a step"
+"""What a process prints before each step; it takes the step when a line comes in."""
+RATE_SIZE, ACCELERATOR_RATE_SIZE, RATE_SECONDS = 1024, 8192, 0.5
+"""The square matrices with which the machine's rate is measured (on an accelerator starting a small product takes longer
+than the product), and how long."""
+
+
+@dataclass
+class Order:
+    """What one process is to do."""
+
+    side: str  # `OURS`, or a stock experts_implementation, trained by transformers' Trainer
+    config: str  # YAML of a `TrainArguments` whose max_steps are all steps
+    threads: int
+
+
+@dataclass
+class Measured:
+    """What one process says; the first step warms up."""
+
+    step_seconds: list[float]
+    losses: list[float]  # cross entropy of each step, nats per token
+    tokens_per_step: int
+    model_bytes: int  # held before the first step
+    peak_bytes: int  # above that
+    forward_flop_per_step: int  # of the model's matrix products
+    matrix_flop_per_second: float
+    attn_implementation: str  # transformers' name
+
+
+def main(order: Order) -> None:
+    """Load, train, print the figures as one line of JSON."""
+    torch.set_num_threads(order.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    run = build(load(TrainArguments, order.config))
+    take_steps = _our_steps if order.side == OURS else _stock_steps
+    if order.side != OURS:
+        run.observer.close()
+        run.model.set_experts_implementation(order.side)
+        if _attention(run) == packed_attention.IMPLEMENTATION:
+            run.model.set_attn_implementation("sdpa")
+    batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
+    flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
+    model_bytes = _begin_counting(run.accelerator.device)
+    seconds, losses = take_steps(run)
+    peak_bytes = _peak_bytes(run.accelerator.device) - model_bytes
+    measured = Measured(
+        step_seconds=seconds, losses=losses, tokens_per_step=run.rows_per_step * run.args.max_length, model_bytes=model_bytes,
+        peak_bytes=peak_bytes, forward_flop_per_step=flop, matrix_flop_per_second=_matrix_rate(run),
+        attn_implementation=_attention(run),
+    )  # fmt: skip
+    print(json.dumps(asdict(measured)), flush=True)
+
+
+def _attention(run: Run) -> str:
+    return str(run.model.config.get_text_config()._attn_implementation)
+
+
+def _wait_for_turn() -> float:
+    """The moment at which the step may begin, in seconds."""
+    print(READY, flush=True)
+    if not sys.stdin.readline():
+        raise UserError("whoever gives the turns has ended")
+    return time.perf_counter()
+
+
+def _our_steps(run: Run) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and its loss."""
+    seconds, losses = [], []
+    while run.step < run.args.max_steps:
+        began = _wait_for_turn()
+        losses.append(train_step(run)["train/loss"])
+        _finish(run.accelerator.device)
+        seconds.append(time.perf_counter() - began)
+    return seconds, losses
+
+
+def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
+    """The same by transformers' Trainer: same rows in the same order, same optimizer settings; the task loss alone."""
+    args, clock = run.args, _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder, max_steps=args.max_steps, seed=args.seed, learning_rate=args.learning_rate,
+            per_device_train_batch_size=args.per_device_train_batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps, lr_scheduler_type=args.lr_scheduler_type,
+            warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, adam_beta1=args.adam_beta1,
+            adam_beta2=args.adam_beta2, max_grad_norm=args.max_grad_norm, bf16=args.bf16, logging_steps=1,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=run.accelerator.device.type == "cpu",
+        )  # fmt: skip
+        run.model.config.use_cache = False
+        trainer = Trainer(run.model, settings, train_dataset=_StockRows(run), callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return clock.seconds, clock.losses
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.began = 0.0
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began = _wait_for_turn()
+
+    def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
+        _finish(args.device)
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+class _StockRows(IterableDataset[dict[str, Tensor]]):
+    """Our packed rows as transformers takes them: its labels stand at their own position, ours at the one before."""
+
+    def __init__(self, run: Run) -> None:
+        self.rows = run.rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        row = 0
+        while True:
+            batch = self.rows.batch([row])
+            labels_S = torch.cat([batch.labels_BS.new_full((1,), -100), batch.labels_BS[0, :-1]])
+            yield {"input_ids": batch.input_ids_BS[0], "position_ids": batch.position_ids_BS[0], "labels": labels_S}
+            row += 1
+
+
+@torch.no_grad()
+def _forward_flop(run: Run, batch: Batch) -> int:
+    """Floating-point operations of the matrix products of one micro-batch's forward pass."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop})
+    with counter, run.accelerator.autocast():
+        run.model(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    return counter.get_total_flops()
+
+
+def _grouped_mm_flop(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
+def _matrix_rate(run: Run) -> float:
+    """Floating-point operations per second of large matrix products in the precision that the model computes in."""
+    dtype = torch.bfloat16 if run.args.bf16 else next(run.model.parameters()).dtype
+    device = run.accelerator.device
+    size = RATE_SIZE if device.type == "cpu" else ACCELERATOR_RATE_SIZE
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    started, times = time.perf_counter(), []
+    while time.perf_counter() - started < RATE_SECONDS:
+        before = time.perf_counter()
+        _ = (a @ a)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - before)
+    return 2 * size**3 / sorted(times)[len(times) // 2]
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what an accelerator still has to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _begin_counting(device: torch.device) -> int:
+    """Bytes held now; `_peak_bytes` will tell the most that was held since."""
+    if device.type != "cpu":
+        torch.accelerator.reset_peak_memory_stats()
+        return torch.accelerator.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed must not hide what steps allocate
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := now
+    return int(psutil.Process().memory_info().rss)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda _: main(Order(**json.loads(sys.argv[1])))))

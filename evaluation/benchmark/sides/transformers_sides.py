@@ -1,0 +1,177 @@
+"""The sides that are transformers: our engine, accelerate's disk offload, and everything in memory.
+
+Every function here is a context manager that loads one side from an order and gives a `Serving`.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from evaluation.benchmark.order import Leg, Order
+from evaluation.benchmark.sides.meter import LegResult, Meter
+from evaluation.benchmark.sides.serving import Serving
+from evaluation.benchmark.weights import expert_modules
+from evaluation.engine import load
+from evaluation.engine.cache.counts import DECODE
+from evaluation.engine.cache.reuse import reuse_rate_per_layer
+from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.engine import Engine
+from evaluation.engine.greedy import greedy
+
+
+@contextmanager
+def remoe(order: Order) -> Iterator[Serving]:
+    """Our engine, with the order's expert cache."""
+    _prepare(order)
+    logging.getLogger("evaluation.engine.memory.demand").setLevel(logging.ERROR)
+    context_tokens = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs)
+    with load(
+        order.model_dir, order.expert_cache, memory_budget=order.memory_budget, context_tokens=context_tokens,
+        cache_policy=order.cache_policy, prefetch=order.prefetch, record_trace=True,
+    ) as (model, engine):  # fmt: skip
+        _never_end(model)
+
+        def request(leg: Leg) -> LegResult:
+            engine.reset_stats()
+            result = _generate(model, leg)
+            result.engine = _engine_figures(engine)
+            return result
+
+        settings = {
+            "expert_cache": order.expert_cache, "memory_budget": order.memory_budget, "expert_cache_bytes": engine.pool_bytes,
+            "cache_policy": order.cache_policy, "prefetch": order.prefetch, "dtype": str(engine.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        yield Serving(request, _shards(order.model_dir), settings, engine.reset_cache)
+
+
+def _engine_figures(engine: Engine) -> dict[str, Any]:
+    """What the engine counted since its counters were reset."""
+    stats = engine.stats()
+    decoded = stats.tokens["decode"]
+    return {
+        "hit_rate": stats.hit_rate,
+        "reuse_rate_mean": _decode_reuse(engine.trace(), sum(stats.tokens.values())),
+        "misses_per_token": stats.misses_by_phase["decode"] / decoded if decoded else None,
+        "first_touches": stats.first_touches,
+        "counted_bytes_read_per_token": stats.bytes_read_per_token,
+        "missed_bytes_per_token": stats.misses_by_phase["decode"] * engine.expert_bytes / decoded if decoded else None,
+        "counted_bytes_read": stats.bytes_read_by_phase,
+        "stall_seconds": stats.stall_seconds,
+        "reading_seconds": stats.reading_seconds,
+        "expert_bytes": engine.expert_bytes,
+        "token_demand_bytes": engine.token_demand_bytes,
+    }
+
+
+def _decode_reuse(trace: RouteTrace, last: int) -> float | None:
+    """EOR of those of the `last` tokens of the trace that were decoded."""
+    kept_T = (np.arange(trace.tokens) >= trace.tokens - last) & (trace.phase == DECODE)
+    if kept_T.sum() < 2:
+        return None
+    fields = {name: getattr(trace, name)[kept_T] for name in ("expert_ids", "phase", "request_id", "call")}
+    one = RouteTrace(**fields, num_experts=trace.num_experts, layer_ids=trace.layer_ids)
+    return float(reuse_rate_per_layer(one).mean())
+
+
+@contextmanager
+def resident(order: Order) -> Iterator[Serving]:
+    """Plain transformers, everything in memory, in the precision of the checkpoint."""
+    _prepare(order)
+    model = AutoModelForCausalLM.from_pretrained(order.model_dir, dtype="auto").eval()
+    _never_end(model)
+    settings = {"dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+                "experts_implementation": model.config._experts_implementation}  # fmt: skip
+    yield Serving(lambda leg: _generate(model, leg), _shards(order.model_dir), settings)
+
+
+@contextmanager
+def accelerate(order: Order) -> Iterator[Serving]:
+    """transformers over accelerate's disk offload: as many layers' experts in memory as the order allows.
+
+    Only experts are offloaded: the rest is small and used by every token. Experts are stored one by one and computed
+    as one tensor a layer, so transformers writes the fused ones into the offload folder: a second copy on disk.
+    """
+    assert order.offload_dir is not None, "an order for accelerate without an offload folder"
+    _prepare(order)
+    device_map = accelerate_device_map(order.model_dir, order.resident_bytes or 0)
+    on_disk = [name for name, device in device_map.items() if device == "disk"]
+    model = AutoModelForCausalLM.from_pretrained(
+        order.model_dir, dtype="auto", device_map=device_map, offload_folder=order.offload_dir
+    ).eval()
+    _never_end(model)
+    files = _shards(order.model_dir) + [path for path in Path(order.offload_dir).rglob("*") if path.is_file()]
+    settings = {
+        "layers_with_experts_on_disk": len(on_disk), "weights_in_memory_bytes": order.resident_bytes,
+        "offload": "fused experts as safetensors in the offload folder, read layer by layer",
+        "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    yield Serving(lambda leg: _generate(model, leg), files, settings)
+
+
+def accelerate_device_map(model_dir: str, resident_bytes: int) -> dict[str, str]:
+    """Module -> `cpu` or `disk`: experts of the first layers in memory while `resident_bytes` last."""
+    modules, other_bytes = expert_modules(model_dir)
+    left_bytes = resident_bytes - other_bytes
+    on_disk = set()
+    for name, module_bytes in modules.items():
+        left_bytes -= module_bytes
+        if left_bytes < 0:
+            on_disk.add(name)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    return dict(_placed(skeleton, "", on_disk))
+
+
+def _placed(module: torch.nn.Module, name: str, on_disk: set[str]) -> Iterator[tuple[str, str]]:
+    """The largest modules that are wholly in one place."""
+    if name in on_disk:
+        yield name, "disk"
+    elif not any(other.startswith(f"{name}.") or not name for other in on_disk):
+        yield name, "cpu"
+    else:
+        for child_name, child in module.named_children():
+            yield from _placed(child, f"{name}.{child_name}".removeprefix("."), on_disk)
+
+
+class _MeterStreamer(BaseStreamer):
+    """Hands the new tokens of `generate` to a meter; the first thing that comes is the prompt."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._prompt_seen = meter, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._meter.tokens(value.flatten().tolist())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to do: the meter has it all."""
+
+
+def _generate(model: PreTrainedModel, leg: Leg) -> LegResult:
+    meter = Meter()
+    greedy(model, leg.prompt_ids, max_new_tokens=leg.max_new_tokens, streamer=_MeterStreamer(meter))
+    return meter.result()
+
+
+def _prepare(order: Order) -> None:
+    torch.set_num_threads(order.threads)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _never_end(model: PreTrainedModel) -> None:
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+
+
+def _shards(model_dir: str) -> list[Path]:
+    return sorted(Path(model_dir).glob("*.safetensors"))

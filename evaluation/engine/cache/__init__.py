@@ -1,0 +1,1 @@
+"""Which experts stay: traces, policies, replay. NumPy only."""

@@ -1,0 +1,133 @@
+"""The exact LRU miss-ratio curve of a routing trace, at every cache size, in one pass.
+
+Stack distances (Mattson et al., IBM Systems Journal 9:2, 1970) with the events of `cache.py` in place of accesses: all
+lookups of an event are against the stack as it was before the event. An access at distance d (its expert's place in
+that stack, from 1) hits in every cache of at least d slots. With one pool per layer the stack is the layer's
+(`stacks.py`); with one pool for all, the experts of other layers used since the last use are added to the place in it.
+numpy only; memory does not grow with the trace. Axes: M accesses of a block of calls.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.load import UserError
+from evaluation.engine.cache.counts import PHASES
+from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.cache.stacks import Accesses, accesses_by_block
+from evaluation.engine.cache.trace import RouteTrace
+
+OLD_TURNOVERS, OLDEST = 16, 1024  # ages that are counted together: as many calls as use so many times all experts
+Array = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, eq=False)
+class LruCurve:
+    """What an LRU cache of every size misses; every request starts cold.
+
+    Axes are phase (as in `PHASES`) and pool: one per layer for `per_layer`, a single one for `global`.
+    """
+
+    cache_scope: str
+    accesses: Array  # [phase, pool]
+    first_touches: Array  # [phase, pool]; misses at every size
+    distances: Array  # [phase, pool, d]: accesses at stack distance d
+
+    @property
+    def misses(self) -> Array:
+        """[phase, pool, slots] for 0, 1, ... slots of a pool, up to all its experts."""
+        misses: Array = self.accesses[..., None] - np.cumsum(self.distances, axis=-1)
+        return misses
+
+
+def lru_curve(trace: RouteTrace, *, cache_scope: str) -> LruCurve:
+    """The curve of a trace, for one pool per layer (`per_layer`) or one for all layers (`global`).
+
+    Raises:
+        UserError: unknown scope.
+    """
+    if cache_scope not in SCOPES:
+        raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
+    counts = _curve_per_layer(trace) if cache_scope == "per_layer" else _curve_global(trace)
+    return LruCurve(cache_scope, counts.sum(axis=-1), counts[..., -1], counts[..., :-1])
+
+
+def _curve_per_layer(trace: RouteTrace) -> Array:
+    """[phase, layer, distance]: accesses, the first touches after all distances."""
+    counts = np.zeros((len(PHASES), trace.layers, trace.num_experts + 2), np.int64)
+    for accesses in accesses_by_block(trace):
+        pool_M = accesses.phase * np.int64(trace.layers) + accesses.event % trace.layers
+        _count(counts, pool_M, accesses, accesses.place)
+    return counts
+
+
+def _curve_global(trace: RouteTrace) -> Array:
+    """[phase, one pool, distance], as above."""
+    counts = np.zeros((len(PHASES), 1, trace.num_experts * trace.layers + 2), np.int64)
+    windows = _Windows(trace)
+    blocks = accesses_by_block(trace, old_age=windows.old_age)
+    with ThreadPoolExecutor(1) as stacks:  # of the next block are moved while this one's windows are counted
+        coming = stacks.submit(next, blocks, None)
+        while (accesses := coming.result()) is not None:
+            coming = stacks.submit(next, blocks, None)
+            _count(counts, accesses.phase.astype(np.int64), accesses, accesses.place + windows.used_elsewhere(accesses))
+    return counts
+
+
+def _count(counts: Array, pool_M: Array, accesses: Accesses, place_M: Array) -> None:
+    bins = counts.shape[-1]
+    bin_M = np.where(accesses.age == 0, bins - 1, place_M + 1)
+    counts += np.bincount(pool_M * bins + bin_M, minlength=counts.size).reshape(counts.shape)
+
+
+class _Windows:
+    """Counts the experts of other layers that were used between an expert's last use and now, block by block.
+
+    Events are numbered call by call, layer by layer, so an age of n calls is a window of n x layers events. An access in
+    the window is its expert's first there if its own age reaches back to the window's start or beyond: in the window's
+    n-th call, if it is n or more.
+    """
+
+    def __init__(self, trace: RouteTrace) -> None:
+        self.layers = trace.layers
+        self.old_age = min(OLD_TURNOVERS * -(-trace.num_experts // trace.top_k), OLDEST)
+        self._calls = 0  # calls before the next block that windows can reach into, and their accesses
+        self._event_M = np.empty(0, np.int32)
+        self._age_M = np.empty(0, np.uint16)
+
+    def used_elsewhere(self, accesses: Accesses) -> Array:
+        """For every access of the next block; 0 for first touches and above `old_age`."""
+        event_M = np.concatenate([self._event_M, accesses.event + np.int32(self._calls * self.layers)])
+        age_M = np.concatenate([self._age_M, accesses.age])
+        calls = int(event_M.max()) // self.layers + 1
+        used_M = _used_elsewhere(event_M, age_M, layers=self.layers, calls=calls, old_age=self.old_age)
+        self._calls = min(calls, self.old_age)
+        passed = np.int32((calls - self._calls) * self.layers)
+        again = event_M >= passed
+        self._event_M, self._age_M = event_M[again] - passed, age_M[again]
+        return used_M[-len(accesses.event) :]
+
+
+def _used_elsewhere(event_M: Array, age_M: Array, *, layers: int, calls: int, old_age: int) -> Array:
+    """See `_Windows`; what comes out for accesses whose window begins before event 0 means nothing."""
+    by_age = np.argsort(age_M, kind="stable")
+    end_of_age = np.cumsum(np.bincount(age_M, minlength=old_age + 1))
+    event_M = event_M[by_age].astype(np.intp)
+    events = calls * layers
+    counted = np.bincount(event_M, minlength=events).astype(np.int32)  # accesses of age n and more, by event
+    before = np.zeros(events + 1, np.int32)  # the same of all events before
+    used = np.zeros(events, np.int32)  # by event: experts of other layers used in the n calls after it
+    used_M = np.zeros(len(event_M), np.int32)
+    for age in range(1, min(old_age, calls - 1) + 1):
+        np.cumsum(counted, out=before[1:])
+        windows = events - age * layers
+        used[:windows] += before[age * layers : events]
+        used[:windows] -= before[(age - 1) * layers + 1 :][:windows]
+        of_age = slice(end_of_age[age - 1], end_of_age[age])
+        used_M[of_age] = used[event_M[of_age] - age * layers]
+        np.subtract.at(counted, event_M[of_age], np.int32(1))
+    unsorted_M = np.empty_like(used_M)
+    unsorted_M[by_age] = used_M
+    return unsorted_M

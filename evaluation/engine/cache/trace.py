@@ -1,0 +1,240 @@
+"""The routing trace: which experts every token chose in every layer, as a safetensors file without weights.
+
+Tensors: `expert_ids` [tokens, layers, top_k], heaviest router weight first, uint8 (int16 above 256 experts); `phase`
+[tokens] uint8, prefill 0 and decode 1; `request_id` [tokens] int32; `call` [tokens] int32, the forward call a token was
+in (its tokens reach a layer as one event). In a teacher-forced trace every token is its own call and its phase is
+decode. Metadata (all strings): format, version, num_experts, top_k, layer_ids, expert_bytes ("" if unknown), model.
+No torch here, so that a replay starts at once. Axes: T tokens, L MoE layers, K experts chosen.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from configs.files import writing_aside
+from configs.load import UserError
+
+FORMAT, VERSION = "remoe-route-trace", "1"
+TENSORS = ("expert_ids", "phase", "request_id", "call")
+TOGETHER = 1024  # tokens checked in one go
+
+
+@dataclass(frozen=True, eq=False)
+class RouteTrace:
+    """A checked trace; the fields are described at the top of this file.
+
+    Raises:
+        UserError: empty, axes that do not fit together, ids out of range or repeated, calls or requests that are not
+            contiguous.
+    """
+
+    expert_ids: npt.NDArray[np.integer]  # TLK
+    phase: npt.NDArray[np.integer]  # T
+    request_id: npt.NDArray[np.integer]  # T
+    call: npt.NDArray[np.integer]  # T
+    num_experts: int
+    layer_ids: tuple[int, ...]  # of the MoE layers, as the checkpoint numbers them
+    expert_bytes: int | None = None  # of one expert on disk
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise UserError(f"routing trace: {problem}")
+
+    @property
+    def tokens(self) -> int:
+        return len(self.expert_ids)
+
+    @property
+    def layers(self) -> int:
+        return self.expert_ids.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.expert_ids.shape[2]
+
+    @property
+    def expert_uses(self) -> npt.NDArray[np.int64]:
+        """[layer, expert]: how many tokens chose it."""
+        uses_LE = np.zeros((self.layers, self.num_experts), np.int64)
+        for layer in range(self.layers):
+            uses_LE[layer] = np.bincount(self.expert_ids[:, layer].ravel(), minlength=self.num_experts)
+        return uses_LE
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, aside and renamed."""
+        id_type = np.uint8 if self.num_experts <= 256 else np.int16
+        tensors = {
+            "expert_ids": self.expert_ids.astype(id_type),
+            "phase": self.phase.astype(np.uint8),
+            "request_id": self.request_id.astype(np.int32),
+            "call": self.call.astype(np.int32),
+        }
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_experts": str(self.num_experts),
+            "top_k": str(self.top_k),
+            "layer_ids": json.dumps(list(self.layer_ids)),
+            "expert_bytes": "" if self.expert_bytes is None else str(self.expert_bytes),
+            "model": self.model,
+        }
+        with writing_aside(path) as aside:
+            # not save_file (0.8), whose files nobody but their owner may read, whatever the umask
+            aside.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RouteTrace":
+        """Read and check a file that `save` wrote.
+
+        Raises:
+            UserError: missing, no routing trace, another version, or content that does not hold together.
+        """
+        tensors, metadata = _read_tensors(Path(path))
+        try:
+            return cls(
+                **tensors,
+                num_experts=int(metadata["num_experts"]),
+                layer_ids=tuple(int(layer) for layer in json.loads(metadata["layer_ids"])),
+                expert_bytes=int(metadata["expert_bytes"]) if metadata["expert_bytes"] else None,
+                model=metadata["model"],
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: routing trace with unreadable metadata ({error!r}); write it again") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[np.integer]], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"routing trace {path} does not exist; write one with `remoe trace` or `--route-trace`")
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata, set(file.keys()))
+            return {name: file.get_tensor(name) for name in TENSORS}, metadata
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); a routing trace is one") from error
+
+
+def _check_format(path: Path, metadata: dict[str, str], names: set[str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is no routing trace: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise UserError(
+            f"{path} is a routing trace of version {metadata.get('version')!r}, this program reads {VERSION!r}; "
+            "write the trace again with this program"
+        )
+    missing = [name for name in TENSORS if name not in names]
+    if missing:
+        raise UserError(f"{path}: routing trace without the tensors {', '.join(missing)}; write it again")
+
+
+def _problem(trace: RouteTrace) -> str | None:
+    ids, tokens = trace.expert_ids, len(trace.expert_ids)
+    if ids.ndim != 3:
+        return f"expert_ids must be [tokens, layers, top_k], found shape {list(ids.shape)}"
+    if 0 in ids.shape:
+        return f"it is empty: expert_ids has shape {list(ids.shape)}"
+    for name in TENSORS:
+        if not np.issubdtype(getattr(trace, name).dtype, np.integer):
+            return f"{name} must hold integers, found {getattr(trace, name).dtype}"
+    for name in ("phase", "request_id", "call"):
+        if getattr(trace, name).shape != (tokens,):
+            return f"{name} has shape {list(getattr(trace, name).shape)}, expert_ids has {tokens} tokens"
+    if len(trace.layer_ids) != ids.shape[1]:
+        return f"{len(trace.layer_ids)} layer ids for {ids.shape[1]} layers"
+    if ids.min() < 0 or ids.max() >= trace.num_experts:
+        return f"expert ids from {ids.min()} to {ids.max()}, but there are {trace.num_experts} experts"
+    token = _first_with_repeats(ids)
+    if token is not None:
+        return f"token {token} chose an expert twice in one layer; the experts of a token in a layer must be distinct"
+    if trace.phase.min() < 0 or trace.phase.max() > 1:
+        return "phase holds values other than 0 (prefill) and 1 (decode)"
+    return _order_problem(trace)
+
+
+def _first_with_repeats(ids_TLK: npt.NDArray[np.integer]) -> int | None:
+    for start in range(0, len(ids_TLK), TOGETHER):
+        sorted_TLK = np.sort(ids_TLK[start : start + TOGETHER], axis=2)
+        repeats_T = (sorted_TLK[..., 1:] == sorted_TLK[..., :-1]).any(axis=(1, 2))
+        if repeats_T.any():
+            return start + int(repeats_T.argmax())
+    return None
+
+
+def _order_problem(trace: RouteTrace) -> str | None:
+    if (np.diff(trace.call.astype(np.int64)) < 0).any():
+        return "call goes down: tokens must be in the order they were computed"
+    same_call = trace.call[1:] == trace.call[:-1]
+    for name in ("phase", "request_id"):
+        values = getattr(trace, name)
+        if (same_call & (values[1:] != values[:-1])).any():
+            return f"tokens of one call differ in {name}"
+    starts = np.flatnonzero(np.r_[True, trace.request_id[1:] != trace.request_id[:-1]])
+    if len(np.unique(trace.request_id[starts])) != len(starts):
+        return "a request comes back after another one began: keep the tokens of a request together"
+    return None
+
+
+class TraceRecorder:
+    """Collects the routing of a live engine, call by call; `trace` makes a `RouteTrace` of what is complete."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._calls: list[tuple[int, int, npt.NDArray[np.integer]]] = []  # request, phase, ids TLK
+        self._request, self._phase = 0, 0
+        self._pending: list[npt.NDArray[np.integer]] = []  # ids TK of the layers of the running call
+
+    def begin_request(self) -> None:
+        """What follows belongs to a new request."""
+        if self._calls and self._calls[-1][0] == self._request:
+            self._request += 1
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._calls)
+
+    def keep_last(self, requests: int) -> None:
+        """Forget all calls but those of so many last requests."""
+        kept = sorted({request for request, _, _ in self._calls})[-requests:]
+        self._calls = [call for call in self._calls if kept and call[0] >= kept[0]]
+
+    def begin_call(self, phase: int) -> None:
+        """A forward call starts; one that did not reach its last layer is dropped."""
+        self._phase, self._pending = phase, []
+
+    def add_layer(self, expert_ids_TK: npt.NDArray[np.integer]) -> None:
+        """The next MoE layer's choices, heaviest router weight first."""
+        self._pending.append(expert_ids_TK.astype(np.int16))
+        if len(self._pending) == self._layers:
+            self._calls.append((self._request, self._phase, np.stack(self._pending, axis=1)))
+            self._pending = []
+
+    def trace(
+        self, *, num_experts: int, layer_ids: tuple[int, ...], expert_bytes: int | None, model: str
+    ) -> RouteTrace:
+        """Everything recorded so far.
+
+        Raises:
+            UserError: nothing was recorded.
+        """
+        if not self._calls:
+            raise UserError("nothing was recorded yet: generate something before asking for the routing trace")
+        lengths = [len(ids_TLK) for _, _, ids_TLK in self._calls]
+        return RouteTrace(
+            expert_ids=np.concatenate([ids_TLK for _, _, ids_TLK in self._calls]),
+            phase=np.repeat([phase for _, phase, _ in self._calls], lengths),
+            request_id=np.repeat([request for request, _, _ in self._calls], lengths),
+            call=np.repeat(np.arange(len(self._calls)), lengths),
+            num_experts=num_experts,
+            layer_ids=layer_ids,
+            expert_bytes=expert_bytes,
+            model=model,
+        )

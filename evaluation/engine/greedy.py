@@ -1,0 +1,77 @@
+"""Greedy decoding of one prompt on a paged model, with everything measured; `generate` itself is transformers' own."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from configs.load import UserError
+from evaluation.engine.engine import Engine
+from evaluation.engine.stats import EngineStats, Timing
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """One request from a cold cache."""
+
+    token_ids: list[int]  # the new ones
+    timing: Timing
+    stats: EngineStats  # of this request alone
+
+
+def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int], max_new_tokens: int) -> DecodeResult:
+    """Decode greedily, as `model.generate(do_sample=False)` does; ends early at the model's end-of-text token.
+
+    The cache is emptied and the counters are set to zero first.
+
+    Raises:
+        UserError: no prompt token, or no token to generate.
+    """
+    if not prompt_ids:
+        raise UserError("the prompt has no tokens; write some text")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    engine.reset_cache()
+    engine.reset_stats()
+    clock = TokenClock()
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, streamer=clock)
+    return DecodeResult(token_ids, Timing(clock.token_seconds), engine.stats())
+
+
+def greedy(
+    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+) -> list[int]:
+    """The new tokens of any transformers model, paged or resident."""
+    prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
+    generate: Any = model.generate
+    output_BT = generate(
+        input_ids=prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        streamer=streamer,
+    )
+    new_ids: list[int] = output_BT[0, len(prompt_ids) :].tolist()
+    return new_ids
+
+
+class TokenClock(BaseStreamer):
+    """Notes when each new token comes, in seconds since it was made; the first thing `generate` sends is the prompt."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._prompt_seen = False
+        self.token_seconds: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.token_seconds.append(time.perf_counter() - self._start)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to do: the times are complete."""

@@ -1,0 +1,68 @@
+"""How many slots a budget buys: sizes as people write them, the smallest that works, and the cliff to warn about."""
+
+import logging
+import re
+from dataclasses import dataclass
+
+from configs.load import UserError
+from configs.sizes import readable
+
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decoding asks of an expert cache."""
+
+    layers: int  # MoE layers
+    num_experts: int  # per layer
+    top_k: int
+    slot_bytes: int  # one expert in compute precision, aligned
+
+    @property
+    def token_experts(self) -> int:
+        """Experts that one token uses in all layers."""
+        return self.layers * self.top_k
+
+    @property
+    def all_experts(self) -> int:
+        return self.layers * self.num_experts
+
+
+def slots_for(budget_bytes: int, demand: Demand, *, scope: str) -> int:
+    """Slots of the one pool (`global`) or of each layer's pool (`per_layer`), never more than there are experts.
+
+    Raises:
+        UserError: less than the `top_k` slots that one token needs at once; names the smallest budget that works.
+    """
+    pools = 1 if scope == "global" else demand.layers
+    slots = min(budget_bytes // demand.slot_bytes // pools, demand.all_experts // pools)
+    if slots < demand.top_k:
+        smallest_bytes = demand.top_k * pools * demand.slot_bytes
+        raise UserError(
+            f"an expert cache of {budget_bytes} bytes is too small: a token uses {demand.top_k} experts of a layer at "
+            f"once, {demand.slot_bytes} bytes each, and there {'is one pool' if pools == 1 else f'are {pools} pools'}; "
+            f"the smallest that works is {smallest_bytes} bytes ({readable(smallest_bytes)})"
+        )
+    return slots
+
+
+def warn_below_cliff(slots: int, demand: Demand, *, scope: str, policy: str) -> None:
+    """Log, once per load, that a global recency cache below one token's demand is of no use while decoding.
+
+    Between two uses of an expert the other layers bring (layers - 1) x top_k experts: up to that size nothing survives;
+    from there to the whole demand only some of the heaviest experts do.
+    """
+    if scope == "global" and policy in ("lru", "fifo") and slots < demand.token_experts:
+        never = slots <= (demand.layers - 1) * demand.top_k
+        logger.warning(
+            "the expert cache holds %d experts, one token uses %d in all layers: a global %s cache of that size hits "
+            "%s while decoding one token at a time; give it at least %s, or another policy or scope",
+            slots,
+            demand.token_experts,
+            policy,
+            "nothing" if never else "little",
+            readable(demand.token_experts * demand.slot_bytes),
+        )

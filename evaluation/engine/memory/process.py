@@ -1,0 +1,40 @@
+"""What this process holds of the machine's memory."""
+
+import os
+from pathlib import Path
+
+from configs.load import UserError
+
+
+def peak_rss_bytes() -> int | None:
+    """Peak resident memory of this process since it started (VmHWM); None where the kernel does not tell."""
+    return _status_bytes("VmHWM")
+
+
+def private_bytes() -> int:
+    """Memory this process holds now that belongs to no file (RssAnon): what a memory budget counts.
+
+    Raises:
+        UserError: the kernel does not tell.
+    """
+    held_bytes = _status_bytes("RssAnon")
+    if held_bytes is None:
+        raise UserError(
+            "this system does not tell how much memory a process holds (/proc/self/status); use expert_cache"
+        )
+    return held_bytes
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _status_bytes(key: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None

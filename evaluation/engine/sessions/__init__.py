@@ -1,0 +1,1 @@
+"""Conversations and plans on top of the engine."""

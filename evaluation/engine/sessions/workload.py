@@ -1,0 +1,193 @@
+"""What conversations cost at every division of memory between experts and kept keys and values: run once, replayed for all.
+
+The run keeps nothing, so its routing trace holds every call that any division could need; of those, a division with room
+for so many blocks leaves out the calls whose blocks it would have found, and replays the rest with its slots.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.load import UserError
+from evaluation.engine.cache.counts import PHASES, PREFILL
+from evaluation.engine.cache.replay import replay
+from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.engine import Engine
+from evaluation.engine.memory.prefix_cache import PrefixCache
+from evaluation.engine.sessions.conversations import Conversations
+from evaluation.engine.stats import EngineStats
+
+KEYS = ("prompt", "max_tokens")
+SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Divisions that are tried: kept keys and values, in parts of what can be divided."""
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One request of a workload, in order of arrival."""
+
+    token_ids: list[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run of all requests that kept nothing.
+
+    Attributes:
+        distances: of every request's blocks, see `PrefixCache.distances`.
+        usable: of every request, blocks that need not be computed if they are held.
+        compute_seconds: per token, by phase. miss_seconds: waited per miss, by phase.
+    """
+
+    trace: RouteTrace
+    distances: list[list[int]]
+    usable: list[int]
+    block_bytes: int
+    compute_seconds: tuple[float, float]
+    miss_seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One division, and what the workload would take with it."""
+
+    prefix_cache_bytes: int
+    slots: int
+    found_tokens: int
+    computed_tokens: int  # of prompts
+    misses: int
+    expected_seconds: float
+
+
+def read_requests(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[ChatRequest]:
+    """JSON lines `{"prompt": TEXT, "max_tokens": N}`, every prompt with all that was said before it.
+
+    Raises:
+        UserError: no such file, or a line that is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"workload {path} does not exist; write one request per line, as {_example()}")
+    requests = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            said = json.loads(line)
+            prompt, max_tokens = (said[key] for key in KEYS)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: {error!r}; a line is {_example()}") from error
+        if not isinstance(prompt, str) or not prompt or type(max_tokens) is not int or max_tokens < 1:
+            raise UserError(f"{path}, line {number}: a prompt is text and max_tokens at least 1, as {_example()}")
+        requests.append(ChatRequest(tokenizer(prompt)["input_ids"], max_tokens))
+    if not requests:
+        raise UserError(f"{path} is empty; write one request per line, as {_example()}")
+    return requests
+
+
+def _example() -> str:
+    return '{"prompt": "all that was said so far", "max_tokens": 32}'
+
+
+def serve_all(chat: Conversations, requests: Sequence[ChatRequest], *, progress: str | None = None) -> list[list[int]]:
+    """The new tokens of every request, greedily."""
+    answers = []
+    for request in tqdm(requests, desc=progress, disable=progress is None, unit="request"):
+        prompt_BT = torch.tensor([request.token_ids])
+        output_BT = chat.generate(prompt_BT, max_new_tokens=request.max_new_tokens, do_sample=False, num_beams=1)
+        answers.append(output_BT[0, len(request.token_ids) :].tolist())
+    return answers
+
+
+def run_once(model: PreTrainedModel, engine: Engine, requests: Sequence[ChatRequest], *, block_tokens: int) -> Workload:
+    """Serve everything once without keeping anything, recorded and timed, after a short request to warm up.
+
+    Raises:
+        UserError: no prompt fills a block.
+    """
+    if all(len(request.token_ids) < block_tokens for request in requests):
+        raise UserError(f"no prompt of the workload has {block_tokens} tokens: there is no block to keep")
+    warm_up = Conversations(model, PrefixCache(0), block_tokens=block_tokens)
+    serve_all(warm_up, [ChatRequest(requests[0].token_ids[:8], 2)])
+    distances: list[list[int]] = []
+    chat = Conversations(model, PrefixCache(0), block_tokens=block_tokens, watch=distances.append)
+    engine.record_routing()
+    engine.reset_stats()
+    for request in tqdm(requests, desc="run once", unit="request"):
+        engine.begin_request_in_trace()
+        serve_all(chat, [request])
+    stats = engine.stats()
+    assert chat.kept.block_bytes is not None, "some prompt filled a block"
+    return Workload(
+        trace=engine.trace(),
+        distances=distances,
+        usable=[(len(request.token_ids) - 1) // block_tokens for request in requests],
+        block_bytes=chat.kept.block_bytes,
+        compute_seconds=_per(stats, stats.tokens, waiting=False),
+        miss_seconds=_per(stats, stats.misses_by_phase, waiting=True),
+    )
+
+
+def _selected(trace: RouteTrace, kept_T: npt.NDArray[np.bool_]) -> RouteTrace:
+    return replace(
+        trace, expert_ids=trace.expert_ids[kept_T], phase=trace.phase[kept_T], request_id=trace.request_id[kept_T],
+        call=trace.call[kept_T],
+    )  # fmt: skip
+
+
+def _per(stats: EngineStats, counts: dict[str, int], *, waiting: bool) -> tuple[float, float]:
+    spent = {
+        name: stats.stall_seconds[name] if waiting else stats.seconds[name] - stats.stall_seconds[name]
+        for name in PHASES
+    }
+    prefill, decode = (spent[name] / max(1, counts[name]) for name in PHASES)
+    return prefill, decode
+
+
+def splits(workload: Workload, engine: Engine, *, policy: str) -> list[Split]:
+    """What the workload takes with every division in `SHARES`."""
+    division = engine.division
+    assert division is not None, "without a memory budget there is nothing to divide"
+    shared_bytes = division.shared_bytes
+    blocks = [int(share * shared_bytes) // workload.block_bytes for share in SHARES]
+    return [
+        _split(
+            workload, count, slots=division.slots_with(shared_bytes - count * workload.block_bytes),
+            policy=policy, scope=engine.cache.scope,
+        )
+        for count in tqdm(blocks, desc="replay", unit="division")
+    ]  # fmt: skip
+
+
+def _split(workload: Workload, blocks: int, *, slots: int, policy: str, scope: str) -> Split:
+    found = [
+        min(usable, sum(0 < distance <= blocks for distance in distances))
+        for usable, distances in zip(workload.usable, workload.distances, strict=True)
+    ]
+    trace = workload.trace
+    needed = _selected(trace, ~_calls_found(trace, found))
+    warm = replace(needed, request_id=np.zeros_like(needed.request_id))  # the engine's cache is not emptied
+    result = replay(warm, policy=policy, cache_scope=scope, slots=slots)
+    misses = (result.prefill.misses, result.decode.misses)
+    tokens = [int((needed.phase == phase).sum()) for phase in range(len(PHASES))]
+    seconds = sum(workload.compute_seconds[p] * tokens[p] + workload.miss_seconds[p] * misses[p] for p in (0, 1))
+    return Split(
+        prefix_cache_bytes=blocks * workload.block_bytes, slots=slots,
+        found_tokens=int((trace.phase == PREFILL).sum()) - tokens[PREFILL], computed_tokens=tokens[PREFILL],
+        misses=sum(misses), expected_seconds=seconds,
+    )  # fmt: skip
+
+
+def _calls_found(trace: RouteTrace, found: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """By token: whether it is in one of the first `found[i]` calls of the i-th request."""
+    requests, request_T = np.unique(trace.request_id, return_inverse=True)
+    first_call = np.array([trace.call[request_T == i][0] for i in range(len(requests))])
+    call_in_request_T = trace.call - first_call[request_T]
+    mask: npt.NDArray[np.bool_] = call_in_request_T < np.asarray(found)[request_T]
+    return mask

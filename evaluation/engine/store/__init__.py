@@ -1,0 +1,1 @@
+"""Experts in the files of a checkpoint. No torch."""

@@ -1,0 +1,80 @@
+"""Where expert weights live: the checkpoint's own shards, in place, if they allow it one ranged read per expert.
+
+The store knows files and byte ranges; `reader.py` reads them. It knows no slots, no policies and no torch.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from evaluation.engine.store.expert_layout import expert_layout
+from evaluation.engine.store.shards import StoredTensor, read_index
+
+
+class Extent(NamedTuple):
+    """Adjacent parts of one expert: one ranged read."""
+
+    shard: Path
+    offset: int
+    roles: tuple[str, ...]  # in file order
+    length_bytes: int
+
+
+class ExpertStore:
+    """Index over a checkpoint's experts.
+
+    Attributes:
+        shape: what all experts have in common.
+        layer_ids: the layers that have experts, ascending, as the checkpoint numbers them.
+        meta_shapes: what stands for the experts when a model is made without them; see `ExpertLayout`.
+        resident: the tensors that are no experts.
+        shards: the files that hold experts.
+
+    Raises:
+        UserError: see `read_index` and `expert_layout`.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.model_dir = Path(model_dir)
+        tensors = read_index(model_dir)
+        layout = expert_layout(tensors, self.model_dir)
+        self.shape, self.layer_ids, self.num_experts = layout.shape, layout.layer_ids, layout.num_experts
+        self.meta_shapes, self._parts = layout.meta_shapes, layout.parts
+        self._whole = {key: _extents(roles) for key, roles in self._parts.items()}
+        self.resident = {name: tensor for name, tensor in tensors.items() if name not in layout.names}
+        self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
+
+    def extents(self, layer_id: int, expert: int, roles: Collection[str] | None = None) -> list[Extent]:
+        """The ranged reads that bring this expert, or only some of its matrices: one if they are adjacent."""
+        if roles is None:
+            return self._whole[layer_id, expert]
+        return _extents({role: self._parts[layer_id, expert][role] for role in roles})
+
+    @property
+    def longest_bytes(self) -> int:
+        """The longest of all ranged reads."""
+        return max(extent.length_bytes for extents in self._whole.values() for extent in extents)
+
+    @property
+    def keys(self) -> Iterable[tuple[int, int]]:
+        """Layer id and number of every expert."""
+        return self._parts
+
+    def offset(self, layer_id: int, expert: int, role: str) -> int:
+        """Where in its file one of an expert's matrices starts."""
+        return self._parts[layer_id, expert][role].offset
+
+
+def _extents(roles: Mapping[str, StoredTensor]) -> list[Extent]:
+    """Adjacent parts joined: as few ranged reads as the file allows."""
+    extents: list[Extent] = []
+    end: tuple[Path, int] | None = None
+    for role, tensor in sorted(roles.items(), key=lambda item: (item[1].shard, item[1].offset)):
+        if end == (tensor.shard, tensor.offset):
+            extent = extents.pop()
+            length_bytes = extent.length_bytes + tensor.length_bytes
+            extents.append(extent._replace(roles=(*extent.roles, role), length_bytes=length_bytes))
+        else:
+            extents.append(Extent(tensor.shard, tensor.offset, (role,), tensor.length_bytes))
+        end = (tensor.shard, tensor.offset + tensor.length_bytes)
+    return extents

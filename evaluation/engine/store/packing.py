@@ -1,0 +1,64 @@
+"""A shard written anew so that whatever is whole pages long starts on a page: experts can then be read straight into slots.
+
+Nothing but the order of the tensors and the length of the header changes; the file is an ordinary safetensors shard. The
+library itself aligns data to 8 bytes only. Files and bytes; no torch.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from configs.files import writing_aside
+from configs.load import UserError
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.pages import PAGE_BYTES
+from evaluation.engine.store.shards import AGAIN, StoredTensor, read_shard
+
+CHUNK_BYTES = 16 * 2**20
+
+
+def pack_shard(shard: Path, packed: Path) -> None:
+    """Write `shard` to `packed`, aside and renamed; they may be the same. What is whole pages long comes first.
+
+    Raises:
+        UserError: `shard` is damaged.
+        OSError: the disk is full, for example; `packed` is what it was.
+    """
+    metadata, tensors = read_shard(shard)
+    order = sorted(tensors, key=lambda tensor: (tensor.length_bytes % PAGE_BYTES != 0, tensor.offset))
+    with writing_aside(packed) as aside, shard.open("rb") as source, aside.open("wb") as target:
+        target.write(_header(metadata, order))
+        for tensor in order:
+            for chunk in _chunks(source, tensor):
+                target.write(chunk)
+
+
+def _header(metadata: dict[str, str], order: Iterable[StoredTensor]) -> bytes:
+    """Length and JSON of a safetensors file with these tensors, filled up with spaces to whole pages."""
+    entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for tensor in order:
+        start, end = end, end + tensor.length_bytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE_BYTES)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _chunks(source: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
+    source.seek(tensor.offset)
+    left_bytes = tensor.length_bytes
+    while left_bytes:
+        chunk = source.read(min(left_bytes, CHUNK_BYTES))
+        if not chunk:
+            raise UserError(f"shard {tensor.shard} became shorter while it was read; {AGAIN}")
+        left_bytes -= len(chunk)
+        yield chunk
+
+
+def is_packed(store: ExpertStore) -> bool:
+    """Whether every expert lies in whole pages, so that none is copied after reading."""
+    extents = (extent for key in store.keys for extent in store.extents(*key))
+    return all(extent.offset % PAGE_BYTES == extent.length_bytes % PAGE_BYTES == 0 for extent in extents)

@@ -1,0 +1,1 @@
+"""Tuned routers in files that other programs read."""

@@ -1,0 +1,137 @@
+"""Tuned routers in a copy of an existing GGUF file: `ffn_gate_inp` is float32 also where experts are quantised.
+
+The copy has some text fields more, which say what was done; every tensor but the routers keeps its bytes. Layout:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (header, fields, tensor infos, padding, data; a tensor's offset
+counts from the start of the data, so more fields move none of them).
+"""
+
+import hashlib
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from torch import Tensor
+
+from configs.files import writing_aside
+from configs.load import UserError
+from evaluation.engine.store.shards import StoredTensor
+
+COUNT_OF_FIELDS_AT = 16  # after magic, version and the number of tensors
+MADE_FROM = "give a GGUF that was made from the base the delta was trained on"
+Floats = npt.NDArray[np.float32]
+
+
+def patch_gguf(
+    base: Path, output: Path, routers: Mapping[str, Tensor], *, stored: Mapping[str, StoredTensor],
+    about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write `base` with these routers to `output`, aside and renamed.
+
+    Args:
+        routers: by name in the loaded model.
+        stored: where the base's checkpoint has them, whose values the file must have too.
+        about: the delta's description.
+
+    Raises:
+        UserError: no GGUF, or one of another base: routers missing, of another shape, type or value.
+    """
+    reader = _read(base)
+    places = _places(reader, base, routers, stored)
+    fields = _text_fields(routers, about)
+    fields_end = int(reader.tensors[0].field.offset)
+    with writing_aside(output) as aside, base.open("rb") as source, aside.open("wb") as target:
+        head = bytearray(source.read(fields_end))
+        count = struct.unpack_from("<Q", head, COUNT_OF_FIELDS_AT)[0]
+        struct.pack_into("<Q", head, COUNT_OF_FIELDS_AT, count + len(fields))
+        infos = source.read(_infos_end(reader) - fields_end)
+        target.write(head + b"".join(fields) + infos)
+        target.write(bytes(-target.tell() % reader.alignment))
+        data_start = target.tell()
+        source.seek(reader.data_offset)
+        shutil.copyfileobj(source, target, 2**22)
+        for name, tensor in places.items():
+            target.seek(data_start + int(tensor.data_offset) - reader.data_offset)
+            target.write(routers[name].float().contiguous().numpy().astype("<f4").tobytes())
+
+
+def _read(path: Path) -> gguf.GGUFReader:
+    try:
+        reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as GGUF ({error}); {MADE_FROM}") from error
+    if reader.endianess != gguf.GGUFEndian.LITTLE or not reader.tensors:
+        raise UserError(f"{path} is big-endian or holds no tensors; {MADE_FROM}")
+    return reader
+
+
+def _places(
+    reader: gguf.GGUFReader, path: Path, routers: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
+    """Where each router is in the file, by its name in the loaded model; all of them are the base's."""
+    architecture = str(reader.fields["general.architecture"].contents())
+    known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise UserError(
+            f"{path} is of architecture {architecture!r}, which this version of gguf does not know; {MADE_FROM}"
+        )
+    layers = int(reader.fields[f"{architecture}.block_count"].contents())
+    names = gguf.get_tensor_name_map(known[architecture], layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found = {}
+    for name, place in stored.items():
+        in_file = names.get_name(place.name, try_suffixes=(".weight", ".bias"))
+        tensor = tensors.get(in_file or "")
+        if tensor is None or tuple(reversed(tensor.shape.tolist())) != place.shape:
+            shape = None if tensor is None else list(reversed(tensor.shape.tolist()))
+            raise UserError(
+                f"{path} ({architecture}) has {in_file} of shape {shape} where the base has its router {place.name} of "
+                f"shape {list(place.shape)}; {MADE_FROM}"
+            )
+        if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            raise UserError(
+                f"{path} stores {in_file} as {tensor.tensor_type.name}, routers must be F32; convert it anew"
+            )
+        if not np.array_equal(np.asarray(tensor.data, dtype=np.float32).reshape(place.shape), _base_values(place)):
+            raise UserError(f"{path} has other values in {in_file} than the base in {place.shard}; {MADE_FROM}")
+        found[name] = tensor
+    missing = [t for t in tensors if ".ffn_gate_inp." in t and t not in {tensor.name for tensor in found.values()}]
+    if missing:
+        raise UserError(f"{path} has a router {missing[0]} that the delta does not hold; {MADE_FROM}")
+    return found
+
+
+def _base_values(place: StoredTensor) -> Floats:
+    with safe_open(place.shard, framework="pt") as tensors:
+        values: Floats = tensors.get_tensor(place.name).float().numpy()
+    return values
+
+
+def _infos_end(reader: gguf.GGUFReader) -> int:
+    last = reader.tensors[-1].field
+    return int(last.offset) + sum(int(part.nbytes) for part in last.parts)
+
+
+def _text_fields(routers: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[bytes]:
+    digest = hashlib.sha256()
+    for name in sorted(routers):
+        digest.update(name.encode() + routers[name].float().contiguous().numpy().tobytes())
+    texts = {
+        "remoe.router_delta_sha256": digest.hexdigest(),
+        "remoe.base_model": str(about["base_model"]),
+        "remoe.base_frozen_sha256": str(about["base_frozen_sha256"]),
+        "remoe.objective": str(about["objective"]),
+        "remoe.code_commit": str(about["code_commit"]),
+    }
+    kind = struct.pack("<I", gguf.GGUFValueType.STRING)
+    return [_text(key) + kind + _text(value) for key, value in texts.items()]
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw

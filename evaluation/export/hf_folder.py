@@ -1,0 +1,179 @@
+"""`remoe export`: tuned routers as something others can use without this project: a Hugging Face folder, or a GGUF.
+
+Only router tensors change. Shards without one are hard-linked (copied where that cannot be done), shards with one are
+copied and written over in place, so every other byte stays as it was.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from configs.command import run
+from configs.load import UserError
+from evaluation.engine.resident import read_config
+from evaluation.engine.slot_memory import TORCH_DTYPES
+from evaluation.engine.store.shards import StoredTensor, read_index
+from evaluation.export.gguf_patch import patch_gguf
+from training.model.loading import local_folder
+from training.run_folder.router_delta import describe, load_for
+
+EXAMPLE = """examples:
+  remoe export --model data/embedded/model --router-delta runs/tiny/router_delta --format hf --output runs/tiny/model
+  remoe export --model allenai/OLMoE-1B-7B-0924-Instruct --router-delta runs/olmoe_1b_7b/router_delta \\
+      --format gguf --gguf olmoe-q4_k_m.gguf --output olmoe-q4_k_m-remoe.gguf
+
+gguf: the routers of an existing file of the same base are replaced in a copy; its experts may be quantised.
+"""
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
+"""Endings of files that are left behind: they would hold the routers of before."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check that the delta belongs to the model, write."""
+    arguments = _parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.exists():
+        raise UserError(f"output {output} exists already; name a new one, or remove it first")
+    if (arguments.format == "gguf") != (arguments.gguf is not None):
+        raise UserError("--format gguf and --gguf BASE.gguf go together: the file whose routers are to be replaced")
+    model_dir = Path(local_folder(arguments.model))
+    routers, about = load_for(model_dir, arguments.router_delta), describe(arguments.router_delta)
+    stored = stored_tensors(model_dir, routers)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.format == "gguf":
+        patch_gguf(Path(arguments.gguf), output, routers, stored=stored, about=about)
+    else:
+        write_folder(model_dir, output, routers, stored=stored, about=about)
+    print(f"{len(routers)} router tensors are in {output}; everything else is as in {arguments.gguf or model_dir}")
+
+
+def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Where in the checkpoint each router tensor lies, by its name in the loaded model.
+
+    Raises:
+        UserError: it is not there, or has another shape.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # initialising on meta warns, in some families
+        skeleton = AutoModelForCausalLM.from_config(read_config(model_dir))
+    index, found = read_index(model_dir), {}
+    for name, tensor in routers.items():
+        (on_disk,) = revert_weight_conversion(skeleton, {name: tensor})
+        place = index.get(on_disk) or index.get(name)
+        if place is None or place.shape != tuple(tensor.shape):
+            raise UserError(
+                f"{model_dir} holds no {on_disk} of shape {list(tensor.shape)}, where transformers would store the router "
+                f"{name}; save the model with save_pretrained and train on that folder"
+            )
+        found[name] = place
+    return found
+
+
+def write_folder(
+    model_dir: Path, output: Path, routers: Mapping[str, Tensor], *, stored: Mapping[str, StoredTensor],
+    about: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """The whole model as a Hugging Face folder, aside and renamed.
+
+    Raises:
+        OSError: the disk is full, for example; nothing is left behind.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    changed = {place.shard.name for place in stored.values()}
+    try:
+        aside.mkdir()
+        for path in sorted(model_dir.iterdir()):
+            if not path.is_file() or path.suffix in OTHER_WEIGHTS or path.name == "README.md":
+                continue
+            if path.suffix == ".safetensors" and path.name not in changed:
+                _link_or_copy(path, aside / path.name)
+            else:
+                shutil.copyfile(path, aside / path.name)
+        for name, place in stored.items():
+            _write_over(aside / place.shard.name, place, routers[name])
+        (aside / "README.md").write_text(model_card(model_dir, about), encoding="utf-8")
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _write_over(shard: Path, place: StoredTensor, weight: Tensor) -> None:
+    dtype = TORCH_DTYPES.get(place.dtype)
+    if dtype is None:
+        raise UserError(f"{shard.name} stores {place.name} as {place.dtype}; known: {', '.join(TORCH_DTYPES)}")
+    raw = weight.to(dtype).contiguous().view(torch.uint8).numpy()
+    assert raw.nbytes == place.length_bytes, place
+    with shard.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(np.ascontiguousarray(raw).data)
+
+
+def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
+    """The card of the tuned model: base and its licence, objective and coefficients, figures of the last step."""
+    base_card = ModelCard.load(model_dir / "README.md").data if (model_dir / "README.md").is_file() else None
+    licence = getattr(base_card, "license", None)
+    base = str(about["base_model"])
+    data = ModelCardData(
+        license=licence, license_name=getattr(base_card, "license_name", None), library_name="transformers",
+        base_model=None if Path(base).exists() else base, tags=["mixture-of-experts", "remoe", "expert-reuse"],
+    )  # fmt: skip
+    config, metrics = about["config"], about["metrics"]
+    coefficients = {key: value for key, value in config.items() if key.endswith("_coef") and value}
+    rows = [
+        ("base", base),
+        ("licence", licence or "that of the base: see there"),
+        ("trained", f"{len(about['tensors'])} router tensors; every other byte is the base's"),
+        ("objective", f"{about['objective']} ({', '.join(f'{key} {value}' for key, value in coefficients.items())})"),
+        ("steps, learning rate, seed", f"{config['max_steps']}, {config['learning_rate']}, {config['seed']}"),
+        ("code", str(about["code_commit"])),
+        *((key, f"{value:.6g}") for key, value in metrics.items() if key.startswith(("train/", "moe/reuse_rate_mean"))),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return (
+        f"---\n{data.to_yaml()}\n---\n\n# {Path(base).name}, routers tuned for expert reuse\n\nThe routers were "
+        "fine-tuned so that neighbouring tokens choose the same experts more often (ReMoE, arXiv 2605.27081): an engine "
+        "that reads experts from slow storage reads fewer. Use it as the base.\n\n| | |\n|---|---|\n"
+        f"{table}\n"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remoe export",
+        description="Write a model with tuned routers for others: a Hugging Face folder, or a patched copy of a GGUF.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="the base: folder with safetensors weights, or hub name")
+    parser.add_argument(
+        "--router-delta", required=True, metavar="DIR", help="what training wrote, for exactly this base"
+    )
+    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="default hf")
+    parser.add_argument("--gguf", metavar="FILE", help="with --format gguf: a GGUF of the base")
+    parser.add_argument(
+        "--output", required=True, metavar="PATH", help="a folder (hf) or a file (gguf) that is not there"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

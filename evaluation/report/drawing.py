@@ -1,0 +1,127 @@
+"""How all figures of the report look: style, one colour and marker per arm, lines with spread, legend, SVG text.
+
+The palette is Okabe and Ito's, safe for colour-blind readers. Text stays text in the SVG, so it can be searched and
+takes the page's font. Matplotlib's global settings are not touched.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from evaluation.report.summary import Spread, runs_of
+from evaluation.results import BASE, Results
+
+KNOWN_COLOURS = {BASE: "#4d4d4d", "ce_only": "#009e73", "remoe": "#d55e00", "cache": "#0072b2"}
+OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
+MARKERS = "osD^vPX<>"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": "#333333",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+WIDTH_INCHES = 10.8
+SEEDS = "± 1 sd over seeds"
+
+
+def colours(results: Results) -> dict[str, str]:
+    """The colour of every arm."""
+    others = [arm for arm in results["arms"] if arm not in KNOWN_COLOURS]
+    given = {arm: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, arm in enumerate(others)}
+    return {arm: KNOWN_COLOURS.get(arm) or given[arm] for arm in results["arms"]}
+
+
+def line(axes: Axes, xs: Sequence[float], values: Sequence[Spread | None], *, scale: float, **look: Any) -> None:
+    """The means, with a band of one standard deviation where there are seeds; what was not measured is skipped."""
+    measured = [(x, value) for x, value in zip(xs, values, strict=True) if value is not None]
+    at, means = [x for x, _ in measured], [scale * value.mean for _, value in measured]
+    axes.plot(at, means, **look)
+    if any(value.sd for _, value in measured):
+        half = [scale * (value.sd or 0) for _, value in measured]
+        low, high = ([m + sign * h for m, h in zip(means, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between(at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def from_zero(axes: Axes) -> None:
+    """Start the vertical axis at 0 and leave room for markers at the top."""
+    axes.set_ylim(0, axes.dataLim.ymax * 1.08 or 1)
+
+
+def legend(
+    figure: Figure,
+    results: Results,
+    arms: Sequence[str],
+    *,
+    extra: Sequence[tuple[Any, str]] = (),
+    as_bars: bool = False,
+) -> None:
+    """Above the panels, the same arms in the same order in every figure."""
+    looks = looks_of(results)
+    handles = [Patch(color=looks[arm]["color"]) if as_bars else Line2D([], [], **looks[arm]) for arm in arms]
+    labels = [_label(results, arm) for arm in arms]
+    texts = [*labels, *(label for _, label in extra)]
+    columns = 6 if sum(map(len, texts)) <= 90 else 4  # as many as fit the width
+    drawn = [*handles, *(handle for handle, _ in extra)]
+    figure.legend(drawn, texts, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.6)
+
+
+def looks_of(results: Results) -> dict[str, dict[str, Any]]:
+    looks: dict[str, dict[str, Any]] = {
+        arm: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
+        for i, (arm, colour) in enumerate(colours(results).items())
+    }
+    looks[BASE] |= {"linewidth": 3.2, "markersize": 8}  # drawn first; seen under an arm that lies on it
+    return looks
+
+
+def _label(results: Results, arm: str) -> str:
+    n = len(runs_of(results, arm))
+    return arm if n == 1 else f"{arm} (n = {n})"
+
+
+def has_seeds(results: Results) -> bool:
+    return any(len(runs_of(results, arm)) > 1 for arm in results["arms"])
+
+
+def band(results: Results) -> list[tuple[Patch, str]]:
+    """The legend's entry for the spread, where an arm has more than one seed."""
+    return [(Patch(color="#777777", alpha=0.25, linewidth=0), SEEDS)] if has_seeds(results) else []
+
+
+def svg_of(draw: Callable[[Figure], None], *, height_inches: float, label: str) -> str:
+    """Draw into a figure of its own and give its SVG element, ready to stand in a page."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        figure.savefig(
+            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    svg = text.getvalue()
+    svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # group names repeat from figure to figure
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1
+    )

@@ -1,0 +1,69 @@
+"""None"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+from data.batches import IGNORE_LABEL
+from evaluation.engine.cache.trace import RouteTrace
+from training.model.routers import RouterObserver
+from training.objective.token_loss import token_sums
+
+
+@torch.no_grad()
+def teacher_forced_trace(
+    model: PreTrainedModel, documents: Sequence[np.ndarray], *, max_length: int, batch_size: int = 8,
+    expert_bytes: int | None = None, progress: str | None = None,
+) -> tuple[RouteTrace, float]:  # fmt: skip
+    """Routing of every token of `documents` (token ids), each cut into requests of at most `max_length` tokens.
+
+    Returns:
+        The trace, and the mean cross entropy in nats per predicted token.
+
+    Raises:
+        UserError: no document has two tokens.
+    """
+    requests = [d[i : i + max_length] for d in documents for i in range(0, len(d), max_length)]
+    requests = [request for request in requests if len(request) >= 2]
+    if not requests:
+        raise UserError(
+            f"no text of two tokens to trace among {len(documents)}; give more text or a larger --max-length"
+        )
+    observer = RouterObserver(model)
+    chosen_TLK, nll, predicted = [], 0.0, 0
+    for start in tqdm(range(0, len(requests), batch_size), desc=progress, disable=progress is None, unit="batch"):
+        batch = requests[start : start + batch_size]
+        length = max(map(len, batch))
+        ids_BS = torch.zeros(len(batch), length, dtype=torch.long)
+        labels_BS = torch.full((len(batch), length), IGNORE_LABEL)
+        for row, request in enumerate(batch):  # padding on the right is invisible to causal attention
+            ids_BS[row, : len(request)] = torch.from_numpy(request.astype(np.int64))
+            labels_BS[row, : len(request) - 1] = ids_BS[row, 1 : len(request)]
+        with observer.recording(len(batch), length) as routings:
+            logits_BSV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits
+        nll += float(token_sums(logits_BSV, labels_BS.to(model.device)).cross_entropy)
+        predicted += int((labels_BS != IGNORE_LABEL).sum())
+        ids_BSLK = torch.stack([routing.ids_BSK for routing in routings], dim=2).to("cpu", torch.int16).numpy()
+        chosen_TLK += [ids_BSLK[row, : len(request)] for row, request in enumerate(batch)]
+    observer.close()
+    expert_ids = np.concatenate(chosen_TLK)
+    trace = RouteTrace(
+        expert_ids=expert_ids,
+        phase=np.ones(len(expert_ids), dtype=np.uint8),
+        request_id=np.repeat(np.arange(len(requests)), [len(request) for request in requests]),
+        call=np.arange(len(expert_ids)),
+        num_experts=routings[0].logits_BSE.shape[-1],
+        layer_ids=tuple(_layer_number(name) for name in observer.names),
+        expert_bytes=expert_bytes,
+        model=str(model.name_or_path),
+    )
+    return trace, nll / predicted
+
+
+def _layer_number(router_name: str) -> int:
+    """`model.layers.3.mlp.gate` -> 3."""
+    return next(int(part) for part in router_name.split(".") if part.isdigit())

@@ -1,0 +1,83 @@
+"""`remoe pack`: a copy of a checkpoint whose experts lie in whole pages, which the engine reads without copying them."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configs.command import run
+from configs.load import UserError
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.packing import is_packed, pack_shard
+from evaluation.engine.store.pages import PAGE_BYTES
+from evaluation.export.hf_folder import OTHER_WEIGHTS
+from training.model.loading import local_folder
+
+EXAMPLE = """examples:
+  remoe pack --model allenai/OLMoE-1B-7B-0924-Instruct --output runs/models/olmoe-packed
+  remoe generate --model runs/models/olmoe-packed --expert-cache 2GiB --prompt "The sea was"
+
+The copy is an ordinary checkpoint with the same tensors in the same shards; only their order and the headers change, so
+that experts start on pages. Reads past the page cache then go straight into the expert cache. Router deltas of the
+original belong to the copy too. `remoe make-model` writes packed checkpoints.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, check that it is worth it, write."""
+    arguments = _parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.exists():
+        raise UserError(f"output {output} exists already; name a new one, or remove it first")
+    model_dir = Path(local_folder(arguments.model))
+    store = ExpertStore(model_dir)
+    if is_packed(store):
+        raise UserError(f"the experts of {model_dir} lie in whole pages already; use it as it is")
+    odd = [role for role in store.shape.roles if store.shape.role_bytes(role) % PAGE_BYTES]
+    if odd:
+        raise UserError(
+            f"an expert's {odd[0]} matrix has {store.shape.role_bytes(odd[0])} bytes, which are no whole pages of "
+            f"{PAGE_BYTES}: no order would let all experts start on one; use {model_dir} as it is"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_packed(model_dir, output)
+    print(f"{len(store.shards)} shards with experts are packed in {output}; its tensors are those of {model_dir}")
+
+
+def write_packed(model_dir: Path, output: Path) -> None:
+    """The whole folder, aside and renamed.
+
+    Raises:
+        OSError: the disk is full, for example; nothing is left behind.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir()
+        for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
+            if path.suffix == ".safetensors":
+                pack_shard(path, aside / path.name)
+            elif path.is_file() and path.suffix not in OTHER_WEIGHTS:
+                shutil.copyfile(path, aside / path.name)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remoe pack",
+        description="Copy a checkpoint so that its experts lie in whole pages: they are then read without being copied.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that is not there")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,149 @@
+"""`remoe plan`: what a memory budget is divided into for a model, and what it buys; tried on the real engine.
+
+Sizes are measured (residents) or worked out (KV cache, activations); the time of computing and of a prompt is measured by
+decoding a few tokens; misses at other sizes come from a routing trace, if one is given.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from configs.command import run
+from configs.files import prepare, write_json
+from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.memory.division import CONTEXT_TOKENS
+from evaluation.engine.sessions.conversations import BLOCK_TOKENS
+from evaluation.engine.sessions.plan import plan
+from evaluation.engine.sessions.workload import read_requests
+from evaluation.report.wording import bytes_text
+from training.model.loading import load_tokenizer, local_folder
+
+EXAMPLE = """examples:
+  remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256
+  remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
+  remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256 --trace runs/readme.safetensors
+  remoe plan --model DIR --memory-budget 900MiB --sessions chats.jsonl    # lines: {"prompt": "...", "max_tokens": 32}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, plan, print, and write the JSON if asked."""
+    arguments = _parser().parse_args(argv)
+    output = prepare(arguments.output) if arguments.output else None
+    trace = RouteTrace.read(arguments.trace) if arguments.trace else None
+    transformers.utils.logging.disable_progress_bar()
+    model_dir = local_folder(arguments.model)
+    requests = read_requests(arguments.sessions, load_tokenizer(model_dir)) if arguments.sessions else []
+    found = plan(
+        model_dir, memory_budget=arguments.memory_budget, context_tokens=arguments.context_tokens, trace=trace,
+        dtype=arguments.dtype, requests=requests, block_tokens=arguments.block_tokens,
+    )  # fmt: skip
+    if output:
+        write_json(output, found)
+    show(found, Console())
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The division, the cliff, the measured times, and the sizes around."""
+    division, demand, measured = found["division"], found["demand"], found["measured"]
+    table = Table("part", "memory", "why", title=f"{bytes_text(division['budget_bytes'])} for {found['model']}")
+    context = f"{division['context_tokens']} tokens"
+    for name, key, why in (
+        ("resident weights", "resident_bytes", "attention, embeddings, routers, shared experts; measured"),
+        ("read buffers", "buffer_bytes", "of the reading threads, and for experts that do not stay"),
+        ("KV cache", "kv_bytes", f"its floor: {context}"),
+        ("activations", "activation_bytes", f"a prompt of {context}"),
+        ("expert cache", "expert_cache_bytes", f"{division['slots']} of {_all_experts(demand)} experts; what is left"),
+    ):
+        table.add_row(name, bytes_text(division[key]), why)
+    console.print(table)
+    console.print(
+        f"one token uses {demand['layers']} x {demand['top_k']} experts, {bytes_text(demand['token_demand_bytes'])}: "
+        f"below that a global LRU hits little while decoding{_cliff(division, demand)}"
+    )
+    console.print(
+        f"measured: TTFT {measured['ttft_ms']:.0f} ms for {measured['prompt_tokens']} tokens, TPOT {measured['tpot_ms']:.1f} "
+        f"ms, of which {measured['stall_ms']:.1f} ms waiting for reads; the device reads "
+        f"{bytes_text(found['read_bandwidth']['bytes_per_second'])}/s"
+    )
+    if found["sizes"]:
+        console.print(_sizes_table(found))
+    if found["splits"]:
+        console.print(_splits_table(found))
+
+
+def _sizes_table(found: dict[str, Any]) -> Table:
+    table = Table("expert cache", "experts", "misses/token", "read/token", "TPOT, expected", "saved per MiB")
+    for point in found["sizes"]:
+        saved = point["saved_ms_per_mib"]
+        table.add_row(
+            bytes_text(point["expert_cache_bytes"]) + (" <-" if point["slots"] == found["division"]["slots"] else ""),
+            str(point["slots"]), f"{point['misses_per_token']:.1f}", bytes_text(point["bytes_read_per_token"]),
+            f"{point['expected_tpot_ms']:.1f} ms", "-" if saved is None else f"{saved:.3f} ms",
+        )  # fmt: skip
+    return table
+
+
+def _splits_table(found: dict[str, Any]) -> Table:
+    table = Table(
+        "kept keys and values", "experts", "prompt tokens found", "misses", "expected", title="the conversations"
+    )
+    best = min(found["splits"], key=lambda split: split["expected_seconds"])
+    for split in found["splits"]:
+        prompt_tokens = split["found_tokens"] + split["computed_tokens"]
+        table.add_row(
+            bytes_text(split["prefix_cache_bytes"]) + (" <-" if split is best else ""), str(split["slots"]),
+            f"{split['found_tokens']:,} of {prompt_tokens:,}", f"{split['misses']:,}", f"{split['expected_seconds']:.1f} s",
+        )  # fmt: skip
+    table.caption = f"best: --prefix-cache {best['prefix_cache_bytes']}"
+    return table
+
+
+def _all_experts(demand: dict[str, Any]) -> int:
+    return int(demand["layers"] * demand["num_experts"])
+
+
+def _cliff(division: dict[str, Any], demand: dict[str, Any]) -> str:
+    if division["expert_cache_bytes"] < demand["token_demand_bytes"]:
+        return " - this budget is below it"
+    return ""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="remoe plan",
+        description="Divide a memory budget for a model: what is fixed, what experts get, and what that means for speed.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
+    parser.add_argument("--memory-budget", required=True, metavar="SIZE", help="512MiB, 8GiB, or 25%% of the machine")
+    parser.add_argument(
+        "--context-tokens",
+        type=int,
+        default=CONTEXT_TOKENS,
+        metavar="N",
+        help=f"tokens of prompt and answer to keep room for (default {CONTEXT_TOKENS})",
+    )
+    parser.add_argument(
+        "--trace", metavar="PATH", help="a routing trace of this model: adds what other sizes would cost"
+    )
+    parser.add_argument(
+        "--sessions", metavar="JSONL", help="conversations in order of arrival: adds what they take at every division of "
+        "memory between experts and kept keys and values; they are run once"
+    )  # fmt: skip
+    parser.add_argument(
+        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help=f"of a kept block (default {BLOCK_TOKENS})"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
+    parser.add_argument("--output", metavar="JSON", help="where to write all numbers")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,120 @@
+"""Every side serves the legs of an order; ours and the transformers ones with the very same tokens."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.benchmark.order import COLD, WARM, Leg, Order
+from evaluation.benchmark.sides.serving import open_side
+from evaluation.benchmark.sides.transformers_sides import accelerate_device_map
+from evaluation.benchmark.weights import active_bytes, expert_bytes, expert_modules
+from evaluation.engine.store.shards import read_index
+from evaluation.export.gguf_file import write_gguf
+from tests.evaluation.benchmark.conftest import TINY
+
+LEGS = [Leg(COLD, [300, 301, 302, 303, 304], 12), Leg(WARM, [700, 5, 701, 6], 12)]
+Made = tuple[Path, dict[str, Any]]
+
+
+def order_for(side: str, folder: Path, tmp_path: Path) -> Order:
+    (tmp_path / "offload").mkdir(exist_ok=True)
+    return Order(
+        side, str(folder), LEGS, threads=1, expert_cache="40%", gguf=str(tmp_path / "m.gguf"), resident_bytes=0,
+        offload_dir=str(tmp_path / "offload"),
+    )  # fmt: skip
+
+
+def tokens(side: str, folder: Path, tmp_path: Path) -> list[list[int]]:
+    with open_side(order_for(side, folder, tmp_path)) as serving:
+        return [serving.request(leg).token_ids for leg in LEGS]
+
+
+def test_transformers_sides_give_our_tokens(made_model: Made, tmp_path: Path) -> None:
+    ours = tokens("remoe", made_model[0], tmp_path)
+    assert [len(ids) for ids in ours] == [12, 12]
+    assert tokens("resident", made_model[0], tmp_path) == ours
+    assert tokens("accelerate", made_model[0], tmp_path) == ours
+
+
+def test_a_budget_for_everything_gives_the_same_tokens(made_model: Made, tmp_path: Path) -> None:
+    order = replace(order_for("remoe", made_model[0], tmp_path), expert_cache=None, memory_budget="200MiB")
+    with open_side(order) as serving:
+        ours = [serving.request(leg).token_ids for leg in LEGS]
+        assert serving.settings["memory_budget"] == "200MiB"
+    assert ours == tokens("resident", made_model[0], tmp_path)
+
+
+def test_llamacpp_serves_the_same_legs(made_model: Made, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the bench extra is not installed")
+    write_gguf(made_model[0], tmp_path / "m.gguf")
+    theirs = tokens("llamacpp", made_model[0], tmp_path)
+    assert [len(ids) for ids in theirs] == [12, 12]
+    assert [ids[0] for ids in theirs] == [ids[0] for ids in tokens("resident", made_model[0], tmp_path)]
+
+
+def test_our_figures_are_of_the_leg_alone(made_model: Made, tmp_path: Path) -> None:
+    with open_side(order_for("remoe", made_model[0], tmp_path)) as serving:
+        serving.begin_cold()
+        cold = serving.request(LEGS[0]).engine
+        warm = serving.request(LEGS[1]).engine
+    assert cold is not None
+    assert warm is not None
+    for figures in (cold, warm):
+        assert 0 < figures["hit_rate"]["decode"] < 1
+        assert 0 < figures["reuse_rate_mean"] < 1
+        assert 0 < figures["misses_per_token"] < TINY.layers * TINY.top_k
+        missed_bytes = figures["misses_per_token"] * figures["expert_bytes"]
+        assert figures["counted_bytes_read_per_token"] == pytest.approx(missed_bytes)
+        assert figures["missed_bytes_per_token"] == pytest.approx(missed_bytes)
+    assert cold["first_touches"] > warm["first_touches"]  # the warm leg found experts that it had not read itself
+
+
+def test_what_is_read_ahead_in_vain_did_not_have_to_be_read(made_model: Made, tmp_path: Path) -> None:
+    order = replace(order_for("remoe", made_model[0], tmp_path), prefetch=2)
+    with open_side(order) as serving:
+        serving.begin_cold()
+        figures = serving.request(LEGS[0]).engine
+    assert figures is not None
+    missed_bytes = figures["misses_per_token"] * figures["expert_bytes"]
+    assert figures["missed_bytes_per_token"] == pytest.approx(missed_bytes)
+    assert figures["counted_bytes_read_per_token"] > missed_bytes
+
+
+def test_accelerate_keeps_the_first_layers_in_memory(made_model: Made) -> None:
+    folder = str(made_model[0])
+    modules, other_bytes = expert_modules(folder)
+    names, sizes = list(modules), list(modules.values())
+    enough_for_one = accelerate_device_map(folder, other_bytes + sizes[0])
+    assert [name for name, device in enough_for_one.items() if device == "disk"] == [names[1]]
+    assert set(accelerate_device_map(folder, other_bytes + sum(sizes)).values()) == {"cpu"}
+    nothing = accelerate_device_map(folder, 0)
+    assert [name for name, device in nothing.items() if device == "disk"] == names
+    assert "model.layers.0.self_attn" in nothing
+    assert "model.layers.0" not in nothing
+
+
+def test_bytes_of_what(made_model: Made) -> None:
+    folder = made_model[0]
+    one = 3 * TINY.hidden * TINY.intermediate * 2
+    modules, other_bytes = expert_modules(folder)
+    assert expert_bytes(folder) == one
+    assert list(modules.values()) == [TINY.num_experts * one] * TINY.layers
+    assert sum(modules.values()) + other_bytes == sum(tensor.length_bytes for tensor in read_index(folder).values())
+    embeddings = TINY.vocabulary * TINY.hidden * 2
+    assert active_bytes(folder) == other_bytes - embeddings + TINY.layers * TINY.top_k * one
+
+
+def test_tied_embeddings_are_active(model_dir: Callable[[str], Path]) -> None:
+    modules, other_bytes = expert_modules(model_dir("qwen2_moe"))
+    assert active_bytes(model_dir("qwen2_moe")) == other_bytes + sum(modules.values()) * 2 // 8
+
+
+def test_llamacpp_s_process_has_no_torch_to_carry() -> None:
+    modules = "evaluation.benchmark.sides.side, evaluation.benchmark.sides.llamacpp_side"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4], check=False).returncode == 0

@@ -1,0 +1,138 @@
+"""Our trainer beside transformers': the same rows and losses, and figures that follow from what was measured."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from configs.load import UserError
+from evaluation.benchmark.sides.training_side import READY, Measured
+from evaluation.benchmark.training import _Side, compare, main, table
+
+
+def measured(seconds: float, peak: int) -> Measured:
+    return Measured(
+        step_seconds=[9.0, seconds, seconds], losses=[5.0, 4.0, 4.0], tokens_per_step=100, model_bytes=1000,
+        peak_bytes=peak, forward_flop_per_step=200, matrix_flop_per_second=4000.0, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def test_ours_is_compared_with_the_fastest_stock_side_of_the_same_repeat() -> None:
+    result = compare(
+        {
+            "remoe": [measured(1.0, 300), measured(2.0, 300)],
+            "eager": [measured(4.0, 100), measured(8.0, 100)],
+            "grouped_mm": [measured(1.5, 500), measured(3.0, 600)],
+        }
+    )
+    assert result["fastest_stock"] == "grouped_mm"
+    assert result["speed_ratio"] == {"median": 1.5, "each": [1.5, 1.5]}
+    assert result["memory_ratio"]["each"] == [0.6, 0.5]
+    ours = result["sides"]["remoe"]
+    assert ours["step_seconds"] == 1.5, "the first step warms up"
+    assert ours["tokens_per_second"] == pytest.approx(100 / 1.5)
+    assert ours["bound_share"] == pytest.approx((0.1 / 1.0 + 0.1 / 2.0) / 2), "2 x 200 / 4000 seconds"
+    assert "grouped_mm: 1.50 x" in str(table(result).caption)
+
+
+def test_steps_of_the_same_turn_are_compared() -> None:
+    ours, theirs = measured(1.0, 1), measured(1.0, 1)
+    ours.step_seconds, theirs.step_seconds = [9.0, 1.0, 4.0, 4.0], [9.0, 2.0, 4.0, 8.0]
+    assert compare({"remoe": [ours], "eager": [theirs]})["speed_ratio"]["each"] == [2.0], "of the medians: 1"
+
+
+def test_unknown_sides_and_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--stock 'deepspeed': write one or more of grouped_mm, batched_mm, eager"):
+        main(["x.yaml", "--stock", "deepspeed"])
+    with pytest.raises(UserError, match="--steps is 0; write at least 1"):
+        main(["x.yaml", "--steps", "0"])
+
+
+def test_a_side_that_ends_before_its_last_step_is_named(
+    train_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ends_early = tmp_path / "python"
+    ends_early.write_text(f"#!/bin/sh\necho {READY}\nread line\n", encoding="utf-8")
+    ends_early.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(ends_early))
+    with (
+        _Side("eager", train_args(max_steps=2), tmp_path, 1) as side,
+        pytest.raises(UserError, match="side eager ended with exit code 0: nothing on standard error"),
+    ):
+        side.take_step()
+
+
+@pytest.mark.slow
+def test_both_sides_see_the_same_rows_and_train_the_same_routers(
+    train_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    values = train_values(gradient_accumulation_steps=2)
+    overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
+    config = tmp_path / "c.yaml"
+    config.write_text("objective: ce_only\n", encoding="utf-8")
+    main(
+        [
+            str(config),
+            *overrides,
+            "--repeats",
+            "1",
+            "--steps",
+            "3",
+            "--threads",
+            "1",
+            "--output",
+            str(tmp_path / "o.json"),
+        ]
+    )
+    result = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    ours, *others = (runs[0] for runs in result["runs"].values())
+    assert len(others) == 2
+    for theirs in others:
+        assert theirs["losses"] == pytest.approx(ours["losses"], abs=2e-4), "Trainer rounds what it logs to 4 digits"
+        assert theirs["tokens_per_step"] == ours["tokens_per_step"] == 2 * 2 * 24
+    assert ours["losses"][-1] < ours["losses"][0]
+    assert all(side["peak_bytes"] > 0 for side in (ours, *others))
+    assert ours["forward_flop_per_step"] == others[0]["forward_flop_per_step"]
+    assert [side["attn_implementation"] for side in (ours, *others)] == ["remoe_packed", "sdpa", "sdpa"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_bfloat16_is_trained_by_both(
+    train_values: Callable[..., dict[str, Any]], model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its routers are float32, the rest is not: every product needs autocast."""
+    AutoModelForCausalLM.from_pretrained(model_dir(), dtype="bfloat16").save_pretrained(tmp_path / "model")
+    shutil.copy(model_dir() / "tokenizer.json", tmp_path / "model")
+    shutil.copy(model_dir() / "tokenizer_config.json", tmp_path / "model")
+    values = train_values(model_name_or_path=str(tmp_path / "model"), bf16="true")
+    overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
+    (tmp_path / "c.yaml").write_text("objective: ce_only\n", encoding="utf-8")
+    flags = ["--stock", "grouped_mm", "--repeats", "1", "--steps", "1", "--threads", "1"]
+    main([str(tmp_path / "c.yaml"), *overrides, *flags, "--output", str(tmp_path / "o.json")])
+    ours, theirs = (runs[0] for runs in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))["runs"].values())
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=0.02)
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_says_why(train_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("objective: ce_only\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"side remoe ended with exit code 2: \./nowhere does not exist; give the folder"
+    ):
+        main(
+            [
+                str(config),
+                "model_name_or_path=./nowhere",
+                f"output_dir={tmp_path}/run",
+                "--repeats",
+                "1",
+                "--steps",
+                "1",
+            ]
+        )

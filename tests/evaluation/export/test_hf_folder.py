@@ -1,0 +1,259 @@
+"""Tuned routers for others: a folder for transformers, a GGUF for llama.cpp; nothing but the routers is different."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configs.load import UserError
+from data.corpus import EMBEDDED
+from data.pieces import document_beginnings
+from evaluation.benchmark.order import COLD, Leg, Order
+from evaluation.benchmark.sides.serving import open_side
+from evaluation.engine.greedy import greedy
+from evaluation.export.gguf_file import write_gguf
+from evaluation.export.hf_folder import main, model_card
+from training.model.loading import load_pretrained, load_tokenizer
+from training.model.routers import router_parameters
+from training.run_folder import router_delta
+
+ModelDir = Callable[[str], Path]
+PROMPT = [5, 9, 200, 31, 17]
+
+
+def perturbed(model_dir: Path, folder: Path, *, scale: float = 0.3) -> dict[str, torch.Tensor]:
+    """A delta as training writes it, its routers moved at random."""
+    routers = router_parameters(load_pretrained(str(model_dir), dtype=torch.float32))
+    draw = torch.Generator().manual_seed(7)
+    moved = {n: (p + scale * p.std() * torch.randn(p.shape, generator=draw)).detach() for n, p in routers.items()}
+    about = {
+        "objective": "cache_miss", "code_commit": "0" * 40, "metrics": {"train/loss": 3.25, "moe/reuse_rate_mean": 0.4},
+        "config": {"miss_coef": 0.25, "reuse_coef": 0.0, "max_steps": 300, "learning_rate": 0.003, "seed": 1},
+    }  # fmt: skip
+    base_sha256 = router_delta.checkpoint_sha256(model_dir, moved)
+    router_delta.save(folder, moved, base_model=str(model_dir), base_sha256=base_sha256, about=about)
+    return moved
+
+
+def export(model: Path, delta: Path, output: Path, *more: str) -> None:
+    main(["--model", str(model), "--router-delta", str(delta), "--output", str(output), *more])
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "deepseek_v2"])
+def test_a_folder_that_plain_transformers_loads_with_the_tuned_routers(
+    family: str, model_dir: ModelDir, tmp_path: Path
+) -> None:
+    base = model_dir(family)
+    moved = perturbed(base, tmp_path / "delta")
+    export(base, tmp_path / "delta", tmp_path / "out")
+    tuned = load_pretrained(str(base), dtype=torch.float32)
+    router_delta.apply(tuned, moved)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert greedy(exported, PROMPT, max_new_tokens=20) == greedy(tuned, PROMPT, max_new_tokens=20)
+    ids = torch.tensor([PROMPT])
+    assert torch.equal(exported(ids).logits, tuned(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(AutoTokenizer.from_pretrained(base))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys(), "per-expert keys, as they were"
+    assert sum(not torch.equal(before[name], after[name]) for name in before) == len(moved)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+def test_shards_without_a_router_are_linked_and_other_weights_left_behind(model_dir: ModelDir, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(model_dir("olmoe"), tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    shards = {"a.safetensors": [n for n in weights if "gate.weight" in n and ".experts." not in n]}
+    shards["b.safetensors"] = [n for n in weights if n not in shards["a.safetensors"]]
+    for shard, names in shards.items():
+        save_file({name: weights[name] for name in names}, base / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "pytorch_model.bin").write_bytes(b"the routers of before")
+    perturbed(base, tmp_path / "delta")
+    untouched = (base / "a.safetensors").read_bytes()
+    export(base, tmp_path / "delta", tmp_path / "out")
+    assert (tmp_path / "out" / "b.safetensors").samefile(base / "b.safetensors")
+    assert not (tmp_path / "out" / "a.safetensors").samefile(base / "a.safetensors")
+    assert (base / "a.safetensors").read_bytes() == untouched
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_the_card_names_base_licence_objective_and_figures(model_dir: ModelDir, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(model_dir("olmoe"), tmp_path / "base"))
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# OLMoE\n")
+    perturbed(base, tmp_path / "delta")
+    about = {**router_delta.describe(tmp_path / "delta"), "base_model": "allenai/OLMoE-1B-7B-0924"}
+    card = model_card(base, about)
+    assert "license: apache-2.0" in card
+    assert "base_model: allenai/OLMoE-1B-7B-0924" in card
+    assert "cache_miss (miss_coef 0.25)" in card
+    assert "train/loss | 3.25" in card
+    (base / "README.md").unlink()
+    assert "that of the base: see there" in model_card(base, about)
+
+
+def test_mistakes_are_told_before_anything_is_written(model_dir: ModelDir, tmp_path: Path) -> None:
+    base, other = model_dir("qwen2_moe"), model_dir("olmoe")
+    perturbed(base, tmp_path / "delta")
+    with pytest.raises(UserError, match=r"was trained on .* and the frozen weights of .* differ"):
+        export(other, tmp_path / "delta", tmp_path / "out")
+    with pytest.raises(UserError, match=r"--format gguf and --gguf BASE\.gguf go together"):
+        export(base, tmp_path / "delta", tmp_path / "out", "--format", "gguf")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already; name a new one"):
+        export(base, tmp_path / "delta", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(model_dir: ModelDir, tmp_path: Path, full_disk: Path) -> None:
+    perturbed(model_dir("qwen2_moe"), tmp_path / "delta")
+    (full_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(full_disk).free - 30_000))
+    with pytest.raises(OSError, match="No space left"):
+        export(model_dir("qwen2_moe"), tmp_path / "delta", full_disk / "out")
+    assert [path.name for path in full_disk.iterdir()] == ["filler"]
+
+
+# GGUF
+
+
+def rewritten(
+    source: Path, target: Path, *, quantised: Sequence[str] = (), changed: dict[str, float] | None = None
+) -> None:
+    """A copy by PyPI's gguf: tensors whose name has one of `quantised` in Q8_0, a number added to those in `changed`."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            writer.add_key_value(
+                name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            )
+    for tensor in reader.tensors:
+        data: Any = np.asarray(tensor.data) + np.float32((changed or {}).get(tensor.name, 0))
+        if any(part in tensor.name for part in quantised):
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.name, gguf.quants.quantize(data, q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(tensor.name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def shipped_gguf(tmp_path: Path) -> Path:
+    write_gguf(EMBEDDED / "model", tmp_path / "base.gguf", precision="float32")
+    return tmp_path / "base.gguf"
+
+
+@pytest.mark.parametrize("quantised", [(), ("gate_exps", "up_exps")])
+def test_in_a_gguf_only_the_routers_change(quantised: tuple[str, ...], shipped_gguf: Path, tmp_path: Path) -> None:
+    base = tmp_path / "q.gguf"
+    rewritten(shipped_gguf, base, quantised=quantised)
+    moved = perturbed(EMBEDDED / "model", tmp_path / "delta")
+    export(EMBEDDED / "model", tmp_path / "delta", tmp_path / "out.gguf", "--format", "gguf", "--gguf", str(base))
+    old, new = (gguf.GGUFReader(path) for path in (base, tmp_path / "out.gguf"))
+    assert [tensor.name for tensor in old.tensors] == [tensor.name for tensor in new.tensors]
+    for before, after in zip(old.tensors, new.tensors, strict=True):
+        assert (before.tensor_type, before.shape.tolist()) == (after.tensor_type, after.shape.tolist())
+        layer = before.name.removeprefix("blk.").split(".")[0]
+        expected = np.asarray(before.data)
+        if before.name.endswith("ffn_gate_inp.weight"):
+            expected = moved[f"model.layers.{layer}.mlp.gate.weight"].numpy()
+        np.testing.assert_array_equal(np.asarray(after.data), expected)
+    more = {name: field.contents() for name, field in new.fields.items() if name not in old.fields}
+    assert more.keys() == {
+        f"remoe.{key}"
+        for key in ("router_delta_sha256", "base_model", "base_frozen_sha256", "objective", "code_commit")
+    }
+    assert more["remoe.objective"] == "cache_miss"
+    same = [name for name in old.fields if not name.startswith("GGUF.")]
+    assert all(old.fields[name].contents() == new.fields[name].contents() for name in same)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda base, to: rewritten(base, to, changed={"blk.1.ffn_gate_inp.weight": 1e-3}),
+            "other values in blk.1.ffn_gate",
+        ),
+        (
+            lambda base, to: rewritten(base, to, quantised=["ffn_gate_inp.weight"]),
+            "stores blk.0.ffn_gate_inp.weight as Q8_0",
+        ),
+        (lambda _, to: to.write_bytes(b"GGUF, or not"), "cannot be read as GGUF"),
+    ],
+)
+def test_a_gguf_of_another_base_is_refused(make: Any, words: str, shipped_gguf: Path, tmp_path: Path) -> None:
+    make(shipped_gguf, tmp_path / "other.gguf")
+    perturbed(EMBEDDED / "model", tmp_path / "delta")
+    with pytest.raises(UserError, match=words):
+        export(
+            EMBEDDED / "model", tmp_path / "delta", tmp_path / "out.gguf", "--format", "gguf",
+            "--gguf", str(tmp_path / "other.gguf"),
+        )  # fmt: skip
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_gguf_of_another_shape_is_refused(model_dir: ModelDir, shipped_gguf: Path, tmp_path: Path) -> None:
+    perturbed(model_dir("qwen2_moe"), tmp_path / "delta")
+    with pytest.raises(UserError, match=r"has blk\.0\.ffn_gate_inp\.weight of shape \[32, .*of shape \[8, 16\]"):
+        export(
+            model_dir("qwen2_moe"),
+            tmp_path / "delta",
+            tmp_path / "o.gguf",
+            "--format",
+            "gguf",
+            "--gguf",
+            str(shipped_gguf),
+        )
+
+
+def llamacpp_tokens(path: Path, prompts: Sequence[list[int]], *, new_tokens: int) -> list[list[int]]:
+    legs = [Leg(COLD, prompt, new_tokens) for prompt in prompts]
+    order = Order("llamacpp", str(EMBEDDED / "model"), legs, threads=1, gguf=str(path), kv_cache="F32")
+    with open_side(order) as serving:
+        return [serving.request(leg).token_ids for leg in legs]
+
+
+@pytest.mark.slow
+def test_llamacpp_speaks_with_the_tuned_routers(shipped_gguf: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="the bench extra is not installed")
+    moved = perturbed(EMBEDDED / "model", tmp_path / "delta")
+    arguments = (EMBEDDED / "model", tmp_path / "delta")
+    export(*arguments, tmp_path / "tuned.gguf", "--format", "gguf", "--gguf", str(shipped_gguf))
+    rewritten(shipped_gguf, tmp_path / "q8.gguf", quantised=["gate_exps", "up_exps"])
+    export(*arguments, tmp_path / "tuned-q8.gguf", "--format", "gguf", "--gguf", str(tmp_path / "q8.gguf"))
+    tuned = load_pretrained(str(EMBEDDED / "model"), dtype=torch.float32)
+    tuned.generation_config.eos_token_id = None
+    beginnings = document_beginnings(load_tokenizer(str(EMBEDDED / "model")), "test", tokens=24, count=60)
+    before = [greedy(tuned, prompt, max_new_tokens=24) for prompt in beginnings]
+    router_delta.apply(tuned, moved)
+    expected = {tuple(prompt): greedy(tuned, prompt, max_new_tokens=24) for prompt in beginnings}
+    assert list(expected.values()) != before
+    prompts = [prompt for prompt in beginnings if not has_a_tie(tuned, prompt, expected[tuple(prompt)])][:50]
+    assert len(prompts) == 50
+    found = llamacpp_tokens(tmp_path / "tuned.gguf", prompts, new_tokens=24)
+    assert found == [expected[tuple(prompt)] for prompt in prompts]
+    answers = llamacpp_tokens(tmp_path / "tuned-q8.gguf", prompts[:5], new_tokens=24)
+    assert [len(answer) for answer in answers] == [24] * 5
+
+
+def has_a_tie(model: Any, prompt: list[int], new: list[int]) -> bool:
+    """Whether two tokens were so close somewhere that the order of a sum decides between them."""
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+    best_T2 = logits_TV.topk(2, dim=-1).values
+    return bool((best_T2[:, 0] - best_T2[:, 1]).min() < 1e-3)

@@ -1,0 +1,143 @@
+"""The arithmetic of the report, on hand-made results with hand-computed answers."""
+
+from typing import Any
+
+import pytest
+
+from evaluation.report.summary import (
+    Spread,
+    budgets,
+    change,
+    headline_budget,
+    headline_sizes,
+    layers_of,
+    measure,
+    miss_change,
+    miss_rate,
+    relative,
+    spread,
+    verdict,
+    worst_task,
+)
+from tests.evaluation.made_results import made_results
+
+
+def set_cost(results: dict[str, Any], arm: str, *costs: float) -> None:
+    for run, cost in zip(results["arms"][arm]["runs"], costs, strict=True):
+        run["difference"]["perplexity"]["mean"] = {"relative": cost, "low": cost - 0.002, "high": cost + 0.002}
+
+
+def set_misses(results: dict[str, Any], arm: str, slots: int, *misses: int) -> None:
+    for run, count in zip(results["arms"][arm]["runs"], misses, strict=True):
+        next(row for row in run["replay"] if (row["policy"], row["slots"]) == ("lru", slots))["misses"] = count
+
+
+def test_spread_is_the_mean_and_the_sample_standard_deviation() -> None:
+    assert spread([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(7**0.5), 3)
+
+
+def test_spread_leaves_out_what_was_not_measured_instead_of_counting_it_as_zero() -> None:
+    assert spread([None, 4.0, None]) == Spread(4.0, None, 1)
+    assert spread([None, None]) is None
+
+
+def test_relative_change_needs_a_base_other_than_zero() -> None:
+    assert relative(3.0, 4.0) == -0.25
+    assert relative(3.0, 0.0) is None
+    assert relative(None, 4.0) is None
+
+
+def test_layers_of_takes_the_spread_layer_by_layer_over_seeds() -> None:
+    assert layers_of([[1.0, None], [3.0, 5.0]]) == [Spread(2.0, pytest.approx(2**0.5), 2), Spread(5.0, None, 1)]
+
+
+def test_miss_rate_is_misses_per_access_and_none_where_not_replayed() -> None:
+    results = made_results()
+    set_misses(results, "base", 6, 480000)
+    run = results["arms"]["base"]["runs"][0]
+    assert miss_rate(run, 6) == 0.5
+    assert miss_rate(run, 7) is None
+    assert miss_rate({**run, "replay": None}, 6) is None
+
+
+def test_miss_change_compares_every_seed_with_base() -> None:
+    results = made_results()
+    set_misses(results, "base", 6, 500000)
+    set_misses(results, "cache", 6, 400000, 350000, 300000)
+    assert miss_change(results, "cache", 6) == Spread(pytest.approx(-0.3), pytest.approx(0.1), 3)
+    assert miss_change(results, "base", 6) is None
+
+
+def test_headline_sizes_are_6_and_12_for_four_chosen_experts_and_grow_with_their_number() -> None:
+    results = made_results()
+    assert headline_sizes(results) == [6, 12]
+    results["model"]["top_k"] = 8
+    assert headline_sizes(results) == [12, 24]
+
+
+def test_headline_budget_is_the_smallest_common_one_that_holds_a_tokens_demand() -> None:
+    results = made_results()
+    sizes = budgets(results)
+    assert headline_budget(results) == sizes[1] == results["model"]["token_demand_bytes"]
+    remoe = results["arms"]["remoe"]["runs"][0]
+    remoe["decode"] = [row for row in remoe["decode"] if row["expert_cache_bytes"] != sizes[1]]
+    assert headline_budget(results) == sizes[2]
+    remoe["decode"] = [row for row in remoe["decode"] if row["demands"] < 1]
+    assert headline_budget(results) == sizes[0]
+
+
+def test_the_interval_over_seeds_is_the_mean_of_theirs() -> None:
+    results = made_results()
+    set_cost(results, "cache", -0.001, 0.000, 0.004)
+    found = change(results, "cache", "perplexity", "mean")
+    assert found is not None
+    assert found.spread.mean == pytest.approx(0.001)
+    assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(0.003))
+    assert not found.excludes_zero
+    set_cost(results, "cache", 0.001, 0.002, 0.006)
+    found = change(results, "cache", "perplexity", "mean")
+    assert found is not None
+    assert found.excludes_zero
+
+
+def test_worst_task_is_the_one_that_falls_most() -> None:
+    results = made_results()
+    results["arms"]["remoe"]["runs"][0]["difference"]["tasks"]["letters"] = {
+        "difference": -0.4,
+        "low": -0.5,
+        "high": -0.3,
+    }
+    found = worst_task(results, "remoe")
+    assert found is not None
+    assert found[0] == "letters"
+    assert found[1].spread.mean == -0.4
+    assert worst_task(results, "base") is None
+
+
+def test_best_arm_has_the_fewest_misses_among_those_within_the_perplexity_limit() -> None:
+    results = made_results()  # remoe is beyond the limit, ce_only within it with the misses of base
+    assert verdict(results).best == "cache"
+    set_cost(results, "cache", 0.0101, 0.0101, 0.0101)
+    assert verdict(results).best == "ce_only"
+    set_cost(results, "remoe", 0.01)
+    assert verdict(results).best == "remoe"
+
+
+def test_no_arm_is_best_when_none_is_within_the_limit() -> None:
+    results = made_results()
+    set_cost(results, "ce_only", 0.03)
+    set_cost(results, "cache", 0.02, 0.02, 0.02)
+    assert (verdict(results).best, verdict(results).closest) == (None, "remoe")
+
+
+def test_an_arm_without_measured_perplexity_is_never_best() -> None:
+    results = made_results()
+    for run in results["arms"]["cache"]["runs"]:
+        run["difference"] = None
+    assert verdict(results).best == "ce_only"
+
+
+def test_measure_is_none_below_a_part_that_was_not_measured() -> None:
+    results = made_results()
+    results["arms"]["base"]["runs"][0]["quality"] = None
+    assert measure(results, "base", "quality", "tasks", "arithmetic", "value") is None

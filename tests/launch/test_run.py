@@ -1,0 +1,92 @@
+"""The whole loop on the shipped model, with a handful of steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.command import run
+from configs.load import UserError, load
+from launch import run as pipeline_module
+from launch.run import RunArguments, pipeline
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
+
+
+@pytest.mark.slow
+def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    out = tmp_path / "run"
+    assert run(pipeline_module.main, ["configs/run/smoke.yaml", f"output_dir={out}"]) == 0
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(results["arms"]) == ["base", "remoe", "cache"]
+    assert results["reproduce"]["command"].startswith("remoe run configs/run/smoke.yaml")
+    smaller, larger = (plan["division"] for plan in results["plans"])
+    assert (smaller["budget_bytes"], larger["budget_bytes"]) == (43 * 2**20, 46 * 2**20)
+    assert larger["resident_bytes"] == pytest.approx(
+        smaller["resident_bytes"], rel=0.2
+    )  # the same model, beside nothing else
+    for arm in results["arms"].values():
+        for measured in arm["runs"]:
+            assert all(row["tokens_equal_resident"] for row in measured["decode"])
+            misses = {(row["policy"], row["slots"]): row["misses"] for row in measured["replay"]}
+            assert all(misses["belady", slots] <= misses["lru", slots] for slots in (4, 6, 12, 32))
+            assert misses["lru", 12] < misses["lru", 6] < misses["lru", 4]
+    base, cache = results["arms"]["base"]["runs"][0], results["arms"]["cache"]["runs"][0]
+    assert base["difference"] is None
+    assert set(cache["difference"]["perplexity"]) == {"prose", "code", "mean"}
+    assert [line["train/global_step"] for line in cache["history"]] == [1, 2, 3, 4, 5, 6]
+    assert cache["routing"]["reuse_rate_mean"] != base["routing"]["reuse_rate_mean"]
+    for name in ("report.html", "report.md"):
+        assert "cache" in (out / name).read_text(encoding="utf-8")
+
+    trained = (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns
+    pipeline(load(RunArguments, ROOT / "configs/run/smoke.yaml", [f"output_dir={out}"]), command="again")
+    assert set(results["reproduce"]["seconds"]) == {"train", "evaluate"}
+    again = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert set(again["reproduce"]["seconds"]) == {"evaluate"}  # nothing was trained
+    assert (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns == trained
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pipeline_module, "launch_training", lambda *_: pytest.fail("something was trained"))
+    (tmp_path / "evaluation.yaml").write_text("plan: {memory_budgets: [1MiB]}", encoding="utf-8")
+    overrides = [f"output_dir={tmp_path / 'run'}", f"evaluation={tmp_path / 'evaluation.yaml'}"]
+    with pytest.raises(UserError, match="a memory budget of 1MiB is too small"):
+        pipeline(load(RunArguments, "configs/run/smoke.yaml", overrides), command="")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_shipped_run_config_loads() -> None:
+    for path in (ROOT / "configs" / "run").glob("*.yaml"):
+        args = load(RunArguments, path)
+        assert (ROOT / args.train).is_file()
+        assert (ROOT / args.evaluation).is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["arms={}"], "at least one"),
+        (["arms={a: {}}", "seeds=[]"], "at least one"),
+        (["arms={base: {objective: remoe}}"], "cannot be called base"),
+        (["sedes=[1]"], "did you mean seeds"),
+    ],
+)
+def test_run_config_that_makes_no_sense_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(RunArguments, None, overrides)
+
+
+def test_mistake_in_an_arm_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    args = load(
+        RunArguments, None, ["arms={a: {objective: remoe}, b: {objectve: cache}}", f"output_dir={tmp_path / 'run'}"]
+    )
+    with pytest.raises(UserError, match="did you mean objective"):
+        pipeline(args, command="x")
+    assert not (tmp_path / "run").exists()

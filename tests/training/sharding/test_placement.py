@@ -1,0 +1,137 @@
+"""What is said to be held where is what is; what does not fit is refused with the launcher that makes it fit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+
+from configs.load import UserError
+from training.arguments import TrainArguments
+from training.model.host_memory import memory_limit
+from training.model.loading import load_pretrained
+from training.model.skeleton import empty_model
+from training.sharding import placement as module
+from training.sharding.placement import Placement, Sizes, check_room, placement, sizes_of
+
+SIZES = Sizes(total=1000, experts=800, largest_layer=100, swap_buffers=240)
+Arguments = Callable[..., TrainArguments]
+
+
+@pytest.mark.parametrize(
+    ("how", "offload", "processes", "expected"),
+    [
+        ("replicated", None, 4, Placement(device=1000, host=0, disk=0)),
+        ("fsdp2", None, 4, Placement(device=350, host=0, disk=0)),
+        ("zero3", None, 3, Placement(device=434, host=0, disk=0)),
+        ("zero3", "cpu", 4, Placement(device=100, host=250, disk=0)),
+        ("zero3", "nvme", 4, Placement(device=100, host=50 + 60, disk=200)),
+    ],
+)
+def test_every_process_holds_its_share(how: str, offload: str | None, processes: int, expected: Placement) -> None:
+    assert placement(SIZES, how=how, offload=offload, processes=processes) == expected
+
+
+def test_sizes_are_those_of_the_loaded_model(model_dir: Callable[[str], Path]) -> None:
+    folder = str(model_dir("qwen2_moe"))
+    whole = load_pretrained(folder, dtype=torch.float32)
+    tensors = dict(whole.named_parameters())
+    experts = [t for name, t in tensors.items() if ".experts." in name]
+    layers = [[t for name, t in tensors.items() if name.startswith(f"model.layers.{i}.")] for i in (0, 1)]
+    assert sizes_of(empty_model(folder, dtype=torch.float32)) == Sizes(
+        total=sum(t.nbytes for t in tensors.values()),
+        experts=sum(t.nbytes for t in experts),
+        largest_layer=max(sum(t.nbytes for t in layer) for layer in layers),
+        swap_buffers=3 * max(t.nbytes for t in experts),
+    )
+
+
+def test_a_model_whose_experts_are_not_stacked_has_sizes_too(tiny_model: Callable[..., Any]) -> None:
+    """Nor its layers in one list: it can be trained whole, so what it needs has to be told."""
+    model = tiny_model("llama")
+    total = sum(p.nbytes for p in model.parameters())
+    assert sizes_of(model) == Sizes(total=total, experts=0, largest_layer=total, swap_buffers=0)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`free(bytes)`: so much memory is free on the host."""
+
+    def set_free(size: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+        monkeypatch.setattr(module, "memory_limit", lambda: None)
+
+    return set_free
+
+
+def test_what_fits_is_told_beforehand(
+    train_args: Arguments, free: Any, capsys: pytest.CaptureFixture[str], model_dir: Callable[[str], Path]
+) -> None:
+    free(2**30)
+    check_room(train_args(), Accelerator(cpu=True), how="replicated")
+    total = sum(p.nbytes for p in load_pretrained(str(model_dir("qwen2_moe"))).parameters()) / 2**20
+    said = capsys.readouterr().out
+    assert f"weights: {total:.3g} MiB in float32, of it experts" in said
+    assert f"each process will hold {total:.3g} MiB on its cpu (activations come on top)" in said
+
+
+def test_what_does_not_fit_is_refused_with_the_launcher_that_does(
+    train_args: Arguments, free: Any, model_dir: Callable[[str], Path]
+) -> None:
+    sizes = sizes_of(empty_model(str(model_dir("qwen2_moe")), dtype=torch.float32))
+    nvme = placement(sizes, how="zero3", offload="nvme", processes=1)
+    free(sizes.total + 1)
+    check_room(train_args(), Accelerator(cpu=True), how="replicated")
+    free(sizes.total - 1)
+    with pytest.raises(UserError) as caught:
+        check_room(train_args(), Accelerator(cpu=True), how="replicated")
+    assert "1 process), " in str(caught.value)
+    assert "are free; " in str(caught.value)
+    if nvme.host + nvme.device < sizes.total:
+        assert "write --accelerate-config configs/accelerate/deepspeed_zero3_nvme.yaml, or bf16=true" in str(
+            caught.value
+        )
+    free(1000)
+    with pytest.raises(UserError, match=r"no launcher here makes them fit.*or bf16=true"):
+        check_room(train_args(), Accelerator(cpu=True), how="replicated")
+    with pytest.raises(UserError) as caught:
+        check_room(train_args(bf16=True), Accelerator(cpu=True), how="replicated")
+    assert "bf16" not in str(caught.value)
+
+
+def test_processes_of_one_machine_share_its_memory(
+    train_args: Arguments, free: Any, model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sizes_of(empty_model(str(model_dir("qwen2_moe")), dtype=torch.float32)).total
+    free(total + total // 2)
+    accelerator: Any = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=2, state=SimpleNamespace(distributed_type="NO"), print=print
+    )
+    check_room(train_args(), accelerator, how="replicated")  # on two machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"\(2 processes\)"):
+        check_room(train_args(), accelerator, how="replicated")
+
+
+def test_the_memory_limit_is_that_of_the_nearest_group_that_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = memory_limit()
+    assert known is None or known > 2**28
+    (tmp_path / "memory" / "job" / "step").mkdir(parents=True)
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    (tmp_path / "memory" / "job" / "memory.limit_in_bytes").write_text("5000\n")
+    (tmp_path / "memory" / "job" / "step" / "memory.limit_in_bytes").write_text("7000\n")
+    (tmp_path / "groups").write_text("3:cpu:/x\n2:memory:/job/step\n0::/\n")
+    assert memory_limit(tmp_path / "groups", tmp_path) == 5000
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2" / "memory.max").write_text("max\n")
+    (tmp_path / "groups").write_text("0::/v2\n")
+    assert memory_limit(tmp_path / "groups", tmp_path) is None
+    (tmp_path / "v2" / "memory.max").write_text("6000\n")
+    assert memory_limit(tmp_path / "groups", tmp_path) == 6000
+    assert memory_limit(tmp_path / "nowhere", tmp_path) is None

@@ -1,0 +1,1 @@
+"""The model that is trained: loaded, frozen but for its routers, and observed."""

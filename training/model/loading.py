@@ -1,0 +1,160 @@
+"""Loading the model, and deciding which of its tensors train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from configs.load import UserError
+from training.model import frozen_experts, packed_attention
+from training.model.host_memory import sparing_memory
+from training.model.routers import find_routers, router_parameters
+from training.model.skeleton import LayerwiseCheckpoint
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and what of it is trained."""
+
+    model_name_or_path: str | None = None  # folder or hub name of the base model; null: a new one from config_name
+    config_name: str | None = None  # folder of a model configuration, to pretrain from nothing
+    tokenizer_name: str | None = None  # where the tokenizer is, if not with the model
+    trainable: str = "routers"  # routers (fine-tuning) or all (pretraining)
+    bf16: bool = False  # bfloat16 autocast; routers and optimizer state stay float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    torch_compile: bool = False  # compile decoder layers; routers and experts stay as they are. Minutes at first
+
+    def __post_init__(self) -> None:
+        if self.trainable not in ("routers", "all"):
+            raise ValueError(f"trainable={self.trainable!r}: write routers or all")
+        if self.torch_compile and self.gradient_checkpointing:
+            raise ValueError("torch_compile=true has no effect inside gradient_checkpointing=true; write one of them")
+        if (self.model_name_or_path is None) == (self.config_name is None):
+            raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
+        if self.model_name_or_path is None and self.trainable != "all":
+            raise ValueError("a new model (config_name) has nothing worth freezing; write trainable=all")
+
+
+def local_folder(name_or_path: str) -> str:
+    """The folder that is named, or the local copy of a model on the hub, fetched if it is not there yet.
+
+    Raises:
+        UserError: there is neither.
+    """
+    _check_exists(name_or_path)
+    if Path(name_or_path).is_dir():
+        return name_or_path
+    try:
+        return str(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(f"model {name_or_path} is no folder and cannot be fetched from the hub: {error}") from error
+
+
+def load_pretrained(
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: torch.device | None = None
+) -> PreTrainedModel:
+    """A causal language model with experts, on the CPU if no `device` is given, in eval mode.
+
+    Raises:
+        UserError: the folder is missing or damaged, the model has no routers, or it does not fit the device.
+    """
+    _check_exists(name_or_path)
+    try:
+        with sparing_memory():
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
+    find_routers(model)
+    if device is None:
+        return model.eval()
+    try:
+        return model.eval().to(device)
+    except torch.OutOfMemoryError as error:
+        size = f"{model.get_memory_footprint() / 2**30:.1f} GiB"
+        raise UserError(
+            f"model {name_or_path} has {size} of weights, which do not fit {device}; give cpu as device"
+        ) from error
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or in a folder of its own.
+
+    Raises:
+        UserError: there is none.
+    """
+    _check_exists(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
+
+
+def weights_dtype(args: ModelArguments) -> str | torch.dtype:
+    """float32 masters unless autocast does the arithmetic in bfloat16, where frozen weights stay as stored."""
+    return "auto" if args.bf16 and args.model_name_or_path else torch.float32
+
+
+def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None) -> PreTrainedModel:
+    """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
+    if weights is not None:
+        model = weights.skeleton()
+    elif args.model_name_or_path is not None:
+        model = load_pretrained(args.model_name_or_path, dtype=weights_dtype(args))
+    else:
+        assert args.config_name is not None, "ModelArguments checks this"
+        _check_exists(args.config_name)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name), dtype=torch.float32)
+        find_routers(model)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        packed_attention.register()
+        model.set_attn_implementation(packed_attention.IMPLEMENTATION)
+    if args.trainable == "all":
+        return model.train()
+    model.requires_grad_(False)
+    frozen_experts.register()
+    model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
+    for parameter in router_parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return _as_it_is_used(model)
+
+
+def _as_it_is_used(model: PreTrainedModel) -> PreTrainedModel:
+    """Routers learn to choose as they will in inference: no dropout, no jitter; only checkpointing has to know better."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+    return model
+
+
+@torch.no_grad()
+def plain_head(model: PreTrainedModel) -> nn.Module | None:
+    """What makes the logits of the last hidden states, if it does not train and nothing comes after it."""
+    head: nn.Module | None = model.get_output_embeddings()
+    if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        return None
+    ids_BS = torch.arange(8, device=model.device)[None]
+    found: torch.Tensor = head(model.base_model(input_ids=ids_BS, use_cache=False)[0])
+    return head if torch.equal(found, model(input_ids=ids_BS, use_cache=False).logits) else None
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains, in a fixed order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_exists(name_or_path: str) -> None:
+    """A path that is written as one must exist; anything else may be a hub name."""
+    looks_like_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1
+    if not Path(name_or_path).exists() and (looks_like_path or Path(name_or_path).parent.is_dir()):
+        raise UserError(f"{name_or_path} does not exist; give the folder of a saved model or its name on the hub")

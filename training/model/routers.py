@@ -1,0 +1,134 @@
+"""The routers seam: find every router of a mixture-of-experts model and observe what it does in a forward pass.
+
+Found through transformers' own interface (`_can_record_outputs["router_logits"]` names the router class), never by a
+list of families; what kind they are of is told by `router_kind.py`. Losses, traces and metrics all eat `Routing`.
+Letters: B batch, S sequence, E experts, K chosen, D hidden.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+from training.model.router_kind import RouterKind, kind_of
+
+
+class Routing(NamedTuple):
+    """What one layer's router did.
+
+    Attributes:
+        logits_BSE: log scores up to a constant, so that P_t is their softmax; float32, with gradient.
+        weights_BSK: mixing weights of the chosen experts, heaviest first, no gradient.
+        ids_BSK: the chosen experts, in the order of `weights_BSK`.
+        reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
+    """
+
+    logits_BSE: Tensor
+    weights_BSK: Tensor
+    ids_BSK: Tensor
+    reference_logits_BSE: Tensor | None = None
+
+
+def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Module name -> router of every MoE layer, in layer order.
+
+    Raises:
+        UserError: the model has no routers.
+    """
+    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    router_class = getattr(recorded, "target_class", recorded)
+    found = {name: m for name, m in model.named_modules() if router_class is not None and isinstance(m, router_class)}
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "
+            "transformers records as router_logits; give a mixture-of-experts model such as OLMoE or Qwen2-MoE"
+        )
+    return found
+
+
+def router_kind(model: PreTrainedModel) -> RouterKind:
+    """How the routers of a model score and what of them trains.
+
+    Raises:
+        UserError: no routers, or of a kind that is not understood.
+    """
+    return kind_of(next(iter(find_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
+
+
+def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameter name -> gate weight (and bias, where a family has one) of every router; no correction bias."""
+    trained = router_kind(model).trained
+    return {
+        f"{name}.{parameter_name}": parameter
+        for name, router in find_routers(model).items()
+        for parameter_name, parameter in router.named_parameters()
+        if parameter_name in trained
+    }
+
+
+class RouterObserver:
+    """Records every router's output while `recording()`; outside of it the hooks do nothing.
+
+    Recomputation under gradient checkpointing happens in the backward pass, outside `recording()`, and is not seen.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
+        self.names = list(find_routers(model))
+        self.kind = router_kind(model)
+        self._recorded: dict[str, Routing] | None = None
+        self._uses_reference = False
+        self._batch_shape = (0, 0)
+        self._handles = []
+        for name, router in find_routers(model).items():
+            reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
+            self._handles.append(router.register_forward_hook(self._hook(name, reference)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self, batch_size: int, sequence_length: int) -> Iterator[list[Routing]]:
+        """The list that is yielded is filled, in layer order, when the block ends."""
+        routings: list[Routing] = []
+        self._recorded, self._batch_shape = {}, (batch_size, sequence_length)
+        try:
+            yield routings
+            routings += [self._recorded[name] for name in self.names]
+        finally:
+            self._recorded = None
+
+    @contextmanager
+    def original_routers(self) -> Iterator[None]:
+        """Inside, the model computes with the routers it came with."""
+        self._uses_reference = True
+        try:
+            yield
+        finally:
+            self._uses_reference = False
+
+    def _hook(self, name: str, reference: nn.Module | None) -> Any:
+        @torch.compiler.disable  # it keeps what it sees
+        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
+            if self._uses_reference:
+                assert reference is not None, "the original routers are kept with with_reference=True only"
+                return reference(*inputs)
+            if self._recorded is None:
+                return None
+            logits, weights, ids = (tensor.reshape(*self._batch_shape, -1) for tensor in output)
+            # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
+            weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
+            reference_logits = None
+            if reference is not None:
+                with torch.no_grad():
+                    reference_logits = self.kind.log_scores(reference(*inputs)[0].reshape(*self._batch_shape, -1))
+            log_scores = self.kind.log_scores(logits)
+            self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits)
+            return None
+
+        return hook

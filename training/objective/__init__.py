@@ -1,0 +1,1 @@
+"""What is optimised: terms, coefficients and the losses behind them."""

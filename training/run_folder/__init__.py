@@ -1,0 +1,1 @@
+"""What a run's folder holds, one file for each thing in it."""

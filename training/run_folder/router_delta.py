@@ -1,0 +1,141 @@
+"""The router delta: what fine-tuning changed, as a file of a few megabytes that belongs to exactly one base model.
+
+`router_delta.safetensors` holds the gate tensors (FP32) under their parameter names, `router_delta.json` says which
+base they belong to: name and SHA-256 over the base checkpoint's frozen tensors as they are stored on disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+from training.model.routers import router_parameters
+from training.run_folder.proof import tensor_sha256
+
+WEIGHTS, DESCRIPTION = "router_delta.safetensors", "router_delta.json"
+FORMAT_VERSION = 1
+
+
+def checkpoint_sha256(model_dir: str | Path, routers: Collection[str]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor of a checkpoint folder, its routers left out.
+
+    Reads the files one tensor at a time; needs no model in memory.
+
+    Raises:
+        UserError: there are no safetensors files, or one is damaged.
+    """
+    shards = sorted(Path(model_dir).glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{model_dir} holds no .safetensors file; give the folder of a saved model")
+    lines = []
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt") as tensors:
+                names = [name for name in tensors.keys() if name not in routers]  # noqa: SIM118 (not a dict)
+                lines += [f"{name} {tensor_sha256(tensors.get_tensor(name))}" for name in names]
+        except SafetensorError as error:
+            raise UserError(f"{shard} is damaged or truncated ({error}); copy the model again") from error
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def save(
+    folder: str | Path, routers: Mapping[str, Tensor], *, base_model: str, base_sha256: str, about: Mapping[str, Any]
+) -> None:
+    """Write a delta folder, aside first; `about` (objective, coefficients, metrics ...) goes into the JSON as it is.
+
+    Raises:
+        UserError: the disk is full; a delta that was there before is left as it was.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(folder.name + ".tmp")
+    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in routers.items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "base_model": base_model,
+        "base_frozen_sha256": base_sha256,
+        "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
+        **about,
+    }
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        # not by safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
+        (aside / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
+        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"router delta {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are "
+            "whole; free some space and start again with resume_from_checkpoint=auto"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """The JSON of a delta folder.
+
+    Raises:
+        UserError: not a delta folder, or one of a newer version.
+    """
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not a router delta (no {DESCRIPTION}); training writes one as runs/<name>/router_delta"
+        )
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
+    if description.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {description.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
+    return dict(description)
+
+
+def load_for(model_dir: str | Path, folder: str | Path) -> dict[str, Tensor]:
+    """The gate tensors (FP32) of a delta, after checking that it belongs to the checkpoint in `model_dir`.
+
+    Raises:
+        UserError: damaged delta, or a delta that was trained on another base.
+    """
+    description = describe(folder)
+    try:
+        weights = load_file(Path(folder) / WEIGHTS)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{Path(folder) / WEIGHTS} is missing or damaged ({error}); copy the delta again") from error
+    if checkpoint_sha256(model_dir, weights.keys()) != description["base_frozen_sha256"]:
+        raise UserError(
+            f"router delta {folder} was trained on {description['base_model']}, and the frozen weights of {model_dir} "
+            "differ from it: its routers would choose wrong experts. Give the model it was trained on"
+        )
+    return weights
+
+
+def apply(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Copy gate tensors into a loaded model, cast to the dtype of its gates.
+
+    Raises:
+        UserError: names or shapes are not those of the model's routers.
+    """
+    routers = router_parameters(model)
+    shapes = {name: list(parameter.shape) for name, parameter in routers.items()}
+    if shapes != {name: list(tensor.shape) for name, tensor in weights.items()}:
+        raise UserError(
+            f"the delta's {len(weights)} tensors are not the {len(routers)} routers of {type(model).__name__}"
+        )
+    with torch.no_grad():
+        for name, parameter in routers.items():
+            parameter.copy_(weights[name])

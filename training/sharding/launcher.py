@@ -1,0 +1,70 @@
+"""What `accelerate launch` asked for: processes, and how frozen weights are to be held.
+
+It is read from what the launcher put into the environment. A stage of ZeRO below 3 shards nothing but what trains, so weights
+are replicated then, and a message says so.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from configs.load import UserError
+
+REPLICATED, FSDP2, ZERO3 = "replicated", "fsdp2", "zero3"
+NVME = "nvme"
+
+
+def make_accelerator(*, bf16: bool) -> Accelerator:
+    """One process or what `accelerate launch` started; gloo where there is no accelerator."""
+    precision, handlers = "bf16" if bf16 else "no", []
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if with_deepspeed:  # or accelerate would leave DeepSpeed out, which needs no telling where it runs
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
+    if with_deepspeed:  # it compiles with the ninja that was installed beside this Python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if on_cpu and with_deepspeed:  # without it accelerate takes this for a run of one process
+        handlers = [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(
+        cpu=on_cpu and not with_deepspeed, mixed_precision=precision, kwargs_handlers=handlers or None
+    )
+    if with_deepspeed:
+        unset_hf_deepspeed_config()  # or transformers would partition the model, routers too, while it loads it
+    return accelerator
+
+
+def wanted(accelerator: Accelerator) -> str:
+    """How frozen weights are to be held: `replicated`, `fsdp2` or `zero3`.
+
+    Raises:
+        UserError: FSDP1, which cannot shard weights beside others that train.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("fsdp_version 1 cannot hold frozen and trained weights together; write fsdp_version: 2")
+        return FSDP2
+    plugin = accelerator.state.deepspeed_plugin if accelerator.state.distributed_type == "DEEPSPEED" else None
+    if plugin is None:
+        return REPLICATED
+    stage = int(plugin.zero_stage)
+    if stage < 3:
+        accelerator.print(
+            f"ZeRO stage {stage} shards gradients and optimizer states of what trains, which is the routers alone: they "
+            "and all weights are replicated; write zero_stage: 3 to shard the frozen weights"
+        )
+    return ZERO3 if stage == 3 else REPLICATED
+
+
+def offload_device(accelerator: Accelerator) -> str | None:
+    """Where a DeepSpeed configuration wants parameters: `cpu`, `nvme`, or None for the device itself."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.state.distributed_type == "DEEPSPEED" else None
+    given = {} if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param") or {}
+    device = given.get("device")
+    return None if device in (None, "none") else str(device)

@@ -1,0 +1,135 @@
+"""What will be held where, said before anything is loaded; and which launcher to use where that does not fit.
+
+Counted are weights alone, exactly, from the configuration; activations and what libraries hold come on top.
+"""
+
+import os
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+from configs.sizes import size_text
+from training.model.host_memory import memory_limit
+from training.model.loading import ModelArguments, local_folder, weights_dtype
+from training.model.skeleton import decoder_layers, empty_model, expert_modules
+from training.sharding.launcher import FSDP2, NVME, REPLICATED, ZERO3, offload_device
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights, in the precision they are trained in."""
+
+    total: int
+    experts: int
+    largest_layer: int
+    swap_buffers: int  # that an offload to disk holds in memory
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes of weights that one process holds: on its device (the host's memory, if that is a CPU), beside it, on disk."""
+
+    device: int
+    host: int
+    disk: int
+
+
+def placement(sizes: Sizes, *, how: str, offload: str | None, processes: int) -> Placement:
+    """Of each of so many processes; a sharded model has one layer whole at a time."""
+    if how == REPLICATED:
+        return Placement(device=sizes.total, host=0, disk=0)
+    share = -(-sizes.total // processes)
+    if how == FSDP2 or offload is None:
+        return Placement(device=share + sizes.largest_layer, host=0, disk=0)
+    if offload != NVME:
+        return Placement(device=sizes.largest_layer, host=share, disk=0)
+    rest = -(-(sizes.total - sizes.experts) // processes)
+    buffers = -(-sizes.swap_buffers // processes)
+    return Placement(device=sizes.largest_layer, host=rest + buffers, disk=-(-sizes.experts // processes))
+
+
+def check_room(args: ModelArguments, accelerator: Accelerator, *, how: str) -> None:
+    """Print what every process will hold.
+
+    Raises:
+        UserError: more than there is; the message names a launcher for which there is enough, if any.
+    """
+    if args.model_name_or_path is None:
+        return
+    model = empty_model(local_folder(args.model_name_or_path), dtype=weights_dtype(args))
+    sizes = sizes_of(model)
+    offload = offload_device(accelerator)
+    planned = placement(sizes, how=how, offload=offload, processes=accelerator.num_processes)
+    where = accelerator.device.type
+    parts = [f"{size_text(planned.device)} on its {where}"]
+    parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
+    parts += [f"{size_text(planned.disk)} on disk"] * bool(planned.disk)
+    accelerator.print(
+        f"weights: {size_text(sizes.total)} in {str(model.dtype).removeprefix('torch.')}, of it experts "
+        f"{size_text(sizes.experts)}, largest layer {size_text(sizes.largest_layer)}; each process will hold "
+        f"{', '.join(parts)} (activations come on top)"
+    )
+    room = Room(accelerator)
+    if room.lacks(planned) is not None:
+        halved = "" if args.bf16 or model.dtype != torch.float32 else ", or bf16=true, which may halve them"
+        raise UserError(f"{room.lacks(planned)}; {_advice(sizes, room)}{halved}")
+
+
+def sizes_of(model: PreTrainedModel) -> Sizes:
+    """Of a model that may be on the meta device."""
+    experts = [list(module.parameters(recurse=False)) for module in expert_modules(model)]
+    try:
+        layers = list(decoder_layers(model).values())
+    except UserError:  # such a model cannot be sharded
+        layers = [model]
+    return Sizes(
+        total=_bytes(model),
+        experts=sum(tensor.nbytes for tensors in experts for tensor in tensors),
+        largest_layer=max(_bytes(layer) for layer in layers),
+        swap_buffers=max(
+            ((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts), default=0
+        ),
+    )
+
+
+class Room:
+    """What this machine has free for the processes of one run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.on_cpu = accelerator.device.type == "cpu"
+        self.processes = accelerator.num_processes
+        # torch's launcher tells how many share the host; one process that was started alone has it to itself
+        self.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.host = min(psutil.virtual_memory().available, memory_limit() or 2**63)
+        self.device = self.host if self.on_cpu else torch.accelerator.get_memory_info(accelerator.device)[0]
+
+    def lacks(self, planned: Placement) -> str | None:
+        """What there is too little of, in words."""
+        host = self.local_processes * (planned.host + (planned.device if self.on_cpu else 0))
+        if host > self.host:
+            processes = f"{self.local_processes} process{'es' * (self.local_processes > 1)}"
+            return f"weights need {size_text(host)} of the host's memory ({processes}), {size_text(self.host)} are free"
+        if not self.on_cpu and planned.device > self.device:
+            return f"weights need {size_text(planned.device)} on every device, {size_text(self.device)} are free"
+        return None
+
+
+def _advice(sizes: Sizes, room: Room) -> str:
+    launchers = {
+        "fsdp2": (FSDP2, None),
+        "deepspeed_zero3_cpu_offload": (ZERO3, "cpu"),
+        "deepspeed_zero3_nvme": (ZERO3, NVME),
+    }
+    for name, (how, offload) in launchers.items():
+        if room.lacks(placement(sizes, how=how, offload=offload, processes=room.processes)) is None:
+            return f"write --accelerate-config configs/accelerate/{name}.yaml"
+    return "no launcher here makes them fit: give more memory or more processes on other machines"
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,14 +1,60 @@
-"""What every command shares: a user's mistake ends in one message and exit code 2, never in a traceback."""
+"""What every command shares: flags that are fields of a dataclass, and one message with exit code 2 for a user's mistake."""
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from inspect import cleandoc
+from typing import TypeVar
+
+import tyro
+from tyro._errors import InstantiationFailure, ParseErrorEvent, on_parse_error
 
 from configs.load import UserError
 
+T = TypeVar("T")
 Main = Callable[[Sequence[str] | None], None]
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+def parse(schema: type[T], argv: Sequence[str] | None, *, prog: str, epilog: str = "") -> T:
+    """The command line `argv` (None: this process's) as a dataclass.
+
+    Help is made of the dataclass's docstring and of the comments beside its fields. Overrides (`key=value`) may stand
+    anywhere on the line.
+
+    Raises:
+        UserError: a value that the dataclass refuses.
+        SystemExit: help was asked for, or the line is not understood (2, with a message on stderr).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "overrides" in getattr(schema, "__dataclass_fields__", {}):
+        words = _overrides_first(words)
+    with on_parse_error(_raise_what_the_dataclass_said):
+        return tyro.cli(
+            schema, prog=prog, args=words, description=f"{cleandoc(schema.__doc__ or '')}\n{epilog}".rstrip(),
+            config=(tyro.conf.DisallowNone, tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes,
+                    tyro.conf.PositionalMetavarFromFieldName),
+        )  # fmt: skip
+
+
+def _overrides_first(words: list[str]) -> list[str]:
+    """The line with all overrides together, behind the first word or at the end; what follows a flag is its value."""
+    is_override = [
+        bool(OVERRIDE.match(word)) and not before.startswith("--")
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+    overrides = [word for word, yes in zip(words, is_override, strict=True) if yes]
+    others = [word for word, yes in zip(words, is_override, strict=True) if not yes]
+    place = 1 if others and not others[0].startswith("-") else len(others)
+    return [*others[:place], *overrides, *others[place:]]
+
+
+def _raise_what_the_dataclass_said(event: ParseErrorEvent) -> None:
+    if isinstance(event, InstantiationFailure):
+        raise UserError(event.message)
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> int:

@@ -4,13 +4,15 @@ Strict on purpose: an unknown key, a missing file or a value of the wrong type i
 write instead. What a key means is documented beside the code that reads it, in the dataclass that is passed in.
 """
 
+import ast
 import difflib
 import inspect
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, TypeVar, cast
 
 import yaml
@@ -59,15 +61,33 @@ def keys_help(schema: type[Any]) -> str:
 
 
 def _key_lines(schema: type[Any], *, prefix: str) -> Iterator[str]:
-    sources = [inspect.getsource(cls) for cls in schema.__mro__ if is_dataclass(cls)]
-    comments = dict(re.findall(r"(?m)^ {4}(\w+): .*  # (.+)$", "".join(sources)))
+    comments = field_comments(schema)
     for key in fields(schema):
         if isinstance(key.type, type) and is_dataclass(key.type):
             yield from _key_lines(key.type, prefix=f"{prefix}{key.name}.")
             continue
         default: Any = key.default if key.default_factory is MISSING else key.default_factory()
         shown = "null" if default is None else str(default).replace("???", "(required)")
-        yield f"  {f'{prefix}{key.name}={shown}':<44} {comments.get(key.name, '')}".rstrip()
+        yield f"  {f'{prefix}{key.name}={shown}':<44} {comments[key.name]}".rstrip()
+
+
+def field_comments(schema: type[Any]) -> dict[str, str]:
+    """Field -> the comment behind it or, if there is none, the comment lines directly above it."""
+    comments = {}
+    for cls in reversed([cls for cls in schema.__mro__ if is_dataclass(cls)]):
+        lines = dedent(inspect.getsource(cls)).splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                behind = (
+                    lines[(node.end_lineno or 0) - 1]
+                    .encode()[node.end_col_offset :]
+                    .decode()
+                    .replace("# fmt: skip", "")
+                )
+                above = takewhile(lambda line: line.startswith("#"), map(str.strip, reversed(lines[: node.lineno - 1])))
+                found = [behind.strip()] if behind.strip() else [*reversed(list(above))]
+                comments[node.target.id] = " ".join(line.removeprefix("#").strip() for line in found)
+    return comments
 
 
 def dump(config: Any, path: str | Path) -> None:

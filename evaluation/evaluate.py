@@ -3,14 +3,12 @@
 `evaluate` is what `remoe run` calls too: one results dictionary, whose layout `evaluation/report/markdown.py` shows.
 """
 
-import argparse
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.command import run
-from configs.files import write_json
-from configs.load import UserError, keys_help, load
+from configs.load import UserError
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
 from evaluation.decode import DecodeArguments, decode_in_turns, expert_sizes
@@ -33,17 +29,11 @@ from evaluation.engine.device import find_device
 from evaluation.engine.sessions.plan import plan
 from evaluation.machine import machine_facts
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from evaluation.report.markdown import write_report
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import find_routers
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
-
-EXAMPLE = """example:
-  remoe evaluate --model data/embedded/model --router-delta runs/tiny/router_delta \\
-      --config configs/evaluation/tiny.yaml --output runs/tiny/evaluation
-"""
 
 
 @dataclass
@@ -168,13 +158,6 @@ def assemble(results: dict[str, Any], *, command: str, config: Any, seconds: Map
     return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "reproduce": reproduce, **results}
 
 
-def write_results(results: dict[str, Any], output: Path) -> None:
-    """`results.json`, `report.md` and `report.html` in one folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "results.json", results)
-    write_report(results, output)
-
-
 def _measure(
     model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
     name: str,
@@ -257,43 +240,8 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="remoe evaluate",
-        description="Measure a base model, and a router delta against it.",
-        epilog=EXAMPLE + keys_help(EvaluationArguments),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="folder or hub name of the base model")
-    parser.add_argument("--router-delta", metavar="DIR", help="what training wrote; left out: the base alone")
-    parser.add_argument("--config", required=True, metavar="YAML", help="what is measured; see configs/evaluation/")
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="folder for results.json, report.md, report.html"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    args = parser.parse_intermixed_args(argv)  # key=value may stand anywhere
-    config = load(EvaluationArguments, args.config, args.overrides)
-    arms = {}
-    if args.router_delta is not None:
-        about = router_delta.describe(args.router_delta)
-        candidate = Candidate(
-            Path(args.router_delta), about["config"]["seed"], read_history(Path(args.router_delta).parent)
-        )
-        arms[about["objective"]] = Arm(about["objective"], coefficients(about["config"]), [candidate])
-    started = time.perf_counter()
-    results = evaluate(args.model, arms, config)
-    command = f"remoe evaluate {' '.join(argv if argv is not None else sys.argv[1:])}"
-    seconds = {"evaluate": time.perf_counter() - started}
-    write_results(assemble(results, command=command, config=asdict(config), seconds=seconds), Path(args.output))
-    print(f"wrote {Path(args.output) / 'report.html'}, report.md and results.json")
-
-
 def coefficients(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training config that says how strongly which term counts."""
     return {key: value for key, value in config.items() if key.endswith("_coef")} | {
         "cache_slots": config["cache_slots"]
     }
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,14 +1,14 @@
 """`remoe run`: the whole loop. Train every arm, evaluate base and arms, write the report; all in one run folder."""
 
-import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.command import run
+import tyro
+
+from configs.command import parse
 from configs.load import UserError, dump, keys_help, load
 from evaluation.evaluate import (
     Arm,
@@ -19,15 +19,10 @@ from evaluation.evaluate import (
     divide_budgets,
     evaluate,
     read_history,
-    write_results,
 )
+from evaluation.report.markdown import write_results
 from training.arguments import TrainArguments
 from training.train import launch_training
-
-EXAMPLE = """examples:
-  remoe run configs/run/demo.yaml
-  remoe run configs/run/demo.yaml seeds=[0,1,2] output_dir=runs/three_seeds
-"""
 
 
 @dataclass
@@ -89,19 +84,22 @@ def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:
     return training
 
 
+@dataclass(frozen=True)
+class Run:
+    """Train the arms of a config, evaluate them and the untouched base, write a report; all in one folder.
+
+    examples:
+      remoe run configs/run/demo.yaml
+      remoe run configs/run/demo.yaml seeds=[0,1,2] output_dir=runs/three_seeds
+    """
+
+    config: tyro.conf.Positional[str]  # a YAML under configs/run/
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()  # key=value: overrides a key of the config
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="remoe run", description="Train the arms of a config, evaluate them and the untouched base, write a report.",
-        epilog=EXAMPLE + keys_help(RunArguments), formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("config", help="a YAML under configs/run/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    args = parser.parse_args(argv)
-    out = pipeline(
-        load(RunArguments, args.config, args.overrides), command=" ".join(["remoe run", args.config, *args.overrides])
-    )
+    """Run the loop and say where the report is."""
+    command = parse(Run, argv, prog="remoe run", epilog=keys_help(RunArguments))
+    line = " ".join(["remoe run", command.config, *command.overrides])
+    out = pipeline(load(RunArguments, command.config, command.overrides), command=line)
     print(f"\nThe report is {out / 'report.html'} (text: {out / 'report.md'}, numbers: {out / 'results.json'})")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -3,52 +3,57 @@
 Also the module that `accelerate launch -m training.train CONFIG key=value ...` starts on every process.
 """
 
-import argparse
 import logging
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import tyro
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from configs.command import run
+from configs.command import parse, run
 from configs.load import UserError, dump, keys_help, load
 from training.arguments import TrainArguments
 from training.loop import train
 
-EXAMPLE = """examples:
-  remoe train configs/train/tiny.yaml objective=cache output_dir=runs/cache
-  remoe train configs/train/tiny.yaml max_steps=400 resume_from_checkpoint=auto
-  remoe train configs/train/tiny.yaml --accelerate-config configs/accelerate/cpu_2_processes.yaml
-  accelerate launch --config_file configs/accelerate/cpu_2_processes.yaml -m training.train configs/train/tiny.yaml
-"""
-LAUNCH_FLAGS = {  # of `accelerate launch`
-    "num_processes": "of all machines together",
-    "num_machines": "how many",
-    "machine_rank": "which of them this is",
-    "main_process_ip": "of the first machine",
-    "main_process_port": "of the first machine",
-}
+
+@dataclass(frozen=True)
+class AccelerateFlags:
+    """What `accelerate launch` calls them; each replaces what the YAML says."""
+
+    num_processes: str | None = None  # processes of all machines together
+    num_machines: str | None = None  # how many machines there are
+    machine_rank: str | None = None  # which of them this is, from 0
+    main_process_ip: str | None = None  # address of the first machine
+    main_process_port: str | None = None  # port of the first machine
+
+
+@dataclass(frozen=True)
+class Train:
+    """Fine-tune the routers of a mixture-of-experts model; everything else stays as it is.
+
+    examples:
+      remoe train configs/train/tiny.yaml objective=cache output_dir=runs/cache
+      remoe train configs/train/tiny.yaml max_steps=400 resume_from_checkpoint=auto
+      remoe train configs/train/tiny.yaml --accelerate-config configs/accelerate/cpu_2_processes.yaml
+      accelerate launch --config_file configs/accelerate/cpu_2_processes.yaml -m training.train configs/train/tiny.yaml
+    """
+
+    config: tyro.conf.Positional[str]  # a YAML under configs/train/
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()  # key=value: overrides a key of the config
+    accelerate_config: str | None = None  # a YAML under configs/accelerate/: start several processes with accelerate
+    accelerate: AccelerateFlags = field(default_factory=AccelerateFlags)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="remoe train",
-        description="Fine-tune the routers of a mixture-of-experts model; everything else stays as it is.",
-        epilog=EXAMPLE + keys_help(TrainArguments),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML under configs/train/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument("--accelerate-config", metavar="YAML", help="start several processes with accelerate")
-    for flag, meaning in LAUNCH_FLAGS.items():
-        parser.add_argument(f"--{flag}", metavar="X", help=f"instead of what that YAML says: {meaning}")
-    args = parser.parse_intermixed_args(argv)  # key=value may stand anywhere
-    given = {flag: getattr(args, flag) for flag in LAUNCH_FLAGS if getattr(args, flag) is not None}
-    launch_training(load(TrainArguments, args.config, args.overrides), args.accelerate_config, **given)
+    """Load the configuration and train."""
+    command = parse(Train, argv, prog="remoe train", epilog=keys_help(TrainArguments))
+    given = {flag: value for flag, value in asdict(command.accelerate).items() if value is not None}
+    launch_training(load(TrainArguments, command.config, command.overrides), command.accelerate_config, **given)
 
 
 def launch_training(training: TrainArguments, accelerate_config: str | None, **flags: str) -> None:

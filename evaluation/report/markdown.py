@@ -1,34 +1,25 @@
-"""`remoe report`: `report.md` and a self-contained `report.html` from a `results.json`.
+"""`report.md` and a self-contained `report.html` of the results of a run.
 
 Only presents: every number is in the results or is arithmetic on them (`summary.py`). `sections.py` has the contents,
 `page.py` the HTML; the Markdown is here.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.command import run
-from configs.files import prepare, writing_aside
+from configs.files import prepare, write_json, writing_aside
 from evaluation.report.page import TITLE, config_text, page
 from evaluation.report.sections import reproduction, sections, subtitle
 from evaluation.report.tables import Table, headline_table
 from evaluation.report.wording import DEFINITIONS, headline
-from evaluation.results import Results, check_results, read_results
-
-EXAMPLE = """example:
-  remoe report runs/demo/results.json --output runs/demo
-"""
+from evaluation.results import Results, check_results
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read, check, write both reports, say where."""
-    arguments = _parser().parse_args(argv)
-    output = Path(arguments.output) if arguments.output else Path(arguments.results).parent
-    write_report(read_results(arguments.results), output)
-    print(output / "report.html")
+def write_results(results: Mapping[str, Any], output_dir: Path) -> None:
+    """Write `results.json`, `report.md` and `report.html` into one folder, which is made if need be."""
+    write_json(prepare(output_dir / "results.json"), results)
+    write_report(results, output_dir)
 
 
 def write_report(results: Mapping[str, Any], output_dir: Path) -> None:
@@ -85,19 +76,3 @@ def _escape(text: str) -> str:
     for character in "\\|*_<":
         text = text.replace(character, "\\" + character)
     return text
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe report",
-        description="Write report.md and report.html from the results of a run.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("results", help="results.json, as `remoe run` writes it")
-    parser.add_argument("--output", metavar="DIR", help="folder to write into (default: beside the results)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
 from evaluation.engine.memory.process import private_bytes
+from evaluation.engine.options import EngineOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,10 @@ def main(trial: Trial) -> None:
 
 def _serve(trial: Trial) -> int:
     """Generate from random prompts under the budget; returns the slots that it bought."""
-    total_tokens = trial.batch * trial.context_tokens
-    with load(trial.model_dir, memory_budget=trial.memory_budget, context_tokens=total_tokens) as (model, engine):
+    options = EngineOptions(
+        memory_budget=trial.memory_budget, context_tokens=trial.batch * trial.context_tokens
+    )
+    with load(trial.model_dir, options) as (model, engine):
         assert engine.division is not None
         vocabulary = model.config.get_text_config().vocab_size
         draw = torch.Generator().manual_seed(trial.seed)

@@ -45,9 +45,7 @@ def main(trial: Trial) -> None:
 
 def _serve(trial: Trial) -> int:
     """Generate from random prompts under the budget; returns the slots that it bought."""
-    options = EngineOptions(
-        memory_budget=trial.memory_budget, context_tokens=trial.batch * trial.context_tokens
-    )
+    options = EngineOptions(memory_budget=trial.memory_budget, context_tokens=trial.batch * trial.context_tokens)
     with load(trial.model_dir, options) as (model, engine):
         assert engine.division is not None
         vocabulary = model.config.get_text_config().vocab_size

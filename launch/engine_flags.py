@@ -3,8 +3,10 @@
 import argparse
 from typing import Any
 
-from evaluation.engine.cache.policies import DEFAULT, LIVE
-from evaluation.engine.cache.trace_formats import read_trace
+from torch import Tensor
+
+from evaluation.engine.cache.policies import DEFAULT, ONLINE
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import EXPERTS
 from training.run_folder.router_delta import load_for
 
@@ -24,10 +26,7 @@ def add_engine_flags(to: Any) -> None:
         metavar="SIZE",
         help="memory for experts alone: 512KiB, 2MiB, 8GiB, 25%% of all or bytes; room for some that do not stay comes on top",
     )
-    to.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(LIVE)} (default {DEFAULT})")
-    to.add_argument(
-        "--profile", metavar="TRACE", help="a routing trace of this model, whose most used experts `static` keeps"
-    )
+    to.add_argument("--cache-policy", default=DEFAULT, help=f"one of {', '.join(ONLINE)} (default {DEFAULT})")
     to.add_argument("--cache-scope", default="global", help="global (default, one pool) or per_layer (equal pools)")
     to.add_argument(
         "--prefetch",
@@ -44,20 +43,28 @@ def add_engine_flags(to: Any) -> None:
     )
 
 
-def engine_options(arguments: argparse.Namespace, model_dir: str) -> dict[str, Any]:
-    """What `load` takes beside the model.
+def engine_options(arguments: argparse.Namespace, **more: Any) -> EngineOptions:
+    """The options that the flags stand for, and `more` of them.
 
     Raises:
-        UserError: a delta of another model, a profile that cannot be read.
+        UserError: see `EngineOptions`.
     """
-    return {
-        "expert_cache": arguments.expert_cache,
-        "memory_budget": arguments.memory_budget,
-        "router_delta": load_for(model_dir, arguments.router_delta) if arguments.router_delta else None,
-        "cache_policy": arguments.cache_policy,
-        "profile": read_trace(arguments.profile) if arguments.profile else None,
-        "cache_scope": arguments.cache_scope,
-        "dtype": arguments.dtype,
-        "device": arguments.device,
-        "prefetch": arguments.prefetch,
-    }
+    return EngineOptions(
+        expert_cache=arguments.expert_cache,
+        memory_budget=arguments.memory_budget,
+        cache_policy=arguments.cache_policy,
+        cache_scope=arguments.cache_scope,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        prefetch=arguments.prefetch,
+        **more,
+    )
+
+
+def router_weights(arguments: argparse.Namespace, model_dir: str) -> dict[str, Tensor] | None:
+    """The tuned routers that are asked for, if any.
+
+    Raises:
+        UserError: they belong to another model.
+    """
+    return load_for(model_dir, arguments.router_delta) if arguments.router_delta else None

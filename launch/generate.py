@@ -15,15 +15,14 @@ from rich.table import Table
 from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError
-from evaluation.engine import load
 from evaluation.engine.cache.trace_formats import check_extension, write_trace
-from evaluation.engine.cache_prior import CachePrior
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import DecodeResult, decode
+from evaluation.engine.loading import load
 from evaluation.engine.memory.process import peak_rss_bytes
 from evaluation.engine.resident import read_config
 from evaluation.report.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
-from launch.engine_flags import add_engine_flags, engine_options
+from launch.engine_flags import add_engine_flags, engine_options, router_weights
 from training.model.loading import load_tokenizer, local_folder
 
 EXAMPLE = """example:
@@ -48,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt_ids = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
         raise UserError(f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?")
-    with load(
-        model_dir,
+    options = engine_options(
+        arguments,
         context_tokens=len(prompt_ids) + max(1, arguments.max_new_tokens),
-        **engine_options(arguments, model_dir),
         record_trace=trace_path is not None,
-        cache_prior=_cache_prior(arguments),
-    ) as (model, engine):
+        cache_prior=arguments.cache_prior,
+        cache_prior_keep=arguments.cache_prior_keep,
+    )
+    with load(model_dir, options, router_delta=router_weights(arguments, model_dir)) as (model, engine):
         result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=arguments.max_new_tokens)
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
         report = {**result_json(result, engine), "text": text, "config": _resolved(arguments, engine, model)}
@@ -105,14 +105,6 @@ def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _cache_prior(arguments: argparse.Namespace) -> CachePrior | None:
-    if arguments.cache_prior is None:
-        if arguments.cache_prior_keep is not None:
-            raise UserError("--cache-prior-keep says nothing without --cache-prior; write --cache-prior 0.1 too")
-        return None
-    return CachePrior(arguments.cache_prior, 1 if arguments.cache_prior_keep is None else arguments.cache_prior_keep)
 
 
 def _prompt(arguments: argparse.Namespace) -> str:
@@ -178,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache-prior-keep",
         type=int,
+        default=1,
         metavar="J",
         help="the router's own J best experts are preferred as much (default 1)",
     )

@@ -22,8 +22,9 @@ from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError
 from data.pieces import document_beginnings
-from evaluation.engine import load
 from evaluation.engine.cache.policies import DEFAULT
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.controller import MemoryController
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS, Conversations
 from evaluation.engine.sessions.workload import SHARES, ChatRequest, run_once, serve_all, splits
@@ -93,12 +94,10 @@ def _requests(model_dir: str, arguments: argparse.Namespace, *, changing: bool) 
 def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every division, of the controller, and what the plan would choose; answers must all be the same."""
     context = max(len(request.token_ids) + request.max_new_tokens for request in requests)
-    options = {
-        "memory_budget": arguments.memory_budget,
-        "context_tokens": context,
-        "prompt_tokens": arguments.block_tokens,
-    }
-    with load(model_dir, **options) as (model, engine):
+    options = EngineOptions(
+        memory_budget=arguments.memory_budget, context_tokens=context, prompt_tokens=arguments.block_tokens
+    )
+    with load(model_dir, options) as (model, engine):
         workload = run_once(model, engine, requests, block_tokens=arguments.block_tokens)
         planned = splits(workload, engine, policy=DEFAULT)
         assert engine.division is not None
@@ -143,12 +142,12 @@ def _divisions(names: str) -> list[float]:
 
 
 def _timed(
-    model_dir: str, requests: Sequence[ChatRequest], options: dict[str, Any], *, kept_bytes: int, controlled: bool
+    model_dir: str, requests: Sequence[ChatRequest], options: EngineOptions, *, kept_bytes: int, controlled: bool
 ) -> _Run:
     """One division, which the controller may change if `controlled`, from a cold start."""
-    with load(model_dir, **options) as (model, engine):
+    with load(model_dir, options) as (model, engine):
         kept = engine.keep_prefixes(kept_bytes)
-        chat = Conversations(model, kept, block_tokens=options["prompt_tokens"])
+        chat = Conversations(model, kept, block_tokens=options.prompt_tokens or 0)
         controller = MemoryController(engine, chat) if controlled else None
         serve_all(chat, [ChatRequest(requests[0].token_ids[:1], 2)])  # warms up; fills no block
         answers, capacities, deciding_seconds = [], [], 0.0

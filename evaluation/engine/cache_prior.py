@@ -17,36 +17,27 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 
 
-@dataclass(frozen=True)
-class CachePrior:
-    """How strongly resident experts are preferred.
-
-    Attributes:
-        strength: lambda; 0 changes nothing.
-        keep: so many of the router's own best are preferred as much, so that they cannot be displaced.
-    """
-
-    strength: float
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        if self.strength < 0:
-            raise UserError(f"cache prior {self.strength} is negative; write 0 to leave routing as it is, or about 0.1")
-        if self.keep < 0:
-            raise UserError(f"cache prior keeps {self.keep} experts; write 0 or more")
-
-
 def attach_cache_prior(
-    model: PreTrainedModel, prior: CachePrior, *, resident: Callable[[int], list[int]], is_decode: Callable[[], bool]
+    model: PreTrainedModel,
+    *,
+    strength: float,
+    keep: int,
+    resident: Callable[[int], list[int]],
+    is_decode: Callable[[], bool],
 ) -> None:
     """Let every router of `model` prefer what `resident(layer)` names, in calls for which `is_decode()`.
+
+    Args:
+        strength: lambda; 0 changes nothing.
+        keep: how many of the router's own best experts are preferred as much, so that they cannot be displaced.
 
     Raises:
         UserError: routers are not known to transformers' recording interface, or weigh experts in an unknown way.
     """
     for layer, router in enumerate(routers_of(model)):
         weighing = _weighing(router, model.config.get_text_config().hidden_size)
-        router.register_forward_hook(Preference(prior, weighing, partial(resident, layer), is_decode))
+        preference = Preference(weighing, partial(resident, layer), is_decode, strength=strength, keep=keep)
+        router.register_forward_hook(preference)
 
 
 def routers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -69,9 +60,16 @@ class Preference:
     """The hook of one layer's router."""
 
     def __init__(
-        self, prior: CachePrior, weighing: "Weighing", resident: Callable[[], list[int]], is_decode: Callable[[], bool]
+        self,
+        weighing: "Weighing",
+        resident: Callable[[], list[int]],
+        is_decode: Callable[[], bool],
+        *,
+        strength: float,
+        keep: int,
     ) -> None:
-        self._prior, self._weighing, self._resident, self._is_decode = prior, weighing, resident, is_decode
+        self._weighing, self._resident, self._is_decode = weighing, resident, is_decode
+        self._strength, self._keep = strength, keep
         self._spread_sum, self._tokens = 0.0, 0
 
     def __call__(
@@ -83,10 +81,10 @@ class Preference:
         self._tokens += len(z_TE)
         if not self._is_decode():
             return output
-        bonus = self._prior.strength * self._spread_sum / self._tokens
+        bonus = self._strength * self._spread_sum / self._tokens
         preferred_TE = torch.zeros_like(z_TE)
         preferred_TE[:, self._resident()] = bonus
-        preferred_TE.scatter_(1, z_TE.topk(self._prior.keep, dim=-1).indices, bonus)
+        preferred_TE.scatter_(1, z_TE.topk(self._keep, dim=-1).indices, bonus)
         chosen_TK = (z_TE + preferred_TE).topk(ids_TK.shape[1], dim=-1).indices
         new_weights_TK, order_TK = self._weighing.weights(z_TE, chosen_TK).sort(dim=-1, descending=True)
         chosen_TK = chosen_TK.gather(1, order_TK)

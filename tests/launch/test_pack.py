@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.store import reader as reader_module
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.packing import is_packed, pack_shard
@@ -62,7 +63,7 @@ def test_nothing_is_copied_and_tokens_and_logits_are_the_resident_models(
     inputs = torch.arange(3, 23)[None]
     how = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     expected = AutoModelForCausalLM.from_pretrained(output, dtype="auto").generate(inputs, **how)
-    with load(output, "40%", prefetch=prefetch) as (model, engine):
+    with load(output, EngineOptions("40%", prefetch=prefetch)) as (model, engine):
         assert engine._reader is not None
         if engine._reader.direct:
             monkeypatch.setattr(reader_module.np, "copyto", None)

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
 from evaluation.engine.memory.process import private_bytes
+from evaluation.engine.options import EngineOptions
 
 
 def main(trial: dict[str, Any]) -> None:
@@ -24,7 +25,9 @@ def main(trial: dict[str, Any]) -> None:
     sys.stdin.readline()
     batch, context, new = (trial[key] for key in ("batch", "context_tokens", "new_tokens"))
     try:
-        with load(trial["model_dir"], memory_budget=trial["memory_budget"], context_tokens=batch * context) as (
+        with load(
+            trial["model_dir"], EngineOptions(memory_budget=trial["memory_budget"], context_tokens=batch * context)
+        ) as (
             model,
             engine,
         ):

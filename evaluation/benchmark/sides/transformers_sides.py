@@ -3,7 +3,6 @@
 Every function here is a context manager that loads one side from an order and gives a `Serving`.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,24 +18,29 @@ from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.sides.meter import LegResult, Meter
 from evaluation.benchmark.sides.serving import Serving
 from evaluation.benchmark.weights import expert_modules
-from evaluation.engine import load
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import greedy
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 
 @contextmanager
 def remoe(order: Order) -> Iterator[Serving]:
     """Our engine, with the order's expert cache."""
     _prepare(order)
-    logging.getLogger("evaluation.engine.memory.demand").setLevel(logging.ERROR)
-    context_tokens = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs)
-    with load(
-        order.model_dir, order.expert_cache, memory_budget=order.memory_budget, context_tokens=context_tokens,
-        cache_policy=order.cache_policy, prefetch=order.prefetch, record_trace=True,
-    ) as (model, engine):  # fmt: skip
+    options = EngineOptions(
+        expert_cache=order.expert_cache,
+        memory_budget=order.memory_budget,
+        context_tokens=max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs),
+        cache_policy=order.cache_policy,
+        prefetch=order.prefetch,
+        record_trace=True,
+        warn=False,
+    )
+    with load(order.model_dir, options) as (model, engine):
         _never_end(model)
 
         def request(leg: Leg) -> LegResult:

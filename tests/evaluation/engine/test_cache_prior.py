@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from configs.load import UserError
-from evaluation.engine import load
-from evaluation.engine.cache_prior import CachePrior, Preference, Weighing, _weighing
+from evaluation.engine.cache_prior import Preference, Weighing, _weighing
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 Checkpoint = Callable[..., Path]
 
@@ -26,8 +27,8 @@ def generate(model: Any, new_tokens: int = 24) -> torch.Tensor:
 def test_strength_0_changes_nothing_and_a_strong_prior_saves_reads(checkpoint: Checkpoint, family: str) -> None:
     folder, tokens, misses, exact = checkpoint(family), {}, {}, {}
     for strength in (None, 0.0, 0.5):
-        prior = None if strength is None else CachePrior(strength, keep=0)
-        with load(folder, "50%", cache_scope="per_layer", cache_prior=prior) as (model, engine):
+        prior: dict[str, Any] = {} if strength is None else {"cache_prior": strength, "cache_prior_keep": 0}
+        with load(folder, EngineOptions("50%", cache_scope="per_layer", **prior)) as (model, engine):
             tokens[strength] = generate(model)
             misses[strength], exact[strength] = engine.stats().misses_by_phase["decode"], engine.is_exact
     assert torch.equal(tokens[None], tokens[0.0])
@@ -37,9 +38,9 @@ def test_strength_0_changes_nothing_and_a_strong_prior_saves_reads(checkpoint: C
 
 
 def preference(
-    prior: CachePrior, resident: list[int], *, is_decode: bool = True, normalised: bool = False
+    strength: float, keep: int, resident: list[int], *, is_decode: bool = True, normalised: bool = False
 ) -> Preference:
-    return Preference(prior, Weighing(normalised), lambda: resident, lambda: is_decode)
+    return Preference(Weighing(normalised), lambda: resident, lambda: is_decode, strength=strength, keep=keep)
 
 
 Z = torch.tensor([[4.0, 3.0, 2.0, 1.5, 0.0, -4.0]])  # spread 8
@@ -57,7 +58,7 @@ def routed(hook: Preference, *, normalised: bool = False) -> tuple[list[int], to
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_residents_within_the_bonus_come_in_with_the_weights_of_their_own_logits(normalised: bool) -> None:
-    ids, weights = routed(preference(CachePrior(0.1, keep=1), [3, 5], normalised=normalised), normalised=normalised)
+    ids, weights = routed(preference(0.1, 1, [3, 5], normalised=normalised), normalised=normalised)
     assert ids == [0, 1, 3], "2.0 leaves for 1.5 + 0.8; expert 5 is too far away"
     expected = Z.softmax(-1)[0, [0, 1, 3]]
     assert torch.allclose(weights, expected / expected.sum() if normalised else expected)
@@ -65,15 +66,15 @@ def test_residents_within_the_bonus_come_in_with_the_weights_of_their_own_logits
 
 def test_the_routers_own_best_cannot_be_displaced() -> None:
     for keep, ids in ((0, {3, 4, 5}), (1, {0, 3, 4}), (2, {0, 1, 3}), (3, {0, 1, 2})):
-        assert set(routed(preference(CachePrior(10.0, keep=keep), [3, 4, 5]))[0]) == ids
+        assert set(routed(preference(10.0, keep, [3, 4, 5]))[0]) == ids
 
 
 def test_prompts_are_routed_as_always() -> None:
-    assert routed(preference(CachePrior(10.0, keep=0), [3, 4, 5], is_decode=False))[0] == [0, 1, 2]
+    assert routed(preference(10.0, 0, [3, 4, 5], is_decode=False))[0] == [0, 1, 2]
 
 
 def test_the_spread_is_the_mean_over_the_tokens_so_far() -> None:
-    hook = preference(CachePrior(0.1, keep=0), [3])
+    hook = preference(0.1, 0, [3])
     flat = torch.full((3, 6), 0.1)
     hook(torch.nn.Identity(), None, (flat, flat[:, :3].softmax(-1), torch.tensor([[0, 1, 2]] * 3)))
     assert routed(hook)[0] == [0, 1, 2], "the mean spread is 2, the bonus 0.2, the gap 0.5"
@@ -101,9 +102,3 @@ def test_how_a_router_weighs_is_found_out(weighing: Weighing) -> None:
 def test_weights_of_an_unknown_kind_are_refused() -> None:
     with pytest.raises(UserError, match="Router weighs experts in a way a cache prior does not know"):
         _weighing(Router(lambda logits, ids: logits.sigmoid().gather(1, ids)), 8)
-
-
-@pytest.mark.parametrize(("values", "words"), [((-0.1, 1), "is negative"), ((0.1, -1), "keeps -1 experts")])
-def test_priors_that_cannot_be_are_refused(values: tuple[float, int], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        CachePrior(*values)

@@ -10,7 +10,7 @@ from configs.load import UserError
 from evaluation.engine.cache.counts import CacheCounts
 from evaluation.engine.cache.pool import ExpertCache
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
-from evaluation.engine.cache_prior import CachePrior, attach_cache_prior, routers_of
+from evaluation.engine.cache_prior import CachePrior, attach_cache_prior
 from evaluation.engine.device import CPU
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Division, passing_slots
@@ -22,6 +22,7 @@ from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
+from training.model.routers import find_routers
 
 
 class Engine:
@@ -94,7 +95,7 @@ class Engine:
         )
         if prefetch:
             pager.prefetch = Prefetch(
-                routers_of(model), self._memory, reader, experts=prefetch, layer_ids=layer_ids,
+                list(find_routers(model).values()), self._memory, reader, experts=prefetch, layer_ids=layer_ids,
                 resident=self.cache.resident_experts, counts=lambda: pager.reads,
             )  # fmt: skip
         for position, (_, experts) in enumerate(modules):

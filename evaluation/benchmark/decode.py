@@ -31,8 +31,8 @@ from evaluation.benchmark.sides.contenders import Contender, opponent, our_conte
 from evaluation.benchmark.tables import result_tables
 from evaluation.benchmark.weights import active_bytes, expert_bytes
 from evaluation.engine.cache.policies import DEFAULT
-from evaluation.engine.resident import read_config
 from evaluation.machine import machine_facts
+from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
 EXAMPLE = """examples:

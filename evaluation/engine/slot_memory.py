@@ -22,9 +22,9 @@ from evaluation.engine.store.expert_layout import FUSED, ExpertShape
 from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.store.reader import Bytes, Span
+from training.model.lazy_weights import TORCH_DTYPES
 
 ALIGN_BYTES = 64
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class Leads(NamedTuple):

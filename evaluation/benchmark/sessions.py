@@ -10,7 +10,8 @@ repeats.
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from configs.checks import at_least
 from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError
@@ -40,6 +42,51 @@ FROM_PLAN, FROM_EVEN = "controller, from the plan's choice", "controller, from e
 WORKLOADS = ("mixed", "changing")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionsBenchmark:
+    """How near the plan and the online controller come to the best division of memory, on the real engine."""
+
+    model: str  # folder with safetensors weights, or hub name
+    memory_budget: str  # of every run
+    conversations: int = 12
+    turns: int = 3  # of each conversation
+    prefix_tokens: int = 600  # of a first prompt
+    question_tokens: int = 40  # of a later turn
+    max_new_tokens: int = 24  # of an answer
+    block_tokens: int = BLOCK_TOKENS
+    workloads: str = ",".join(WORKLOADS)
+    divisions: str = ",".join(map(str, SHARES))  # shares of kept blocks to run; the even one and the plan's always are
+    repeats: int = 3  # of everything
+    output: str | None = None  # JSON file to write everything that was measured to
+
+    def __post_init__(self) -> None:
+        at_least(self, repeats=1)
+        if unknown := [name for name in self.workload_names if name not in WORKLOADS]:
+            raise UserError(
+                f"--workloads {unknown[0]!r} is not known; write {' or '.join(WORKLOADS)}, or both with a comma"
+            )
+        self.shares()
+
+    @property
+    def workload_names(self) -> list[str]:
+        return [name.strip() for name in self.workloads.split(",")]
+
+    def shares(self) -> list[float]:
+        """The divisions by number.
+
+        Raises:
+            UserError: one of them is not among `SHARES`.
+        """
+        found = []
+        for name in self.divisions.split(","):
+            try:
+                found.append(SHARES[SHARES.index(float(name))])
+            except ValueError:
+                known = ",".join(map(str, SHARES))
+                raise UserError(f"--divisions {name.strip()!r} is not known; write some of {known}") from None
+        return found
+
+
 class _Run(NamedTuple):
     seconds: float
     found_tokens: int
@@ -49,38 +96,34 @@ class _Run(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, make the workloads, run everything, print and write."""
-    arguments = _parser().parse_args(argv)
-    output = prepare(arguments.output) if arguments.output else None
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats is {arguments.repeats}; write at least 1")
-    _divisions(arguments.divisions)
-    workloads = [name.strip() for name in arguments.workloads.split(",")]
-    if unknown := [name for name in workloads if name not in WORKLOADS]:
-        raise UserError(
-            f"--workloads {unknown[0]!r} is not known; write {' or '.join(WORKLOADS)}, or both with a comma"
-        )
+    """Parse, and run the benchmark."""
+    benchmark(SessionsBenchmark(**vars(_parser().parse_args(argv))))
+
+
+def benchmark(options: SessionsBenchmark) -> None:
+    """Make the workloads, run everything, print and write."""
+    output = prepare(options.output) if options.output else None
     transformers.utils.logging.disable_progress_bar()
-    model_dir = local_folder(arguments.model)
-    result: dict[str, Any] = {"config": vars(arguments), "workloads": {}}
-    for name in workloads:
-        requests = _requests(model_dir, arguments, changing=name == "changing")
-        result["workloads"][name] = found = _measure(model_dir, requests, arguments)
+    model_dir = local_folder(options.model)
+    result: dict[str, Any] = {"config": asdict(options), "workloads": {}}
+    for name in options.workload_names:
+        requests = _requests(model_dir, options, changing=name == "changing")
+        result["workloads"][name] = found = _measure(model_dir, requests, options)
         Console().print(_table(name, found))
     if output:
         write_json(output, result)
 
 
-def _requests(model_dir: str, arguments: argparse.Namespace, *, changing: bool) -> list[ChatRequest]:
+def _requests(model_dir: str, options: SessionsBenchmark, *, changing: bool) -> list[ChatRequest]:
     """Conversations whose turns go on in the text they began with."""
-    turns, question = arguments.turns, arguments.question_tokens
-    tokens = arguments.prefix_tokens + (turns - 1) * question
+    turns, question = options.turns, options.question_tokens
+    tokens = options.prefix_tokens + (turns - 1) * question
     tokenizer = load_tokenizer(model_dir)
     texts = document_beginnings(
-        tokenizer, "test", tokens=tokens, count=arguments.conversations, domains=("prose", "code")
+        tokenizer, "test", tokens=tokens, count=options.conversations, domains=("prose", "code")
     )
     requests = [
-        ChatRequest(text[: arguments.prefix_tokens + turn * question], arguments.max_new_tokens)
+        ChatRequest(text[: options.prefix_tokens + turn * question], options.max_new_tokens)
         for turn in range(turns)
         for text in texts
     ]
@@ -88,57 +131,58 @@ def _requests(model_dir: str, arguments: argparse.Namespace, *, changing: bool) 
         return requests
     half = requests[: len(requests) // 2]
     singles = document_beginnings(tokenizer, "validation", tokens=question, count=len(requests) // 2)
-    return half + [ChatRequest(text, 4 * arguments.max_new_tokens) for text in singles]
+    return half + [ChatRequest(text, 4 * options.max_new_tokens) for text in singles]
 
 
-def _measure(model_dir: str, requests: Sequence[ChatRequest], arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(model_dir: str, requests: Sequence[ChatRequest], options: SessionsBenchmark) -> dict[str, Any]:
     """Seconds of every division, of the controller, and what the plan would choose; answers must all be the same."""
     context = max(len(request.token_ids) + request.max_new_tokens for request in requests)
-    options = EngineOptions(
-        memory_budget=arguments.memory_budget, context_tokens=context, prompt_tokens=arguments.block_tokens
+    engine_options = EngineOptions(
+        memory_budget=options.memory_budget, context_tokens=context, prompt_tokens=options.block_tokens
     )
-    with load(model_dir, options) as (model, engine):
-        workload = run_once(model, engine, requests, block_tokens=arguments.block_tokens)
+    with load(model_dir, engine_options) as (model, engine):
+        workload = run_once(model, engine, requests, block_tokens=options.block_tokens)
         planned = splits(workload, engine, policy=DEFAULT)
         assert engine.division is not None
         shared_bytes = engine.division.shared_bytes
     best_plan = min(planned, key=lambda split: split.expected_seconds)
     chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
-    shares = sorted({*_divisions(arguments.divisions), chosen, EVEN})
+    shares = sorted({*options.shares(), chosen, EVEN})
     starts = {**{str(share): share for share in shares}, FROM_PLAN: chosen, FROM_EVEN: EVEN}
     runs: dict[str, list[_Run]] = {name: [] for name in starts}
-    for repeat in range(arguments.repeats):
+    for repeat in range(options.repeats):
         for name in reversed(runs) if repeat % 2 else runs:  # a machine that grows slower favours none
             kept_bytes = int(shared_bytes * starts[name])
-            one = _timed(model_dir, requests, options, kept_bytes=kept_bytes, controlled=name in (FROM_PLAN, FROM_EVEN))
+            controlled = name in (FROM_PLAN, FROM_EVEN)
+            one = _timed(model_dir, requests, engine_options, kept_bytes=kept_bytes, controlled=controlled)
             runs[name].append(one)
             print(f"{name}: {one.seconds:.1f} s, {one.found_tokens} prompt tokens found", file=sys.stderr)
-    medians = {name: median(one.seconds for one in repeated) for name, repeated in runs.items()}
-    answers = [one.answers for repeated in runs.values() for one in repeated]
-    best = min(medians[str(share)] for share in shares)
     return {
-        "requests": len(requests), "shared_bytes": shared_bytes,
+        "requests": len(requests),
+        "shared_bytes": shared_bytes,
+        "planned": [vars(split) for split in planned],
+        "plan_chooses": chosen,
+        **_compared(runs, chosen=str(chosen)),
+    }
+
+
+def _compared(runs: Mapping[str, Sequence[_Run]], *, chosen: str) -> dict[str, Any]:
+    """Medians, and what the plan's choice, the even division and the controller take of the best division's time."""
+    medians = {name: median(one.seconds for one in repeated) for name, repeated in runs.items()}
+    controllers = (FROM_PLAN, FROM_EVEN)
+    best = min(seconds for name, seconds in medians.items() if name not in controllers)
+    answers = [one.answers for repeated in runs.values() for one in repeated]
+    return {
         "seconds": {name: [one.seconds for one in repeated] for name, repeated in runs.items()},
-        "median_seconds": medians, "planned": [vars(split) for split in planned], "plan_chooses": chosen,
-        "controller_capacities": {name: [one.capacities for one in runs[name]] for name in (FROM_PLAN, FROM_EVEN)},
+        "median_seconds": medians,
+        "controller_capacities": {name: [one.capacities for one in runs[name]] for name in controllers},
         "deciding_seconds": median(one.deciding_seconds for one in runs[FROM_PLAN]),
         "answers_equal": all(said == answers[0] for said in answers),
-        "plan_over_best": medians[str(chosen)] / best, "even_over_best": medians[str(EVEN)] / best,
+        "plan_over_best": medians[chosen] / best,
+        "even_over_best": medians[str(EVEN)] / best,
         "controller_over_best": medians[FROM_PLAN] / best,
-        "controller_over_plan": medians[FROM_PLAN] / medians[str(chosen)],
-    }  # fmt: skip
-
-
-def _divisions(names: str) -> list[float]:
-    """Of `SHARES`, those that are named."""
-    shares = []
-    for name in names.split(","):
-        try:
-            shares.append(SHARES[SHARES.index(float(name))])
-        except ValueError:
-            known = ",".join(map(str, SHARES))
-            raise UserError(f"--divisions {name.strip()!r} is not known; write some of {known}") from None
-    return shares
+        "controller_over_plan": medians[FROM_PLAN] / medians[chosen],
+    }
 
 
 def _timed(

@@ -5,10 +5,7 @@ token, so that neighbouring tokens share experts about as often as in trained mo
 how old uses are, not with what the experts are.
 """
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -18,16 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.checks import at_least
-from configs.command import run
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
 
-EXAMPLE = """example:
-  python -m evaluation.benchmark.curve --accesses 2000000 --repeats 7
-"""
 REQUEST_TOKENS = 512
 DRIFT = 0.3  # correlation of a router's taste from one token to the next
 
@@ -47,18 +40,17 @@ SHAPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CurveBenchmark:
-    """Measure the all-sizes LRU curve on made-up traces with the shapes of real models."""
+    """Measure the all-sizes LRU curve on made-up traces with the shapes of real models.
+
+    example:
+      remoe bench curve --accesses 2000000 --repeats 7
+    """
 
     accesses: int = 1_000_000  # size of each trace
     repeats: int = 5  # runs of which the median is shown
 
     def __post_init__(self) -> None:
         at_least(self, accesses=1, repeats=1)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, and run the benchmark."""
-    benchmark(CurveBenchmark(**vars(_parser().parse_args(argv))))
 
 
 def benchmark(options: CurveBenchmark) -> None:
@@ -102,21 +94,3 @@ def drifting_trace(shape: TraceShape, *, tokens: int, seed: int) -> RouteTrace:
         num_experts=shape.experts,
         layer_ids=tuple(range(shape.layers)),
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.curve",
-        description="Measure the all-sizes LRU curve on made-up traces with the shapes of real models.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--accesses", type=int, default=1_000_000, help="size of each trace (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="runs of which the median is shown (default: %(default)s)"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -6,12 +6,10 @@ kills what needs more. What is reported is the peak of private memory (RssAnon),
 before, as a share of the budget.
 """
 
-import argparse
 import json
 import math
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +21,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from configs.checks import at_least
-from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
@@ -33,10 +30,6 @@ from evaluation.benchmark.weights import expert_modules
 from evaluation.report.wording import bytes_text
 from training.model.loading import local_folder
 
-EXAMPLE = """example:
-  remoe make-model --output runs/models/mid
-  python -m evaluation.benchmark.memory --model runs/models/mid --trials 50 --output runs/memory.json
-"""
 MODULE = "evaluation.benchmark.sides.memory_trial"
 TOLERANCE = 0.03
 SHARES = (0.15, 0.7)  # of the whole model: budgets are drawn between
@@ -49,12 +42,17 @@ MOST_REFUSALS = 10  # before anything was served
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBenchmark:
-    """Whether a memory budget is kept: random budgets, contexts and batches, each in a memory group hardly larger."""
+    """Whether a memory budget is kept: random budgets, contexts and batches, each in a memory group hardly larger.
+
+    example:
+      remoe make-model --output runs/models/mid
+      remoe bench memory --model runs/models/mid --trials 50 --output runs/memory.json
+    """
 
     model: str  # folder with safetensors weights, or hub name
     trials: int = 50  # requests to serve
     most_tokens: int = 2048  # batch x context
-    seed: int = 0
+    seed: int = 0  # of what is drawn
     threads: int = 1  # of every process
     output: str | None = None  # JSON file to write every trial to
 
@@ -84,11 +82,6 @@ class Outcome:
     def kept(self) -> bool:
         """Whether the budget held: nothing was killed or failed, and the peak was within the tolerance."""
         return self.outcome in ("served", "refused") and self.share <= 1 + TOLERANCE
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, and run the benchmark."""
-    benchmark(MemoryBenchmark(**vars(_parser().parse_args(argv))))
 
 
 def benchmark(options: MemoryBenchmark) -> None:
@@ -211,21 +204,3 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             f"{one.share:.1%}" if one.outcome != "refused" else "-", one.outcome,
         )  # fmt: skip
     return table
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.memory", description=__doc__, epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    parser.add_argument("--trials", type=int, default=50, metavar="N", help="requests to serve (default 50)")
-    parser.add_argument("--most-tokens", type=int, default=2048, metavar="N", help="batch x context (default 2048)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every process (default 1)")
-    parser.add_argument("--output", metavar="JSON", help="where to write every trial")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -3,9 +3,7 @@
 The sides take turns, every run starts anew, and a run's figure is the median of its steps after the first five.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +13,11 @@ from statistics import median
 from tqdm import tqdm
 
 from configs.checks import at_least
-from configs.command import run
 from configs.load import UserError, dump, load
 from evaluation.benchmark.processes import Child
+from evaluation.turns import in_turn
 from training.arguments import TrainArguments
 
-EXAMPLE = """example:
-  python -m evaluation.benchmark.scaling configs/train/tiny.yaml objective=remoe
-"""
 LAUNCHER = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_GPU",
@@ -36,7 +31,11 @@ WARM_UP = 5  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingBenchmark:
-    """Tokens per second of several training processes beside one, same rows in every step."""
+    """Tokens per second of several training processes beside one, same rows in every step.
+
+    example:
+      remoe bench scaling configs/train/tiny.yaml objective=remoe
+    """
 
     config: str  # a YAML as for remoe train; its batch is the one process's
     overrides: Sequence[str] = ()  # key=value: override a key of the config
@@ -69,18 +68,12 @@ class ScalingBenchmark:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, and run the benchmark."""
-    benchmark(ScalingBenchmark(**vars(_parser().parse_intermixed_args(argv))))
-
-
 def benchmark(options: ScalingBenchmark) -> None:
     """Let one and several processes take turns; print the ratio of every repeat and its median."""
     config, processes = options.train_arguments(), options.processes
     ratios = []
     for repeat in tqdm(range(options.repeats), unit="repeat"):
-        sides = [1, processes]
-        speed = {n: tokens_per_second(config, processes=n) for n in sides[:: 1 - 2 * (repeat % 2)]}
+        speed = {n: tokens_per_second(config, processes=n) for n in in_turn([1, processes], repeat)}
         ratios.append(speed[processes] / speed[1])
         tqdm.write(f"1: {speed[1]:,.0f} tokens/s; {processes}: {speed[processes]:,.0f}; {ratios[-1]:.2f} x")
     print(f"{processes} processes / 1: {median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -104,24 +97,3 @@ def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
                 raise UserError(f"{processes} processes ended with exit code {code}: {child.last_words}")
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return median(json.loads(line)["time/tokens_per_second"] for line in lines[WARM_UP:])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.scaling",
-        description="Tokens per second of several training processes beside one, same rows in every step.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML as for remoe train; its batch is the one process's")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument("--processes", type=int, default=2, help="beside one (default 2)")
-    parser.add_argument(
-        "--steps", type=int, default=40, help=f"of every run, {WARM_UP} of them to warm up (default 40)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="of both (default 3)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -5,9 +5,7 @@ machine changes from one second to the next. The opponent computes the task loss
 stock experts_implementation that is named; ours computes the config's objective with every ramp at its end.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,22 +20,12 @@ from rich.table import Table
 from tqdm import tqdm
 
 from configs.checks import at_least
-from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError, dump, load
 from evaluation.benchmark.processes import Child
 from evaluation.benchmark.sides.training_side import OURS, READY, Measured, TrainingOrder
 from training.arguments import TrainArguments
 
-EXAMPLE = """example:
-  remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 --check-tokens 0
-  remoe bench-train configs/train/bench.yaml --output runs/bench_train.json
-
-All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
-Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
-accelerator what torch allocated. The bound is twice the forward pass's matrix products (forward, and gradients of
-inputs) at the rate of large matrix products, measured in each process.
-"""
 MODULE = "evaluation.benchmark.sides.training_side"
 STOCK = ("grouped_mm", "batched_mm", "eager")
 
@@ -46,7 +34,18 @@ Runs = Mapping[str, Sequence[Measured]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBenchmark:
-    """Tokens per second and memory of router fine-tuning, beside transformers' Trainer."""
+    """Tokens per second and memory of router fine-tuning, beside transformers' Trainer.
+
+    All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
+    Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
+    accelerator what torch allocated. The bound is twice the forward pass's matrix products (forward, and gradients of
+    inputs) at the rate of large matrix products, measured in each process.
+
+    example:
+      remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 \\
+          --check-tokens 0
+      remoe bench training configs/train/bench.yaml --output runs/bench_train.json
+    """
 
     config: str  # a YAML as for remoe train; configs/train/bench.yaml is made for this
     overrides: Sequence[str] = ()  # key=value: override a key of the config
@@ -71,11 +70,6 @@ class TrainingBenchmark:
         return replace(
             config, report_to="none", resume_from_checkpoint=None, reuse_warmup_steps=0, consistency_warmup_steps=0
         )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, and run the benchmark."""
-    benchmark(TrainingBenchmark(**vars(_parser().parse_intermixed_args(argv))))
 
 
 def benchmark(options: TrainingBenchmark) -> None:
@@ -221,31 +215,3 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def _ratio(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['median']:.2f} x ({min(ratio['each']):.2f} to {max(ratio['each']):.2f})"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe bench-train",
-        description="Tokens per second and memory of router fine-tuning, beside transformers' Trainer.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML as for remoe train; configs/train/bench.yaml is made for this")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument(
-        "--stock", default="grouped_mm,eager", metavar="NAMES",
-        help=f"the opponent's experts implementations, of {', '.join(STOCK)} (default grouped_mm,eager); the fastest counts",
-    )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=int, default=6, help="timed steps of a process, after one to warm up (default 6)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="processes of every side (default 3)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of every side (default: all cores)"
-    )
-    parser.add_argument("--output", metavar="JSON", help="where to write everything that was measured")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

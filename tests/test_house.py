@@ -100,8 +100,7 @@ def test_one_file_alone_knows_the_inside_of_transformers() -> None:
             module
             for module in imported(path)
             if any(inside(module, unstable) for unstable in UNSTABLE)
-            or module.startswith("transformers.")
-            and "._" in module
+            or (module.startswith("transformers.") and "._" in module)
         }
         assert not inner or name == INTERNALS, f"{path.relative_to(ROOT)} imports {sorted(inner)}"
     attributes = re.compile(r"\b(_can_record_outputs|_is_expert_parallel)\b")

@@ -24,7 +24,7 @@ from evaluation.engine.cache.replay import POLICIES, check_choice, replay, reque
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
-from training.run_folder import router_delta
+from training.run_folder.router_delta import load_for
 
 EXAMPLE = """example:
   python -m evaluation.benchmark.policies --model data/embedded/model --slots 4,6,8,12,16,24
@@ -37,9 +37,8 @@ Regrets = dict[tuple[str, int, str], dict[str, float]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Trace, replay, print."""
     args = _parser().parse_args(argv)
-    model, tokenizer = load_pretrained(args.model), load_tokenizer(args.model)
-    if args.router_delta is not None:
-        router_delta.apply(model, router_delta.load_for(local_folder(args.model), args.router_delta))
+    delta = load_for(local_folder(args.model), args.router_delta) if args.router_delta else None
+    model, tokenizer = load_pretrained(args.model, router_delta=delta), load_tokenizer(args.model)
     traces = {domain: _trace(model, tokenizer, "test", [domain], args.requests) for domain in DOMAINS}
     profile = _trace(model, tokenizer, "validation", DOMAINS, args.requests)
     texts = traces | {"all domains": one_request(list(traces.values()))}

@@ -26,6 +26,7 @@ from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
 from training.model.lazy_weights import read_config
+from training.model.routers import copy_into_routers
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
@@ -62,7 +63,8 @@ def load(
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
-        copy_into_routers(model, router_delta or {})
+        if router_delta:
+            copy_into_routers(model, router_delta)
         held_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
         needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
         division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
@@ -120,26 +122,6 @@ def bound_kernel_caches() -> None:
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KERNELS))
-
-
-def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite parameters by name, in memory; the checkpoint's file is mapped privately and stays as it is.
-
-    Raises:
-        UserError: a name the model does not have or that is an expert's, or another shape.
-    """
-    parameters = dict(model.named_parameters())
-    for name, weight in router_delta.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.is_meta:
-            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
-        if parameter.shape != weight.shape:
-            raise UserError(
-                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(parameter.shape)}; "
-                "use the model it was made for"
-            )
-        with torch.no_grad():
-            parameter.copy_(weight.to(parameter.dtype))
 
 
 def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:

@@ -28,7 +28,7 @@ from configs.files import prepare, write_json
 from configs.load import UserError
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
 from evaluation.benchmark.processes import PROJECT
-from evaluation.benchmark.weights import expert_modules
+from evaluation.engine.store.experts import ExpertStore
 from evaluation.report.wording import bytes_text
 from training.model.loading import local_folder
 
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _trials(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierarchy) -> list[Outcome]:
     """Until so many requests as asked for were served; a budget that is refused as too small counts for nothing."""
-    modules, other_bytes = expert_modules(model_dir)
-    model_bytes = other_bytes + sum(modules.values())
+    store = ExpertStore(model_dir)
+    model_bytes = store.resident_bytes + store.all_experts_bytes
     draw = random.Random(arguments.seed)
     outcomes: list[Outcome] = []
     with tqdm(total=arguments.trials, unit="trial") as progress:

@@ -124,7 +124,7 @@ class Engine:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert on disk: what a miss reads."""
-        return self._store.shape.expert_bytes
+        return self._store.format.expert_bytes
 
     @property
     def buffer_bytes(self) -> int:

@@ -21,7 +21,6 @@ from evaluation.engine.memory.process import private_bytes, total_memory_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
-from evaluation.engine.slot_memory import record_bytes
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
@@ -66,7 +65,7 @@ def load(
         if router_delta:
             copy_into_routers(model, router_delta)
         held_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
-        needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
+        needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.format.intermediate)
         division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
         slots = division.slots if division else slots
         if options.warn:
@@ -132,4 +131,4 @@ def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype)
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
         raise UserError(f"{store.model_dir}/config.json has {text_config.num_hidden_layers} layers, none with experts")
-    return Demand(len(layers), store.num_experts, top_k, record_bytes(store, dtype))
+    return Demand(len(layers), store.num_experts, top_k, store.record(dtype.itemsize).total_bytes)

@@ -17,7 +17,6 @@ from evaluation.engine.greedy import DecodeResult, decode, greedy
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from training.model.loading import load_pretrained
-from training.run_folder import router_delta
 
 
 @dataclass
@@ -105,9 +104,7 @@ def _resident_tokens(
     args: DecodeArguments,
     device: torch.device,
 ) -> list[list[int]]:
-    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    if weights is not None:
-        router_delta.apply(model, weights)
+    model = load_pretrained(model_dir, dtype=args.dtype, device=device, router_delta=weights)
     return [greedy(model, prompt.tolist(), max_new_tokens=args.max_new_tokens) for prompt in prompts]
 
 

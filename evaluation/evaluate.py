@@ -161,9 +161,7 @@ def _measure(
     model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
     name: str,
 ) -> tuple[dict[str, Any], dict[str, TaskScores]]:  # fmt: skip
-    model = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device))
-    if weights is not None:
-        router_delta.apply(model, weights)
+    model = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device), router_delta=weights)
     scores = run_tasks(model, tokenizer, args.quality)
     routed = _routing(model, tokenizer, args, name=name)
     return {"seed": None, "history": [], "quality": summarize(scores), "difference": None, **routed}, scores

@@ -26,7 +26,7 @@ from configs.load import UserError
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
 from evaluation.benchmark.processes import Child
 from evaluation.benchmark.sides.memory_trial import Trial
-from evaluation.benchmark.weights import expert_modules
+from evaluation.engine.store.experts import ExpertStore
 from evaluation.report.wording import bytes_text
 from training.model.loading import local_folder
 
@@ -117,8 +117,8 @@ def benchmark(options: MemoryBenchmark) -> None:
 def _trials(options: MemoryBenchmark, hierarchy: Hierarchy) -> list[Outcome]:
     """Run trials until as many requests as asked for were served; a budget refused as too small does not count."""
     model_dir = local_folder(options.model)
-    modules, other_bytes = expert_modules(model_dir)
-    model_bytes = other_bytes + sum(modules.values())
+    store = ExpertStore(model_dir)
+    model_bytes = store.resident_bytes + store.all_experts_bytes
     draw = random.Random(options.seed)
     outcomes: list[Outcome] = []
     with tqdm(total=options.trials, unit="trial") as progress:

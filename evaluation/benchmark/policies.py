@@ -24,7 +24,7 @@ from evaluation.engine.cache.replay import POLICIES, Request, check_choice, repl
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
-from training.run_folder import router_delta
+from training.run_folder.router_delta import load_for
 
 SHORTEST, LONGEST = 256, 512  # tokens of a request
 Regrets = dict[tuple[str, int, str], dict[str, float]]
@@ -56,9 +56,8 @@ class PoliciesBenchmark:
 
 def benchmark(options: PoliciesBenchmark) -> None:
     """Trace, replay, print a table for each scope."""
-    model, tokenizer = load_pretrained(options.model), load_tokenizer(options.model)
-    if options.router_delta is not None:
-        router_delta.apply(model, router_delta.load_for(local_folder(options.model), options.router_delta))
+    delta = load_for(local_folder(options.model), options.router_delta) if options.router_delta else None
+    model, tokenizer = load_pretrained(options.model, router_delta=delta), load_tokenizer(options.model)
     traces = {domain: _trace(model, tokenizer, "test", [domain], options.requests) for domain in DOMAINS}
     profile = _trace(model, tokenizer, "validation", DOMAINS, options.requests)
     texts = traces | {"all domains": one_request(list(traces.values()))}

@@ -20,11 +20,12 @@ from evaluation.engine.memory.needs import Needs, needs_of
 from evaluation.engine.memory.process import private_bytes, total_memory_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
-from evaluation.engine.resident import compute_dtype, load_resident, read_config
-from evaluation.engine.slot_memory import record_bytes
+from evaluation.engine.resident import compute_dtype, load_resident
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
+from training.model.lazy_weights import read_config
+from training.model.routers import copy_into_routers
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
@@ -61,9 +62,10 @@ def load(
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
-        copy_into_routers(model, router_delta or {})
+        if router_delta:
+            copy_into_routers(model, router_delta)
         held_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
-        needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.shape.intermediate)
+        needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.format.intermediate)
         division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
         slots = division.slots if division else slots
         if options.warn:
@@ -121,26 +123,6 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(variable, str(KERNELS))
 
 
-def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite parameters by name, in memory; the checkpoint's file is mapped privately and stays as it is.
-
-    Raises:
-        UserError: a name the model does not have or that is an expert's, or another shape.
-    """
-    parameters = dict(model.named_parameters())
-    for name, weight in router_delta.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.is_meta:
-            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
-        if parameter.shape != weight.shape:
-            raise UserError(
-                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(parameter.shape)}; "
-                "use the model it was made for"
-            )
-        with torch.no_grad():
-            parameter.copy_(weight.to(parameter.dtype))
-
-
 def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:
     text_config = config.get_text_config()
     top_k = getattr(text_config, "num_experts_per_tok", None)
@@ -149,4 +131,4 @@ def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype)
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
         raise UserError(f"{store.model_dir}/config.json has {text_config.num_hidden_layers} layers, none with experts")
-    return Demand(len(layers), store.num_experts, top_k, record_bytes(store, dtype))
+    return Demand(len(layers), store.num_experts, top_k, store.record(dtype.itemsize).total_bytes)

@@ -17,7 +17,6 @@ from transformers.generation.streamers import BaseStreamer
 from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.sides.meter import LegResult, Meter
 from evaluation.benchmark.sides.serving import Serving
-from evaluation.benchmark.weights import expert_modules
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
@@ -25,6 +24,7 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import greedy
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
+from evaluation.engine.store.experts import ExpertStore
 
 
 @contextmanager
@@ -123,10 +123,10 @@ def accelerate(order: Order) -> Iterator[Serving]:
 
 def accelerate_device_map(model_dir: str, resident_bytes: int) -> dict[str, str]:
     """Module -> `cpu` or `disk`: experts of the first layers in memory while `resident_bytes` last."""
-    modules, other_bytes = expert_modules(model_dir)
-    left_bytes = resident_bytes - other_bytes
+    store = ExpertStore(model_dir)
+    left_bytes = resident_bytes - store.resident_bytes
     on_disk = set()
-    for name, module_bytes in modules.items():
+    for name, module_bytes in store.module_bytes.items():
         left_bytes -= module_bytes
         if left_bytes < 0:
             on_disk.add(name)

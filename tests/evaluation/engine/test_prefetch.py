@@ -54,7 +54,7 @@ def test_tokens_and_misses_stay_and_reads_are_counted(
     assert ahead.misses_by_layer == plain.misses_by_layer
     assert plain.prefetched == plain.prefetch_used == 0
     assert 0 < ahead.prefetch_used <= ahead.prefetched
-    expert_bytes = ExpertStore(folder).shape.expert_bytes
+    expert_bytes = ExpertStore(folder).format.expert_bytes
     assert 0 < ahead.reading_seconds["decode"] <= ahead.seconds["decode"]
     wasted = ahead.prefetched - ahead.prefetch_used
     assert plain.bytes_read <= ahead.bytes_read <= plain.bytes_read + wasted * expert_bytes
@@ -146,7 +146,7 @@ def test_of_a_wrong_guess_no_more_is_read_and_what_was_read_is_counted(
         prefetch.guess(2, torch.zeros(1, 32))
         assert sorted(prefetch._free) == list(memory.ahead_slots)
         assert counts.prefetched == 1
-        assert counts.bytes_read[DECODE] == ExpertStore(folder).shape.expert_bytes
+        assert counts.bytes_read[DECODE] == ExpertStore(folder).format.expert_bytes
         assert counts.prefetch_used == 0
 
 
@@ -172,7 +172,7 @@ def test_what_was_guessed_lies_in_the_slot_that_is_swapped_in(checkpoint: Checkp
                 for span in memory.spans(slot, 1, expert):
                     held = np.fromfile(span.shard, np.uint8, len(span.target), offset=span.offset)
                     assert np.array_equal(span.target, held), expert
-        assert flight.bytes_read == store.shape.expert_bytes, "the third; the others were read before"
+        assert flight.bytes_read == store.format.expert_bytes, "the third; the others were read before"
         assert sorted(prefetch._free) == list(memory.ahead_slots)
 
 

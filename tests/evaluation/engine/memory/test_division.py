@@ -17,7 +17,7 @@ from evaluation.engine.memory.division import Call, Division, divide, passing_sl
 from evaluation.engine.memory.needs import SLACK_BYTES, Needs
 from evaluation.engine.memory.process import private_bytes
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.slot_memory import SlotMemory, record_bytes
+from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
@@ -156,7 +156,7 @@ def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before
 
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:
     memory = SlotMemory(ExpertStore(checkpoint("olmoe")), 4096, torch.float32)
-    before_bytes, all_bytes = private_bytes(), 4096 * record_bytes(memory._store, torch.float32)
+    before_bytes, all_bytes = private_bytes(), 4096 * memory._records.record_bytes
     memory._records._memory[:] = 1
     assert private_bytes() - before_bytes > 0.9 * all_bytes
     for slot in range(4096):

@@ -58,7 +58,7 @@ def test_a_prompt_holds_no_more_than_said(checkpoint: Checkpoint, family: str, t
     torch.set_num_threads(threads)
     with load(checkpoint(family), EngineOptions("100%")) as (model, engine):
         ids_BT = torch.arange(2, 2 + tokens).repeat(batch, 1)
-        intermediate = engine._store.shape.intermediate
+        intermediate = engine._store.format.intermediate
         needs = needs_of(model.config, engine.dtype.itemsize, top_k=engine.demand.top_k, intermediate=intermediate)
         generate: Any = model.generate
         with PeakBytes() as found:

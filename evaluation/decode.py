@@ -3,7 +3,6 @@
 Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.engine import load
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.greedy import DecodeResult, decode, greedy
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from training.model.loading import load_pretrained
 
 
@@ -54,9 +54,6 @@ def decode_in_turns(
     Args:
         sides: the router weights of each, None for the base's.
     """
-    logging.getLogger("evaluation.engine.memory.demand").setLevel(
-        logging.ERROR
-    )  # the report says what a small budget does
     references = [_resident_tokens(model_dir, weights, prompts, args, device) for weights in sides]
     demand_bytes = expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"]
     rows: list[list[dict[str, Any]]] = [[] for _ in sides]
@@ -64,12 +61,17 @@ def decode_in_turns(
     for demands in args.demands:
         decoded: list[list[DecodeResult]] = [[] for _ in sides]
         pool = {}
+        options = EngineOptions(
+            expert_cache=int(demands * demand_bytes),
+            cache_policy=args.cache_policy,
+            cache_scope=args.cache_scope,
+            dtype=args.dtype,
+            device=str(device),
+            warn=False,  # the report says what a small budget does
+        )
         for repeat in range(args.repeats):
             for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
-                with load(
-                    model_dir, expert_cache=int(demands * demand_bytes), router_delta=sides[side], dtype=args.dtype,
-                    cache_policy=args.cache_policy, cache_scope=args.cache_scope, device=device,
-                ) as (model, engine):  # fmt: skip
+                with load(model_dir, options, router_delta=sides[side]) as (model, engine):
                     decoded[side] += [
                         decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens)
                         for p in prompts
@@ -91,7 +93,7 @@ def decode_in_turns(
 
 def expert_sizes(model_dir: str, *, dtype: str = "auto") -> dict[str, int]:
     """`expert_bytes` on disk and `token_demand_bytes` in the cache."""
-    with load(model_dir, expert_cache="100%", dtype=dtype) as (_, engine):
+    with load(model_dir, EngineOptions(expert_cache="100%", dtype=dtype)) as (_, engine):
         return {"expert_bytes": engine.expert_bytes, "token_demand_bytes": engine.token_demand_bytes}
 
 

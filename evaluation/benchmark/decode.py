@@ -29,8 +29,8 @@ from evaluation.benchmark.order import COLD, LONG, WARM, Leg, Order
 from evaluation.benchmark.processes import SideRun, run_side
 from evaluation.benchmark.sides.contenders import Contender, opponent, our_contenders, parse_opponents
 from evaluation.benchmark.tables import result_tables
-from evaluation.benchmark.weights import active_bytes, expert_bytes
 from evaluation.engine.cache.policies import DEFAULT
+from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
@@ -203,7 +203,8 @@ def _legs_of(contender: Contender, legs: Sequence[Leg], against_new_tokens: int 
 def _read_rate(order: Order) -> float:
     """Bytes per second that the model's disk gives now: disks that are shared change from minute to minute."""
     shards = sorted(Path(order.model_dir).glob("*.safetensors"))
-    return read_bandwidth(shards, expert_bytes(order.model_dir), depths=AROUND_DEPTHS, seconds=AROUND_SECONDS).best
+    read_bytes = ExpertStore(order.model_dir).format.expert_bytes
+    return read_bandwidth(shards, read_bytes, depths=AROUND_DEPTHS, seconds=AROUND_SECONDS).best
 
 
 def _files(order: Order) -> list[Path]:
@@ -212,13 +213,23 @@ def _files(order: Order) -> list[Path]:
 
 def _bandwidth(shards: Sequence[Path], model_dir: str, threads: int) -> dict[str, Any]:
     """Bytes per second, of reads as large as one expert, alone and while all cores compute, and of memory."""
-    reads = read_bandwidth(shards, expert_bytes(model_dir))
+    reads = read_bandwidth(shards, ExpertStore(model_dir).format.expert_bytes)
     with products_beside(threads):
-        beside = read_bandwidth(shards, expert_bytes(model_dir), depths=AROUND_DEPTHS, seconds=AROUND_SECONDS)
+        beside = read_bandwidth(
+            shards, ExpertStore(model_dir).format.expert_bytes, depths=AROUND_DEPTHS, seconds=AROUND_SECONDS
+        )
     return {
         "read_bytes": reads.read_bytes, "direct": reads.direct, "read_by_depth": reads.by_depth, "read": reads.best,
         "read_beside_products": beside.best, "memory": memory_bandwidth(threads),
     }  # fmt: skip
+
+
+def _active_bytes(model_dir: str) -> int:
+    """Weights that one token needs."""
+    config = read_config(model_dir).get_text_config()
+    return ExpertStore(model_dir).active_bytes(
+        top_k=config.num_experts_per_tok, tied_embeddings=config.tie_word_embeddings
+    )
 
 
 def _compared(
@@ -232,7 +243,7 @@ def _compared(
     for name in ours:
         legs = {
             leg: decode_bound(
-                runs, name, leg, resident="resident", memory_rate=memory_rate, active_bytes=active_bytes(model_dir)
+                runs, name, leg, resident="resident", memory_rate=memory_rate, active_bytes=_active_bytes(model_dir)
             )
             for leg in (COLD, WARM)
         }
@@ -241,7 +252,7 @@ def _compared(
     others = {name: [one for one in ours if one != name] for name in names}
     return {
         "ours": ours,
-        "model": {"active_bytes": active_bytes(model_dir), "expert_bytes": expert_bytes(model_dir)},
+        "model": {"active_bytes": _active_bytes(model_dir), "expert_bytes": ExpertStore(model_dir).format.expert_bytes},
         "summary": summarise(runs),
         "ratios": {
             name: {to: {leg: ratios(runs, of=name, to=to, leg=leg) for leg in (COLD, WARM)} for to in others[name]}

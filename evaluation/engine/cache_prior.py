@@ -7,7 +7,6 @@ Axes: T tokens, E experts, K chosen.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,29 +18,19 @@ from training.model.router_kind import Weighing, kind_of
 from training.model.routers import find_routers
 
 
-@dataclass(frozen=True)
-class CachePrior:
-    """How strongly resident experts are preferred.
-
-    Attributes:
-        strength: lambda; 0 changes nothing.
-        keep: so many of the router's own best are preferred as much, so that they cannot be displaced.
-    """
-
-    strength: float
-    keep: int = 1
-
-    def __post_init__(self) -> None:
-        if self.strength < 0:
-            raise UserError(f"cache prior {self.strength} is negative; write 0 to leave routing as it is, or about 0.1")
-        if self.keep < 0:
-            raise UserError(f"cache prior keeps {self.keep} experts; write 0 or more")
-
-
 def attach_cache_prior(
-    model: PreTrainedModel, prior: CachePrior, *, resident: Callable[[int], list[int]], is_decode: Callable[[], bool]
+    model: PreTrainedModel,
+    *,
+    strength: float,
+    keep: int,
+    resident: Callable[[int], list[int]],
+    is_decode: Callable[[], bool],
 ) -> None:
     """Let every router of `model` prefer what `resident(layer)` names, in calls for which `is_decode()`.
+
+    Args:
+        strength: lambda; 0 changes nothing.
+        keep: how many of the router's own best experts are preferred as much, so that they cannot be displaced.
 
     Raises:
         UserError: the model has no routers that are known, or they choose or weigh experts in an unknown way.
@@ -53,16 +42,24 @@ def attach_cache_prior(
                 f"{type(router).__name__} {'weighs' if kind.takes_largest else 'chooses'} experts in a way that a cache prior "
                 f"does not know ({kind}); leave --cache-prior out"
             )
-        router.register_forward_hook(Preference(prior, kind.weighing, partial(resident, layer), is_decode))
+        preference = Preference(kind.weighing, partial(resident, layer), is_decode, strength=strength, keep=keep)
+        router.register_forward_hook(preference)
 
 
 class Preference:
     """The hook of one layer's router."""
 
     def __init__(
-        self, prior: CachePrior, weighing: Weighing, resident: Callable[[], list[int]], is_decode: Callable[[], bool]
+        self,
+        weighing: Weighing,
+        resident: Callable[[], list[int]],
+        is_decode: Callable[[], bool],
+        *,
+        strength: float,
+        keep: int,
     ) -> None:
-        self._prior, self._weighing, self._resident, self._is_decode = prior, weighing, resident, is_decode
+        self._weighing, self._resident, self._is_decode = weighing, resident, is_decode
+        self._strength, self._keep = strength, keep
         self._spread_sum, self._tokens = 0.0, 0
 
     def __call__(
@@ -74,10 +71,10 @@ class Preference:
         self._tokens += len(z_TE)
         if not self._is_decode():
             return output
-        bonus = self._prior.strength * self._spread_sum / self._tokens
+        bonus = self._strength * self._spread_sum / self._tokens
         preferred_TE = torch.zeros_like(z_TE)
         preferred_TE[:, self._resident()] = bonus
-        preferred_TE.scatter_(1, z_TE.topk(self._prior.keep, dim=-1).indices, bonus)
+        preferred_TE.scatter_(1, z_TE.topk(self._keep, dim=-1).indices, bonus)
         chosen_TK = (z_TE + preferred_TE).topk(ids_TK.shape[1], dim=-1).indices
         new_weights_TK, order_TK = self._weighing.weights(z_TE, chosen_TK).sort(dim=-1, descending=True)
         chosen_TK = chosen_TK.gather(1, order_TK)

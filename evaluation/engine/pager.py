@@ -5,7 +5,7 @@ Axes: T tokens, K chosen, H hidden.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,9 @@ class Pager:
 
     Args:
         layer_ids: the checkpoint's number of each MoE layer, by position.
+        reads: where reads are counted.
         recorder: where the routing goes, if it is recorded.
+        prefetch: reads ahead, if that is asked for.
     """
 
     def __init__(
@@ -44,16 +46,17 @@ class Pager:
         *,
         memory: SlotMemory,
         reader: Reader,
-        layer_ids: list[int],
+        layer_ids: Sequence[int],
+        reads: ReadCounts,
         recorder: TraceRecorder | None,
+        prefetch: Prefetch | None,
     ) -> None:
-        self.prefetch: Prefetch | None = None
-        self._batched = False
         self._cache, self._memory, self._reader = cache, memory, reader
-        self._layer_ids, self.recorder = layer_ids, recorder
+        self._layer_ids, self.recorder, self.prefetch = layer_ids, recorder, prefetch
+        self._batched = False
         self._phase: int | None = None
         self._began_seconds = self._read_seconds = 0.0
-        self.reads = ReadCounts()
+        self.reads = reads
 
     def begin_call(self, *, rows: int, is_decode: bool) -> None:
         """A forward call of the model starts: `rows` token rows, one per sequence if it is a decode call."""

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
 from evaluation.engine.device import CPU
-from evaluation.engine.slot_memory import ALIGN_BYTES
+from evaluation.engine.store.expert_format import ALIGN_BYTES
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
 
@@ -26,7 +26,7 @@ def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: 
         UserError: no floating-point precision the engine can hold experts in.
     """
     if dtype == "auto":
-        dtype = config.dtype if config.dtype is not None else TORCH_DTYPES[store.shape.dtype]
+        dtype = config.dtype if config.dtype is not None else TORCH_DTYPES[store.format.dtype]
     known = {str(known).removeprefix("torch."): known for known in TORCH_DTYPES.values()}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
@@ -79,7 +79,7 @@ def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[in
     found = []
     for name, module in model.named_modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            _check_form(name, module, transposed=store.shape.transposed)
+            _check_form(name, module, transposed=store.format.transposed)
             found.append((next(layer for part, layer in layer_of.items() if part in f".{name}."), module))
     return found
 

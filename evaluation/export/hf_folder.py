@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.command import run
 from configs.load import UserError
+from evaluation.engine.store.packing import OTHER_WEIGHTS
 from evaluation.engine.store.shards import StoredTensor, read_index
 from evaluation.export.gguf_patch import patch_gguf
 from training.model.lazy_weights import TORCH_DTYPES, read_config
@@ -35,7 +36,6 @@ EXAMPLE = """examples:
 
 gguf: the routers of an existing file of the same base are replaced in a copy; its experts may be quantised.
 """
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 """Endings of files that are left behind: they would hold the routers of before."""
 
 

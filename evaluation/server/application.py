@@ -23,10 +23,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from configs.command import run
 from configs.load import UserError
 from configs.sizes import parse_size, readable
-from evaluation.engine import load
 from evaluation.engine.engine import Engine
-from evaluation.engine.memory.division import CONTEXT_TOKENS
+from evaluation.engine.loading import load
 from evaluation.engine.memory.process import total_memory_bytes
+from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.controller import MemoryController
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS, Conversations, check_keeps_everything
 from evaluation.server.app import Service, create_app
@@ -34,7 +34,7 @@ from evaluation.server.generation import Generator
 from evaluation.server.intake import Intake
 from evaluation.server.metrics import Metrics
 from evaluation.server.worker import Worker
-from launch.engine_flags import add_engine_flags, engine_options
+from launch.engine_flags import add_engine_flags, engine_options, router_weights
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
@@ -159,12 +159,12 @@ def _loaded(model_dir: str, arguments: argparse.Namespace) -> Iterator[tuple[Pre
     config = read_config(model_dir)
     keeps = _keeps_prefixes(config, arguments)
     context_tokens = min(CONTEXT_TOKENS, _context_tokens(config, arguments.max_model_len))
-    with load(
-        model_dir,
+    options = engine_options(
+        arguments,
         context_tokens=arguments.max_model_len or context_tokens,
         prompt_tokens=arguments.block_tokens if keeps else None,
-        **engine_options(arguments, model_dir),
-    ) as (model, engine):
+    )
+    with load(model_dir, options, router_delta=router_weights(arguments, model_dir)) as (model, engine):
         yield model, engine, keeps
 
 

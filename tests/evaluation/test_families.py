@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from tests.conftest import byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
@@ -156,9 +157,9 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
         "eos_token_id": None,
     }
     expected = tuned.generate(ids, **options)
-    with load(base, "100%") as (_, sized):
+    with load(base, EngineOptions("100%")) as (_, sized):
         smallest = sized.demand.top_k * sized.demand.slot_bytes
-    with load(base, smallest, router_delta=delta) as (paged, engine):
+    with load(base, EngineOptions(smallest), router_delta=delta) as (paged, engine):
         assert torch.equal(paged.generate(ids, **options), expected)
         assert engine.stats().misses > engine.demand.top_k, "something was evicted"
 

@@ -6,20 +6,27 @@ refused before it computes anything. So the total stays what it was.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from configs.load import UserError
 from configs.sizes import readable
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.needs import Needs
 
-CONTEXT_TOKENS = 2048
-"""Tokens of prompt and answer that have memory of their own unless told otherwise."""
 PASSING_SHARE = 8
 """One slot in so many is added for experts that do not stay, so that several of them are read at once."""
 
 
 class ContextTooLong(UserError):
     """A request needs more memory than a budget leaves."""
+
+
+class Call(NamedTuple):
+    """One forward call of a model: `rows` new tokens in `batch` sequences of `context_tokens` each, the new ones included."""
+
+    batch: int = 1
+    rows: int = 1
+    context_tokens: int = 1
 
 
 def passing_slots(slots: int, reads_in_flight: int) -> int:
@@ -59,12 +66,13 @@ class Division:
         parts_bytes = self.resident_bytes + self.buffer_bytes + self.kv_bytes + self.activation_bytes
         return self.budget_bytes - parts_bytes - self.smallest_slots * self.step_bytes
 
-    def spare_bytes(self, *, batch: int, rows: int, context_tokens: int) -> int:
-        """What a call leaves, above the fewest slots: `rows` new tokens in `batch` sequences of `context_tokens` each.
+    def spare_bytes(self, call: Call) -> int:
+        """What a call leaves, above the fewest slots.
 
         Raises:
             ContextTooLong: less than nothing; nothing was computed yet.
         """
+        batch, rows, context_tokens = call
         needed_bytes = self.needs.kv_bytes(batch * context_tokens)
         needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)
         lacking_bytes = max(0, needed_bytes - self.kv_bytes - self.activation_bytes)
@@ -80,7 +88,7 @@ class Division:
         return spare_bytes
 
     def slots_with(self, spare_bytes: int) -> int:
-        """Slots of a pool that so many bytes above the fewest slots buy."""
+        """Slots of a pool that this many bytes above the fewest slots buy."""
         return min(self.slots, self.smallest_slots + spare_bytes // self.step_bytes)
 
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 
 def budget_for(folder: Path, monkeypatch: pytest.MonkeyPatch, *, experts: int, context_tokens: int = 64) -> int:
     """Bytes; what is resident counts as nothing from now on, because it is measured and never twice the same."""
     monkeypatch.setattr("evaluation.engine.loading.private_bytes", lambda: 0)
-    with load(folder, memory_budget="400MiB", context_tokens=context_tokens) as (_, engine):
+    with load(folder, EngineOptions(memory_budget="400MiB", context_tokens=context_tokens)) as (_, engine):
         division = engine.division
         assert division is not None
         assert division.slots >= experts

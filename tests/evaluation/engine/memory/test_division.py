@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load, loading
+from evaluation.engine import loading
+from evaluation.engine.loading import load
 from evaluation.engine.memory.demand import Demand
-from evaluation.engine.memory.division import Division, divide, passing_slots
+from evaluation.engine.memory.division import Call, Division, divide, passing_slots
 from evaluation.engine.memory.needs import SLACK_BYTES, Needs
 from evaluation.engine.memory.process import private_bytes
-from evaluation.engine.slot_memory import SlotMemory, record_bytes
+from evaluation.engine.options import EngineOptions
+from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
@@ -66,7 +68,7 @@ def test_a_context_of_no_tokens_is_refused() -> None:
 
 
 def slots_beside(division: Division, **call: int) -> int:
-    return division.slots_with(division.spare_bytes(**call))
+    return division.slots_with(division.spare_bytes(Call(**call)))
 
 
 def test_a_growing_context_takes_slots_and_is_refused_when_there_are_none_left() -> None:
@@ -110,7 +112,7 @@ def generate(model: Any, tokens: int, new_tokens: int) -> torch.Tensor:
 def test_tokens_stay_those_of_the_resident_model_while_slots_come_and_go(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2_moe", "float32")
     expected = [generate(AutoModelForCausalLM.from_pretrained(folder), tokens, 24) for tokens in (5, 60, 5)]
-    with load(folder, memory_budget="200MiB", context_tokens=8) as (model, engine):
+    with load(folder, EngineOptions(memory_budget="200MiB", context_tokens=8)) as (model, engine):
         assert engine.division is not None
         first = engine.cache.slots
         assert first == engine.demand.all_experts
@@ -131,7 +133,7 @@ def test_tokens_stay_those_of_the_resident_model_while_slots_come_and_go(checkpo
 def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(checkpoint: Checkpoint) -> None:
     folder = checkpoint("olmoe")
     expected = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), 9, 6)
-    with load(folder, memory_budget="200MiB", context_tokens=16) as (model, engine):
+    with load(folder, EngineOptions(memory_budget="200MiB", context_tokens=16)) as (model, engine):
         assert engine.division is not None
         dear = replace(engine.division.needs, kv_bytes_per_token=2**20)
         engine.division = replace(engine.division, needs=dear, kv_bytes=dear.kv_bytes(16))
@@ -145,7 +147,7 @@ def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "private_bytes", lambda: 0)  # a process that does not grow
-    with load(checkpoint("olmoe"), memory_budget="200MiB", context_tokens=16) as (model, engine):
+    with load(checkpoint("olmoe"), EngineOptions(memory_budget="200MiB", context_tokens=16)) as (model, engine):
         assert engine.division is not None
         weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
         assert weights_bytes > 0
@@ -154,7 +156,7 @@ def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before
 
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:
     memory = SlotMemory(ExpertStore(checkpoint("olmoe")), 4096, torch.float32)
-    before_bytes, all_bytes = private_bytes(), 4096 * record_bytes(memory._store, torch.float32)
+    before_bytes, all_bytes = private_bytes(), 4096 * memory._records.record_bytes
     memory._records._memory[:] = 1
     assert private_bytes() - before_bytes > 0.9 * all_bytes
     for slot in range(4096):
@@ -175,5 +177,5 @@ def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Chec
     ],
 )
 def test_budgets_that_cannot_be_are_refused(checkpoint: Checkpoint, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words), load(checkpoint("olmoe"), **options):
+    with pytest.raises(UserError, match=words), load(checkpoint("olmoe"), EngineOptions(**options)):
         pass

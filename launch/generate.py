@@ -22,7 +22,7 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import DecodeResult, decode
 from evaluation.engine.memory.process import peak_rss_bytes
 from evaluation.engine.resident import read_config
-from evaluation.report.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
+from evaluation.report.numbers import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from launch.engine_flags import add_engine_flags, engine_options
 from training.model.loading import load_tokenizer, local_folder
 

@@ -29,7 +29,7 @@ from configs.load import UserError
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
 from evaluation.benchmark.processes import PROJECT
 from evaluation.benchmark.weights import expert_modules
-from evaluation.report.wording import bytes_text
+from evaluation.report.numbers import bytes_text
 from training.model.loading import local_folder
 
 EXAMPLE = """example:

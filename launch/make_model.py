@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from configs.command import run
-from configs.files import write_json
+from configs.files import folder_aside, write_json
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
@@ -58,18 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"output {output} exists already; name a new folder, or remove it first")
     tokenizer = load_tokenizer(str(EMBEDDED / "tokenizer"))
     recipe = _recipe(arguments, len(tokenizer))
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder_aside(output) as aside:
         _check_room(aside, weight_bytes(recipe.shape, recipe.dtype))
         made = write_checkpoint(aside, recipe, tokenizer)
         made["measured"] = measure(aside, tokenizer, new_tokens=arguments.check_tokens)
         write_json(aside / "made.json", made)
         (aside / "README.md").write_text(_readme(made), encoding="utf-8")
-        aside.replace(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     _print(output, made)
 
 

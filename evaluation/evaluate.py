@@ -18,9 +18,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.load import UserError
-from data.batches import tokenize
-from data.corpus import DOMAINS, read_corpus
+from data.corpus import DOMAINS
+from data.pieces import spread_pieces
 from evaluation.decode import DecodeArguments, decode_in_turns, expert_sizes
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.replay import lru_per_layer, replay, requests_of
@@ -207,19 +206,10 @@ def _routing(
 def _pieces_of_text(
     tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
 ) -> list[np.ndarray]:
-    """The first `length` tokens of documents that have as many, `per_domain` of each domain, evenly over the split."""
-    pieces = []
-    for domain in domains:
-        documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
-        starts = [
-            document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)
-        ]
-        if len(starts) < per_domain:
-            raise UserError(
-                f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for"
-            )
-        pieces += [starts[index * len(starts) // per_domain] for index in range(per_domain)]
-    return pieces
+    """Pieces of `length` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
+    return spread_pieces(
+        tokenizer, split, domains, tokens=length, at_least=length + 1, every=4 * length, per_domain=per_domain
+    )
 
 
 def _model_facts(model_dir: str, args: EvaluationArguments) -> dict[str, Any]:

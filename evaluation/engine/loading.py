@@ -16,8 +16,7 @@ from evaluation.engine.device import CPU, find_device
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
-from evaluation.engine.memory.needs import Needs, needs_of
-from evaluation.engine.memory.process import private_bytes, total_memory_bytes
+from evaluation.engine.memory.needs import Needs, needs_of, resident_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
@@ -54,7 +53,6 @@ def load(
                 f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
             )
         bound_kernel_caches()
-    before_bytes = private_bytes()
     config, store = read_config(model_dir), ExpertStore(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     demand = _demand(store, config=config, dtype=dtype)
@@ -64,7 +62,7 @@ def load(
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
         if router_delta:
             copy_into_routers(model, router_delta)
-        held_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
+        held_bytes = _resident_bytes(model, store)
         needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.format.intermediate)
         division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
         slots = division.slots if division else slots
@@ -95,7 +93,7 @@ def _division(
     if options.memory_budget is None:
         return None
     return divide(
-        parse_size(options.memory_budget, whole_bytes=total_memory_bytes()),
+        options.memory_budget,
         demand=demand,
         needs=needs,
         resident_bytes=resident_bytes,
@@ -108,10 +106,13 @@ def _division(
     )
 
 
-def _tensor_bytes(model: PreTrainedModel) -> int:
-    """What the residents take at least: memory that was freed before and is used again does not show as growth."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+def _resident_bytes(model: PreTrainedModel, store: ExpertStore) -> int:
+    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    return resident_bytes(
+        weight_bytes=sum(tensor.nbytes for tensor in weights),
+        modules=sum(1 for _ in model.modules()),
+        stored_tensors=store.stored_tensors,
+    )
 
 
 def bound_kernel_caches() -> None:

@@ -3,7 +3,6 @@
 Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from evaluation.engine import load
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.greedy import DecodeResult, decode, greedy
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.results import Decode, HitRate
 from evaluation.turns import in_turn
 from training.model.loading import load_pretrained
-from training.model.routers import router_parameters
-from training.run_folder import router_delta
+from training.model.routers import copy_into_routers, router_parameters
 
 Answer = TypeVar("Answer")
 Routers = Mapping[str, Tensor]
@@ -66,17 +65,19 @@ def decode_in_turns(
         sides: the routers of each, None for the base's own.
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
     """
-    logging.getLogger("evaluation.engine.memory.demand").setLevel(
-        logging.ERROR
-    )  # the report says what a small budget does
     references = _resident_tokens(model_dir, sides, prompts, args, device)
     rows: list[list[Decode]] = [[] for _ in sides]
     progress = tqdm(total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt")
     for demands in args.demands:
-        with load(
-            model_dir, expert_cache=int(demands * token_demand_bytes), dtype=args.dtype, cache_policy=args.cache_policy,
-            cache_scope=args.cache_scope, device=device,
-        ) as (model, engine):  # fmt: skip
+        options = EngineOptions(
+            expert_cache=int(demands * token_demand_bytes),
+            cache_policy=args.cache_policy,
+            cache_scope=args.cache_scope,
+            dtype=args.dtype,
+            device=str(device),
+            warn=False,  # the report says what a small budget does
+        )
+        with load(model_dir, options) as (model, engine):
 
             def answer(prompt_ids: list[int]) -> DecodeResult:
                 progress.update()
@@ -118,7 +119,7 @@ def _answers(
     for repeat in range(repeats):
         for number, prompt in enumerate(prompts):
             for side in in_turn(range(len(sides)), repeat + number):
-                router_delta.apply(model, sides[side] or original)
+                copy_into_routers(model, sides[side] or original)
                 answers[side].append(answer(prompt.tolist()))
     return answers
 

@@ -18,21 +18,18 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.load import UserError
-from configs.sizes import parse_size
-from data.batches import tokenize
-from data.corpus import DOMAINS, read_corpus
+from data.corpus import DOMAINS
+from data.pieces import spread_pieces
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.device import find_device
+from evaluation.engine.memory.demand import budget_bytes
 from evaluation.engine.memory.division import BudgetTooSmall
-from evaluation.engine.memory.process import total_memory_bytes
 from evaluation.engine.resident import compute_dtype
 from evaluation.engine.sessions.plan import plan
-from evaluation.engine.slot_memory import record_bytes
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
@@ -54,7 +51,7 @@ from evaluation.results import (
 from evaluation.results import LruCurve as Curve
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
-from training.model.routers import find_routers
+from training.model.routers import copy_into_routers, find_routers
 from training.model.skeleton import empty_model
 from training.objective.objective import ObjectiveArguments
 from training.run_folder import router_delta
@@ -130,7 +127,7 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmal
     find_device(args.device)
     budgets = args.plan.memory_budgets
     for budget in budgets:
-        parse_size(budget, what="memory budget", whole_bytes=total_memory_bytes())
+        budget_bytes(budget, smallest_bytes=1)
     divided = partial(plan, local_folder(model), context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
@@ -207,7 +204,7 @@ def _measure_arms(
     for name, arm in arms.items():
         runs = []
         for candidate, weights in zip(arm.candidates, routers[name], strict=True):
-            router_delta.apply(model, weights)
+            copy_into_routers(model, weights)
             run, scores = _measure(model, tokenizer, args, name=name)
             run.seed, run.history = candidate.seed, candidate.history
             run.difference = differences(base_scores, scores)
@@ -275,19 +272,10 @@ def _at_every_size(curve: LruCurve) -> Curve:
 def _pieces_of_text(
     tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
 ) -> list[np.ndarray]:
-    """The first `length` tokens of documents that have as many, `per_domain` of each domain, evenly over the split."""
-    pieces = []
-    for domain in domains:
-        documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
-        starts = [
-            document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)
-        ]
-        if len(starts) < per_domain:
-            raise UserError(
-                f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for"
-            )
-        pieces += [starts[index * len(starts) // per_domain] for index in range(per_domain)]
-    return pieces
+    """Pieces of `length` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
+    return spread_pieces(
+        tokenizer, split, domains, tokens=length, at_least=length + 1, every=4 * length, per_domain=per_domain
+    )
 
 
 def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelFacts:
@@ -302,8 +290,8 @@ def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelF
         layers=len(routers),
         experts=int(router.num_experts),
         top_k=int(router.top_k),
-        expert_bytes=store.shape.expert_bytes,
-        token_demand_bytes=len(routers) * int(router.top_k) * record_bytes(store, dtype),
+        expert_bytes=store.format.expert_bytes,
+        token_demand_bytes=len(routers) * int(router.top_k) * store.record(dtype.itemsize).total_bytes,
         dtype=str(model.dtype).removeprefix("torch."),
     )
 

@@ -4,7 +4,6 @@ What the routing is like is measured on the finished checkpoint, by the engine, 
 """
 
 import argparse
-import logging
 import shutil
 import sys
 from collections import Counter
@@ -28,12 +27,13 @@ from data.corpus import DOMAINS, EMBEDDED
 from data.pieces import document_beginnings
 from evaluation.benchmark.made_model.made_checkpoint import DTYPES, Recipe, weight_bytes, write_checkpoint
 from evaluation.benchmark.made_model.synthetic import Shape
-from evaluation.engine import load
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from training.model.loading import load_tokenizer
 
 EXAMPLE = """examples:
@@ -128,8 +128,7 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int
     """
     rows = document_beginnings(tokenizer, "test", tokens=CHECK_PROMPT_TOKENS, count=len(DOMAINS))
     generated: list[list[int]] = []
-    logging.getLogger("evaluation.engine.memory.demand").setLevel(logging.ERROR)
-    with load(folder, CHECK_CACHE, record_trace=True) as (model, engine):
+    with load(folder, EngineOptions(CHECK_CACHE, record_trace=True, warn=False)) as (model, engine):
         for row in tqdm(rows, desc="measure", unit="prompt"):
             generated.append(
                 decode(model, engine, prompt_ids=row, max_new_tokens=1 + new_tokens).token_ids[:new_tokens]

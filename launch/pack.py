@@ -1,20 +1,15 @@
 """`remoe pack`: a copy of a checkpoint whose experts lie in whole pages, which the engine reads without copying them."""
 
 import argparse
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from configs.command import run
 from configs.load import UserError
 from evaluation.engine.store.experts import ExpertStore
-from evaluation.engine.store.packing import is_packed, pack_shard
+from evaluation.engine.store.packing import is_packed, write_packed
 from evaluation.engine.store.pages import PAGE_BYTES
-from evaluation.export.hf_folder import OTHER_WEIGHTS
 from training.model.loading import local_folder
 
 EXAMPLE = """examples:
@@ -37,34 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = ExpertStore(model_dir)
     if is_packed(store):
         raise UserError(f"the experts of {model_dir} lie in whole pages already; use it as it is")
-    odd = [role for role in store.shape.roles if store.shape.role_bytes(role) % PAGE_BYTES]
+    odd = [role for role in store.format.roles if store.format.role_bytes(role) % PAGE_BYTES]
     if odd:
         raise UserError(
-            f"an expert's {odd[0]} matrix has {store.shape.role_bytes(odd[0])} bytes, which are no whole pages of "
+            f"an expert's {odd[0]} matrix has {store.format.role_bytes(odd[0])} bytes, which are no whole pages of "
             f"{PAGE_BYTES}: no order would let all experts start on one; use {model_dir} as it is"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_packed(model_dir, output)
     print(f"{len(store.shards)} shards with experts are packed in {output}; its tensors are those of {model_dir}")
-
-
-def write_packed(model_dir: Path, output: Path) -> None:
-    """The whole folder, aside and renamed.
-
-    Raises:
-        OSError: the disk is full, for example; nothing is left behind.
-    """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        aside.mkdir()
-        for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
-            if path.suffix == ".safetensors":
-                pack_shard(path, aside / path.name)
-            elif path.is_file() and path.suffix not in OTHER_WEIGHTS:
-                shutil.copyfile(path, aside / path.name)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _parser() -> argparse.ArgumentParser:

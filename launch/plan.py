@@ -16,7 +16,7 @@ from rich.table import Table
 from configs.command import run
 from configs.files import prepare, write_json
 from evaluation.engine.cache.trace import RouteTrace
-from evaluation.engine.memory.division import CONTEXT_TOKENS
+from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.plan import plan
 from evaluation.engine.sessions.workload import read_requests

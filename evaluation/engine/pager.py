@@ -5,7 +5,7 @@ Axes: T tokens, K chosen, H hidden.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL
@@ -26,6 +25,7 @@ from evaluation.engine.products import BatchedProducts, GroupedProducts, Product
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import ReadCounts
 from evaluation.engine.store.reader import Reader
+from training.model.transformers_internals import register_experts_function
 
 IMPLEMENTATION = "remoe_paged"
 
@@ -35,7 +35,9 @@ class Pager:
 
     Args:
         layer_ids: the checkpoint's number of each MoE layer, by position.
+        reads: where reads are counted.
         recorder: where the routing goes, if it is recorded.
+        prefetch: reads ahead, if that is asked for.
     """
 
     def __init__(
@@ -44,16 +46,17 @@ class Pager:
         *,
         memory: SlotMemory,
         reader: Reader,
-        layer_ids: list[int],
+        layer_ids: Sequence[int],
+        reads: ReadCounts,
         recorder: TraceRecorder | None,
+        prefetch: Prefetch | None,
     ) -> None:
-        self.prefetch: Prefetch | None = None
-        self._batched = False
         self._cache, self._memory, self._reader = cache, memory, reader
-        self._layer_ids, self.recorder = layer_ids, recorder
+        self._layer_ids, self.recorder, self.prefetch = layer_ids, recorder, prefetch
+        self._batched = False
         self._phase: int | None = None
         self._began_seconds = self._read_seconds = 0.0
-        self.reads = ReadCounts()
+        self.reads = reads
 
     def begin_call(self, *, rows: int, is_decode: bool) -> None:
         """A forward call of the model starts: `rows` token rows, one per sequence if it is a decode call."""
@@ -184,7 +187,7 @@ def attach(experts: nn.Module, paged: PagedLayer) -> None:
 
 def register() -> None:
     """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_experts_forward)
+    register_experts_function(IMPLEMENTATION, paged_experts_forward)
 
 
 def paged_experts_forward(

@@ -44,12 +44,12 @@ class Prefetch:
         experts: how many to guess, at most, for a layer.
         layer_ids: the checkpoint's numbers of these layers.
         resident: position of a layer -> its experts that are in a slot.
-        counts: where to count, asked for anew each time.
+        counts: where what was read ahead is counted.
     """
 
     def __init__(
         self, routers: Sequence[nn.Module], memory: SlotMemory, reader: Reader, *, experts: int, layer_ids: Sequence[int],
-        resident: Callable[[int], Sequence[int]], counts: Callable[[], ReadCounts],
+        resident: Callable[[int], Sequence[int]], counts: ReadCounts,
     ) -> None:  # fmt: skip
         self._routers, self._memory, self._reader, self._layer_ids = routers, memory, reader, layer_ids
         self._experts, self._resident, self._counts = experts, resident, counts
@@ -70,7 +70,7 @@ class Prefetch:
         """The read of this expert, if it was guessed; whoever takes it gives a slot back."""
         ahead = self._guessed.pop(key, None)
         if ahead is not None:
-            self._counts().prefetch_used += 1
+            self._counts.prefetch_used += 1
             self._count(ahead.request)
         return ahead
 
@@ -102,11 +102,11 @@ class Prefetch:
             slot, request = ahead = self._dropped.popleft()
             if request.is_done:
                 self.give_back(slot)
-                self._counts().device_bytes_read[DECODE] += request.device_bytes
+                self._counts.device_bytes_read[DECODE] += request.device_bytes
                 self._count(request)
             else:
                 self._dropped.append(ahead)
 
     def _count(self, request: Request) -> None:
-        self._counts().prefetched += request.wanted_bytes > 0
-        self._counts().bytes_read[DECODE] += request.wanted_bytes
+        self._counts.prefetched += request.wanted_bytes > 0
+        self._counts.bytes_read[DECODE] += request.wanted_bytes

@@ -1,16 +1,10 @@
 """The memory of the slots: allocated once, one record per slot, and filled straight from disk.
 
-A record is [down | gate | up]: gate followed by up is the fused `gate_up` matrix transformers computes with. In fp32 the
-last bits of a product depend on where its matrix starts (torch 2.13 on x86), so matrices start as far off a 64-byte
-boundary as they do in the resident model: on it, unless a checkpoint stores all experts of a layer in one tensor.
-Axes: S slots, H hidden, I intermediate, J = 2 I (gate and up).
+What a record is, `store/expert_format.py` says. Axes: H hidden, I intermediate, J = 2 I (gate and up).
 """
 
-import math
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,29 +12,13 @@ import torch
 from evaluation.engine.device import CPU
 from evaluation.engine.filled_rows import filled_rows
 from evaluation.engine.staging import Staging
-from evaluation.engine.store.expert_layout import FUSED, ExpertShape
+from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads
 from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.store.reader import Bytes, Span
+from training.model.lazy_weights import TORCH_DTYPES
 
-ALIGN_BYTES = 64
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-class Leads(NamedTuple):
-    """Bytes between a 64-byte boundary and the start of an expert's matrices."""
-
-    down: int = 0
-    gate_up: int = 0
-
-
-NO_LEADS = Leads()
 NOT_FILLED: Mapping[str, tuple[int, ...]] = {"gate_up": (), "down": ()}
-
-
-def record_bytes(store: ExpertStore, dtype: torch.dtype) -> int:
-    """Bytes of one slot when computing in `dtype`."""
-    return _Form.of(store, dtype).record_bytes
 
 
 class SlotMemory:
@@ -62,13 +40,13 @@ class SlotMemory:
         self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1, ahead: int = 0,
         device: torch.device = CPU,
     ) -> None:  # fmt: skip
-        stored, on_cpu = TORCH_DTYPES[store.shape.dtype], device.type == CPU.type
+        stored, on_cpu = TORCH_DTYPES[store.format.dtype], device.type == CPU.type
         self._store, self.dtype, self.converts = store, dtype, stored != dtype or not on_cpu
         staying = slots + (1 if self.converts else passing + ahead)
-        self._records = _Records(_Form.of(store, dtype), staying, device=device)
+        self._records = _Records(store, dtype, staying, device=device)
         self._landing = self._records
         if self.converts:
-            self._landing = _Records(_Form.of(store, stored), passing + ahead, pinned=not on_cpu)
+            self._landing = _Records(store, stored, passing + ahead, pinned=not on_cpu)
         self._staging = Staging(device)
         self.passing_slots = range(slots, slots + passing)
         self.ahead_slots = range(slots + passing, slots + passing + ahead)
@@ -82,16 +60,16 @@ class SlotMemory:
 
     @property
     def gate_up_columns(self) -> int:
-        return 2 * self._store.shape.intermediate
+        return 2 * self._store.format.intermediate
 
     @property
     def roles_before_activation(self) -> list[str]:
-        return [role for role in self._store.shape.roles if role != "down"]
+        return self._store.format.roles_of("gate_up")
 
     @property
     def passing_bytes(self) -> int:
         """Memory on top of the cache's slots."""
-        of_cache = self.passing_slots.start * self._records.form.record_bytes
+        of_cache = self.passing_slots.start * self._records.record_bytes
         return self._records.total_bytes - of_cache + (self._landing.total_bytes if self.converts else 0)
 
     def gate_up_HJ(self, slot: int) -> torch.Tensor:
@@ -106,13 +84,8 @@ class SlotMemory:
         """Where in `slot` an expert, or some of its matrices, goes; if precisions differ, a passing slot is meant."""
         extents = self._store.extents(layer_id, expert, roles)
         self._staging.wait(slot)
-        return self._landing.spans(slot - self._first_landing, extents, self._leads(layer_id, expert))
-
-    def _leads(self, layer_id: int, expert: int) -> Leads:
-        """The resident model maps fused tensors as they lie in the file; all others it copies onto a boundary."""
-        if self._store.shape.roles != FUSED or self.converts:
-            return NO_LEADS
-        return Leads(*(self._store.offset(layer_id, expert, role) % ALIGN_BYTES for role in ("down", "gate_up")))
+        leads = NO_LEADS if self.converts else self._store.leads(layer_id, expert)
+        return self._landing.spans(slot - self._first_landing, extents, leads)
 
     def release(self, slot: int) -> None:
         """Give the memory of a slot back to the system; the slot may be used again."""
@@ -126,7 +99,7 @@ class SlotMemory:
     def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
         slot, place = self.passing_slots.start if into is None else into, passing_slot - self._first_landing
-        matrices = ("gate_up", "down") if roles is None else {"down" if role == "down" else "gate_up" for role in roles}
+        matrices = [m for m in MATRICES if roles is None or set(roles).intersection(self._store.format.roles_of(m))]
         pairs = [(self._records.matrix(slot, role), self._landing.matrix(place, role)) for role in matrices]
         self._staging.copy(pairs, passing_slot=passing_slot, slot=slot)
         return slot
@@ -136,51 +109,15 @@ class SlotMemory:
         self._staging.used(slot)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """The sizes of a record."""
-
-    shape: ExpertShape
-    dtype: torch.dtype
-    slack_bytes: int  # before each matrix, where some may not start on a boundary
-
-    @classmethod
-    def of(cls, store: ExpertStore, dtype: torch.dtype) -> "_Form":
-        starts = (
-            (store.offset(*key, role) for key in store.keys for role in FUSED) if store.shape.roles == FUSED else ()
-        )
-        return cls(store.shape, dtype, ALIGN_BYTES if any(start % ALIGN_BYTES for start in starts) else 0)
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Of down, of gate and of up."""
-        return self.shape.hidden * self.shape.intermediate * self.dtype.itemsize
-
-    @property
-    def gate_up_start(self) -> int:
-        return _aligned(self.matrix_bytes + self.slack_bytes)
-
-    @property
-    def record_bytes(self) -> int:
-        return self.gate_up_start + _aligned(2 * self.matrix_bytes + self.slack_bytes)
-
-    def place(self, role: str, leads: Leads) -> tuple[int, int]:
-        """Where in a record a matrix starts, and its length."""
-        down, gate_up = leads.down, self.gate_up_start + leads.gate_up
-        return {
-            "down": (down, self.matrix_bytes),
-            "gate": (gate_up, self.matrix_bytes),
-            "up": (gate_up + self.matrix_bytes, self.matrix_bytes),
-            "gate_up": (gate_up, 2 * self.matrix_bytes),
-        }[role]
-
-
 class _Records:
     """Raw records and the matrices in them as views."""
 
-    def __init__(self, form: _Form, slots: int, *, device: torch.device = CPU, pinned: bool = False) -> None:
-        self.form = form
-        self.total_bytes = slots * form.record_bytes
+    def __init__(
+        self, store: ExpertStore, dtype: torch.dtype, slots: int, *, device: torch.device = CPU, pinned: bool = False
+    ) -> None:
+        self._dtype, self._record = dtype, store.record(dtype.itemsize)
+        self.record_bytes = self._record.total_bytes
+        self.total_bytes = slots * self.record_bytes
         self.leads = [NO_LEADS] * slots
         self._place = list(range(slots))  # of each slot
         self._matrices: dict[tuple[int, str, Leads], torch.Tensor] = {}  # views, which take longer to make than to use
@@ -196,10 +133,10 @@ class _Records:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
         where = self._place[slot], role, self.leads[slot]
         if where not in self._matrices:
-            start, length = self.form.place(role, self.leads[slot])
-            start += self._place[slot] * self.form.record_bytes
-            matrix = self._raw[start : start + length].view(self.form.dtype).view(self.form.shape.of(role))
-            self._matrices[where] = matrix if self.form.shape.transposed else matrix.T
+            start, length = self._record.place(role, self.leads[slot])
+            start += self._place[slot] * self.record_bytes
+            matrix = self._raw[start : start + length].view(self._dtype).view(self._record.format.shape(role))
+            self._matrices[where] = matrix if self._record.format.transposed else matrix.T
         return self._matrices[where]
 
     def swap(self, one: int, other: int) -> None:
@@ -210,8 +147,8 @@ class _Records:
     def release(self, slot: int) -> None:
         """Whole pages only: what a slot shares with its neighbours stays."""
         place = self._place[slot]
-        start = -(-place * self.form.record_bytes // PAGE_BYTES) * PAGE_BYTES
-        end = (place + 1) * self.form.record_bytes // PAGE_BYTES * PAGE_BYTES
+        start = -(-place * self.record_bytes // PAGE_BYTES) * PAGE_BYTES
+        end = (place + 1) * self.record_bytes // PAGE_BYTES * PAGE_BYTES
         if end > start:
             self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
@@ -222,8 +159,8 @@ class _Records:
         for extent in extents:
             offset, target_end = extent.offset, -1
             for role in extent.roles:
-                start, length = self.form.place(role, leads)
-                start += self._place[slot] * self.form.record_bytes
+                start, length = self._record.place(role, leads)
+                start += self._place[slot] * self.record_bytes
                 if start == target_end:
                     first = spans.pop()
                     start, offset = target_end - len(first.target), first.offset
@@ -232,7 +169,3 @@ class _Records:
                 spans.append(Span(extent.shard, offset, self._memory[start:target_end]))
                 offset += length
         return spans
-
-
-def _aligned(size_bytes: int) -> int:
-    return math.ceil(size_bytes / ALIGN_BYTES) * ALIGN_BYTES

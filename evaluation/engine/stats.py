@@ -23,6 +23,10 @@ class ReadCounts:
     prefetched: int = 0  # experts that were read ahead
     prefetch_used: int = 0  # those of them that were missed then
 
+    def clear(self) -> None:
+        """Set all of them to zero."""
+        vars(self).update(vars(ReadCounts()))
+
 
 @dataclass(frozen=True)
 class EngineStats:

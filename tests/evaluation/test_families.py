@@ -15,12 +15,13 @@ import transformers
 from torch import Tensor
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from tests.conftest import byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model.loading import load_pretrained
-from training.model.routers import RouterObserver, find_routers, router_kind, router_parameters
+from training.model.routers import RouterObserver, copy_into_routers, find_routers, router_kind, router_parameters
 from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
 from training.run import build, finish, save_checkpoint
 from training.run_folder import proof, router_delta
@@ -143,7 +144,7 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
 
     tuned = load_pretrained(str(base), dtype=torch.float32)
     untouched = logits_of(tuned)
-    router_delta.apply(tuned, delta)
+    copy_into_routers(tuned, delta)
     assert not torch.equal(logits_of(tuned), untouched)
     tuned.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits_of(load_pretrained(str(tmp_path / "saved"))), logits_of(tuned))
@@ -156,9 +157,9 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
         "eos_token_id": None,
     }
     expected = tuned.generate(ids, **options)
-    with load(base, "100%") as (_, sized):
+    with load(base, EngineOptions("100%")) as (_, sized):
         smallest = sized.demand.top_k * sized.demand.slot_bytes
-    with load(base, smallest, router_delta=delta) as (paged, engine):
+    with load(base, EngineOptions(smallest), router_delta=delta) as (paged, engine):
         assert torch.equal(paged.generate(ids, **options), expected)
         assert engine.stats().misses > engine.demand.top_k, "something was evicted"
 

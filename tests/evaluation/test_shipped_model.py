@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 from configs.load import load as load_config
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
-from evaluation.engine import load
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.store.bandwidth import DEPTHS
 from evaluation.evaluate import EvaluationArguments
 from evaluation.quality import QualityArguments, run_tasks
@@ -57,7 +58,7 @@ def test_budgets_that_are_planned_for_it_hold_some_experts_and_not_all(name: str
     for budget in args.plan.memory_budgets:
         options = {"memory_budget": budget, "context_tokens": args.plan.context_tokens, "dtype": args.decode.dtype}
         for reads_in_flight in DEPTHS:  # whatever suits the disk
-            with load(MODEL, **options, reads_in_flight=reads_in_flight) as (_, engine):
+            with load(MODEL, EngineOptions(**options, reads_in_flight=reads_in_flight)) as (_, engine):
                 assert engine.demand.token_experts < engine.cache.total_slots < engine.demand.all_experts
 
 
@@ -83,10 +84,10 @@ def test_paged_tokens_are_those_of_the_resident_model_at_every_cache_size(
         input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=16, do_sample=False,
     )[0, len(prompt):].tolist()  # fmt: skip
-    with load(MODEL, "100%") as (_, engine):
+    with load(MODEL, EngineOptions("100%")) as (_, engine):
         slot_bytes, slots = engine.demand.slot_bytes, engine.demand.all_experts
     for n_slots in range(engine.demand.top_k, slots + 1):
-        with load(MODEL, n_slots * slot_bytes) as (paged, engine):
+        with load(MODEL, EngineOptions(n_slots * slot_bytes)) as (paged, engine):
             assert engine.cache.total_slots == n_slots
             found = decode(paged, engine, prompt_ids=prompt, max_new_tokens=16)
         assert found.token_ids == expected, f"{n_slots} slots"

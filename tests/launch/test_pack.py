@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
+from evaluation.engine.store import packing
 from evaluation.engine.store import reader as reader_module
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.packing import is_packed, pack_shard
@@ -62,8 +64,7 @@ def test_nothing_is_copied_and_tokens_and_logits_are_the_resident_models(
     inputs = torch.arange(3, 23)[None]
     how = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     expected = AutoModelForCausalLM.from_pretrained(output, dtype="auto").generate(inputs, **how)
-    with load(output, "40%", prefetch=prefetch) as (model, engine):
-        assert engine._reader is not None
+    with load(output, EngineOptions("40%", prefetch=prefetch)) as (model, engine):
         if engine._reader.direct:
             monkeypatch.setattr(reader_module.np, "copyto", None)
         found = model.generate(inputs, **how)
@@ -108,7 +109,7 @@ def test_a_failure_leaves_nothing_behind(
             raise OSError(28, os.strerror(28), str(target))
         pack_shard(shard, target)
 
-    monkeypatch.setattr(pack, "pack_shard", fails)
+    monkeypatch.setattr(packing, "pack_shard", fails)
     with pytest.raises(OSError, match="No space left"):
         packed(checkpoint("pages", shard_size="60KB"), tmp_path)
     assert os.listdir(tmp_path / "new") == []

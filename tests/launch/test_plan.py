@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from configs.load import UserError
-from evaluation.engine import load
 from evaluation.engine.cache.replay import replay
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.plan import plan
 from evaluation.engine.store.bandwidth import ReadBandwidth
 from launch.plan import main, show
@@ -30,7 +31,7 @@ def known_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trace(checkpoint: Checkpoint) -> RouteTrace:
-    with load(checkpoint("qwen2_moe"), "100%", record_trace=True) as (model, engine):
+    with load(checkpoint("qwen2_moe"), EngineOptions("100%", record_trace=True)) as (model, engine):
         decode(model, engine, prompt_ids=list(range(5, 25)), max_new_tokens=30)
         return engine.trace()
 
@@ -41,7 +42,7 @@ def planned(folder: Path, **options: Any) -> dict[str, Any]:
 
 def test_the_parts_fill_the_budget_or_hold_every_expert(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2_moe")
-    with load(folder, memory_budget="100MiB", context_tokens=64) as (_, engine):
+    with load(folder, EngineOptions(memory_budget="100MiB", context_tokens=64)) as (_, engine):
         assert engine.division is not None
         fixed = engine.division.budget_bytes - engine.division.expert_bytes
     for memory_budget in ("100MiB", "200MiB"):

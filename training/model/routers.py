@@ -1,12 +1,12 @@
 """The routers seam: find every router of a mixture-of-experts model and observe what it does in a forward pass.
 
-Found through transformers' own interface (`_can_record_outputs["router_logits"]` names the router class), never by a
-list of families; what kind they are of is told by `router_kind.py`. Losses, traces and metrics all eat `Routing`.
+They are found through transformers' own interface, which names the class of the routers, never by a list of families;
+`router_kind.py` says of what kind they are. Losses, traces and metrics are all computed from `Routing`.
 Letters: B batch, S sequence, E experts, K chosen, D hidden.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from configs.load import UserError
 from training.model.router_kind import RouterKind, kind_of
+from training.model.transformers_internals import router_class
 
 
 class Routing(NamedTuple):
@@ -40,9 +41,10 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         UserError: the model has no routers.
     """
-    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
-    router_class = getattr(recorded, "target_class", recorded)
-    found = {name: m for name, m in model.named_modules() if router_class is not None and isinstance(m, router_class)}
+    wanted = router_class(model)
+    found = {
+        name: module for name, module in model.named_modules() if wanted is not None and isinstance(module, wanted)
+    }
     if not found:
         raise UserError(
             f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "
@@ -69,6 +71,31 @@ def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         for parameter_name, parameter in router.named_parameters()
         if parameter_name in trained
     }
+
+
+def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, Tensor]) -> None:
+    """Overwrite the routers of a loaded model by the tensors of a router delta, cast to their precision.
+
+    Raises:
+        UserError: its names or shapes are not those of the model's routers.
+    """
+    routers = router_parameters(model)
+    for name, weight in router_delta.items():
+        if name not in routers:
+            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
+        if routers[name].shape != weight.shape:
+            raise UserError(
+                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(routers[name].shape)}; "
+                "use the model it was made for"
+            )
+    missing = sorted(routers.keys() - router_delta.keys())
+    if missing:
+        raise UserError(
+            f"router delta: {missing[0]}, a router of the model, is not in it; use the model it was made for"
+        )
+    with torch.no_grad():
+        for name, parameter in routers.items():
+            parameter.copy_(router_delta[name])
 
 
 class RouterObserver:

@@ -9,8 +9,8 @@ from configs.sizes import parse_size
 from evaluation.benchmark.memory_group import Hierarchy
 from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.processes import SideRun, run_side
-from evaluation.benchmark.weights import expert_modules
 from evaluation.engine.memory.process import total_memory_bytes
+from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.gguf_file import write_gguf
 
 OPPONENTS = ("accelerate", "llamacpp", "resident")
@@ -76,8 +76,8 @@ def _resident_bytes(ours: Order) -> int:
     """What our engine's memory buys a side that keeps weights and nothing else."""
     if ours.memory_budget is not None:
         return parse_size(ours.memory_budget, whole_bytes=total_memory_bytes())
-    modules, other_bytes = expert_modules(ours.model_dir)
-    return other_bytes + parse_size(str(ours.expert_cache), whole_bytes=sum(modules.values()))
+    store = ExpertStore(ours.model_dir)
+    return store.resident_bytes + parse_size(str(ours.expert_cache), whole_bytes=store.all_experts_bytes)
 
 
 def _llamacpp(base: Order, gguf: Path, limit_bytes: int | None) -> Contender:

@@ -3,7 +3,6 @@
 Every function here is a context manager that loads one side from an order and gives a `Serving`.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,25 +17,30 @@ from transformers.generation.streamers import BaseStreamer
 from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.sides.meter import LegResult, Meter
 from evaluation.benchmark.sides.serving import Serving
-from evaluation.benchmark.weights import expert_modules
-from evaluation.engine import load
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import greedy
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
+from evaluation.engine.store.experts import ExpertStore
 
 
 @contextmanager
 def remoe(order: Order) -> Iterator[Serving]:
     """Our engine, with the order's expert cache."""
     _prepare(order)
-    logging.getLogger("evaluation.engine.memory.demand").setLevel(logging.ERROR)
-    context_tokens = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs)
-    with load(
-        order.model_dir, order.expert_cache, memory_budget=order.memory_budget, context_tokens=context_tokens,
-        cache_policy=order.cache_policy, prefetch=order.prefetch, record_trace=True,
-    ) as (model, engine):  # fmt: skip
+    options = EngineOptions(
+        expert_cache=order.expert_cache,
+        memory_budget=order.memory_budget,
+        context_tokens=max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs),
+        cache_policy=order.cache_policy,
+        prefetch=order.prefetch,
+        record_trace=True,
+        warn=False,
+    )
+    with load(order.model_dir, options) as (model, engine):
         _never_end(model)
 
         def request(leg: Leg) -> LegResult:
@@ -119,10 +123,10 @@ def accelerate(order: Order) -> Iterator[Serving]:
 
 def accelerate_device_map(model_dir: str, resident_bytes: int) -> dict[str, str]:
     """Module -> `cpu` or `disk`: experts of the first layers in memory while `resident_bytes` last."""
-    modules, other_bytes = expert_modules(model_dir)
-    left_bytes = resident_bytes - other_bytes
+    store = ExpertStore(model_dir)
+    left_bytes = resident_bytes - store.resident_bytes
     on_disk = set()
-    for name, module_bytes in modules.items():
+    for name, module_bytes in store.module_bytes.items():
         left_bytes -= module_bytes
         if left_bytes < 0:
             on_disk.add(name)

@@ -269,10 +269,11 @@ class Belady:
 ONLINE: Mapping[str, Callable[[], Policy]] = {
     "lru": Lru, "fifo": Fifo, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed,
 }  # fmt: skip
-"""The policies that need to know nothing; `static` needs a profile, `belady` the future, which only `replay` has."""
+"""The policies that need to know nothing, which a live engine runs; `static` needs a profile and `belady` the future, which only
+a replay has."""
 
-LIVE = (*ONLINE, "static")
-"""What a live engine can run."""
+WITH_PROFILE = (*ONLINE, "static")
+"""What `make_policy` makes."""
 
 DEFAULT = "decayed"
 """The one that misses least on the shipped model's and on made traces; see the table in the engine's README."""
@@ -282,7 +283,7 @@ def make_policy(name: str, *, layers: int, num_experts: int, profile: RouteTrace
     """What makes fresh policies of this name, for `ExpertCache`.
 
     Args:
-        name: one of `LIVE`.
+        name: one of `WITH_PROFILE`.
         layers: MoE layers of the model the cache is for.
         num_experts: of each of them.
         profile: a trace of the same model; `static` needs it, the others take none.
@@ -290,8 +291,8 @@ def make_policy(name: str, *, layers: int, num_experts: int, profile: RouteTrace
     Raises:
         UserError: unknown name, a profile that is missing, not wanted or of another model.
     """
-    if name not in LIVE:
-        raise UserError(f"unknown cache policy {name!r}; known: {', '.join(LIVE)}")
+    if name not in WITH_PROFILE:
+        raise UserError(f"unknown cache policy {name!r}; known: {', '.join(WITH_PROFILE)}")
     if name != "static":
         if profile is not None:
             raise UserError(f"cache policy {name!r} takes no profile, only 'static' does; leave the profile out")

@@ -13,11 +13,11 @@ import numpy as np
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL, CacheCounts, Counts
 from evaluation.engine.cache.curve import LruCurve
-from evaluation.engine.cache.policies import LIVE, NEVER, Belady, Key, Policy, make_policy
+from evaluation.engine.cache.policies import NEVER, WITH_PROFILE, Belady, Key, Policy, make_policy
 from evaluation.engine.cache.pool import SCOPES, ExpertCache, event_order
 from evaluation.engine.cache.trace import RouteTrace
 
-POLICIES = (*LIVE, "belady")
+POLICIES = (*WITH_PROFILE, "belady")
 
 
 class Event(NamedTuple):

@@ -6,14 +6,13 @@ refused before it computes anything. So the total stays what it was.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from configs.load import UserError
 from configs.sizes import readable
-from evaluation.engine.memory.demand import Demand
+from evaluation.engine.memory.demand import Demand, budget_bytes
 from evaluation.engine.memory.needs import Needs
 
-CONTEXT_TOKENS = 2048
-"""Tokens of prompt and answer that have memory of their own unless told otherwise."""
 PASSING_SHARE = 8
 """One slot in so many is added for experts that do not stay, so that several of them are read at once."""
 
@@ -24,6 +23,14 @@ class BudgetTooSmall(UserError):
 
 class ContextTooLong(UserError):
     """A request needs more memory than a budget leaves."""
+
+
+class Call(NamedTuple):
+    """One forward call of a model: `rows` new tokens in `batch` sequences of `context_tokens` each, the new ones included."""
+
+    batch: int = 1
+    rows: int = 1
+    context_tokens: int = 1
 
 
 def passing_slots(slots: int, reads_in_flight: int) -> int:
@@ -63,12 +70,13 @@ class Division:
         parts_bytes = self.resident_bytes + self.buffer_bytes + self.kv_bytes + self.activation_bytes
         return self.budget_bytes - parts_bytes - self.smallest_slots * self.step_bytes
 
-    def spare_bytes(self, *, batch: int, rows: int, context_tokens: int) -> int:
-        """What a call leaves, above the fewest slots: `rows` new tokens in `batch` sequences of `context_tokens` each.
+    def spare_bytes(self, call: Call) -> int:
+        """What a call leaves, above the fewest slots.
 
         Raises:
             ContextTooLong: less than nothing; nothing was computed yet.
         """
+        batch, rows, context_tokens = call
         needed_bytes = self.needs.kv_bytes(batch * context_tokens)
         needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)
         lacking_bytes = max(0, needed_bytes - self.kv_bytes - self.activation_bytes)
@@ -84,17 +92,18 @@ class Division:
         return spare_bytes
 
     def slots_with(self, spare_bytes: int) -> int:
-        """Slots of a pool that so many bytes above the fewest slots buy."""
+        """Slots of a pool that this many bytes above the fewest slots buy."""
         return min(self.slots, self.smallest_slots + spare_bytes // self.step_bytes)
 
 
 def divide(
-    budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reader_bytes: int, reads_in_flight: int,
+    budget: int | str, *, demand: Demand, needs: Needs, resident_bytes: int, reader_bytes: int, reads_in_flight: int,
     context_tokens: int, scope: str, prompt_tokens: int | None = None, ahead_slots: int = 0,
 ) -> Division:  # fmt: skip
     """Divide a budget; experts get what the rest leaves, at most all of them.
 
     Args:
+        budget: see `budget_bytes`.
         reader_bytes: the buffers of the reading threads.
         prompt_tokens: of a prompt that are computed at once, at most; None: all that the context may have.
         ahead_slots: for experts that are read ahead.
@@ -115,18 +124,19 @@ def divide(
     def total_bytes(slots: int) -> int:
         return fixed_bytes + (slots * pools + passing_slots(slots * pools, reads_in_flight)) * demand.slot_bytes
 
-    slots = min((budget_bytes - fixed_bytes) // demand.slot_bytes, demand.all_experts) // pools
-    while slots >= demand.top_k and total_bytes(slots) > budget_bytes:
+    whole_bytes = budget_bytes(budget, smallest_bytes=total_bytes(demand.top_k))
+    slots = min((whole_bytes - fixed_bytes) // demand.slot_bytes, demand.all_experts) // pools
+    while slots >= demand.top_k and total_bytes(slots) > whole_bytes:
         slots -= 1
     if slots < demand.top_k:
         raise BudgetTooSmall(
-            f"a memory budget of {readable(budget_bytes)} is too small: the model without its experts takes "
+            f"a memory budget of {readable(whole_bytes)} is too small: the model without its experts takes "
             f"{readable(resident_bytes)}, {context_tokens} tokens of context {readable(kv_bytes + activation_bytes)}, and "
             f"{demand.top_k} experts{' of every layer' if pools > 1 else ''} must fit beside them; the smallest that works "
             f"is {readable(total_bytes(demand.top_k))}"
         )
     return Division(
-        budget_bytes=budget_bytes, resident_bytes=resident_bytes,
+        budget_bytes=whole_bytes, resident_bytes=resident_bytes,
         buffer_bytes=reading_bytes + passing_slots(slots * pools, reads_in_flight) * demand.slot_bytes,
         kv_bytes=kv_bytes, activation_bytes=activation_bytes, context_tokens=context_tokens, slots=slots, pools=pools,
         smallest_slots=demand.top_k, slot_bytes=demand.slot_bytes, needs=needs,

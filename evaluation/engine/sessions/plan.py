@@ -9,13 +9,14 @@ from transformers import PreTrainedModel
 
 from configs.load import UserError
 from data.corpus import read_corpus
-from evaluation.engine import load
 from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.workload import ChatRequest, run_once, splits
 from evaluation.engine.store.bandwidth import calibrated
@@ -60,10 +61,13 @@ def plan(
     Raises:
         UserError: see `load` and `run_once`; a trace of another model.
     """
-    with load(
-        model_dir, memory_budget=memory_budget, context_tokens=context_tokens, dtype=dtype,
+    options = EngineOptions(
+        memory_budget=memory_budget,
+        context_tokens=context_tokens,
         prompt_tokens=block_tokens if requests else None,
-    ) as (model, engine):  # fmt: skip
+        dtype=dtype,
+    )
+    with load(model_dir, options) as (model, engine):
         if trace is not None and (trace.layers, trace.num_experts) != (engine.demand.layers, engine.demand.num_experts):
             raise UserError(
                 f"the trace has {trace.layers} MoE layers of {trace.num_experts} experts, {model_dir} has "

@@ -1,20 +1,19 @@
-"""How checkpoints write experts down: names to (layer, expert, role), and the one shape all experts of a model have.
+"""How checkpoints write experts down: names to (layer, expert, role), and the one format all experts of a model have.
 
-Two forms: three matrices for every expert, or two tensors a layer that hold all its experts. Roles, whatever a family
-calls them: `gate` and `up` [I, H] (or `gate_up`, both in one) and `down` [H, I] (I intermediate, H hidden); a
-transposed family (gpt-oss) has `gate_up` [H, 2 I] and `down` [I, H]. Names and shapes only: no files are opened.
+Two forms: three matrices for every expert, or two tensors a layer that hold all its experts. Names and shapes only: no files
+are opened.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.load import UserError
+from evaluation.engine.store.expert_format import DTYPE_BYTES, FUSED, ExpertFormat
 from evaluation.engine.store.shards import AGAIN, StoredTensor
 
-SEPARATE = ("gate", "up", "down")
-FUSED = ("gate_up", "down")
 ROLE_OF = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 FUSED_ROLE_OF = {
     "experts.gate_up_proj": "gate_up",
@@ -22,7 +21,6 @@ FUSED_ROLE_OF = {
     "block_sparse_moe.input_linear.weight": "gate_up",
     "block_sparse_moe.output_linear.weight": "down",
 }
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 SEPARATE_TENSOR = re.compile(r"(?P<module>.*\blayers\.(?P<layer>\d+)\..*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)")
 FUSED_TENSOR = re.compile(
     r"(?P<module>.*\blayers\.(?P<layer>\d+)\..*?)\b(?P<part>experts\.[a-z]\w*|block_sparse_moe\.(in|out)put_linear\.\w+)"
@@ -37,31 +35,11 @@ PartsByExpert = dict[tuple[int, int], dict[str, StoredTensor]]
 """(layer id, expert) -> role -> where it lies."""
 
 
-@dataclass(frozen=True)
-class ExpertShape:
-    """What all experts of a checkpoint have in common."""
+class Found(NamedTuple):
+    """The expert tensors of one form."""
 
-    hidden: int
-    intermediate: int
-    dtype: str  # as stored, spelled as in safetensors
-    roles: tuple[str, ...] = SEPARATE  # what an expert is made of: SEPARATE or FUSED
-    transposed: bool = False
-
-    def of(self, role: str) -> tuple[int, int]:
-        """Rows and columns of one of an expert's matrices."""
-        rows = {"down": self.hidden, "gate_up": 2 * self.intermediate}.get(role, self.intermediate)
-        columns = self.intermediate if role == "down" else self.hidden
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def role_bytes(self, role: str) -> int:
-        """Stored bytes of one of an expert's matrices."""
-        rows, columns = self.of(role)
-        return rows * columns * DTYPE_BYTES[self.dtype]
-
-    @property
-    def expert_bytes(self) -> int:
-        """Stored bytes of one expert."""
-        return sum(self.role_bytes(role) for role in self.roles)
+    parts: PartsByExpert
+    module_of: dict[str, str]  # tensor -> the checkpoint's name of the module that its experts belong to
 
 
 @dataclass(frozen=True)
@@ -70,15 +48,15 @@ class ExpertLayout:
 
     Attributes:
         meta_shapes: a tensor name -> shape that stands for all experts of a layer when a model is made without them.
-        names: the tensors that are experts.
+        module_of: the tensors that are experts, and the module that each belongs to.
     """
 
     parts: PartsByExpert
-    shape: ExpertShape
+    format: ExpertFormat
     layer_ids: list[int]
     num_experts: int
     meta_shapes: dict[str, tuple[int, ...]]
-    names: frozenset[str]
+    module_of: dict[str, str]
 
 
 def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> ExpertLayout:
@@ -87,28 +65,32 @@ def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Exper
     Raises:
         UserError: there are none, they are in a form that is not supported, or one is incomplete or unlike the others.
     """
-    separate, separate_names = _separate_parts(tensors, model_dir)
-    fused, fused_names = _fused_parts(tensors, model_dir) if not separate else ({}, [])
-    parts, names = separate or fused, separate_names or fused_names
-    if not parts:
-        raise UserError(
-            f"{model_dir} has no experts: no tensor is named {LOOKED_FOR}; give a mixture-of-experts checkpoint"
-        )
-    shape = _separate_shape(parts) if separate else _fused_shape(parts, model_dir)
+    for find, describe in FORMATS:
+        found = find(tensors, model_dir)
+        if found.parts:
+            return _checked(found, describe(found.parts, model_dir), tensors)
+    raise UserError(
+        f"{model_dir} has no experts: no tensor is named {LOOKED_FOR}; give a mixture-of-experts checkpoint"
+    )
+
+
+def _checked(found: Found, expert_format: ExpertFormat, tensors: Mapping[str, StoredTensor]) -> ExpertLayout:
+    parts, module_of = found
     layer_ids = sorted({layer for layer, _ in parts})
     num_experts = 1 + max(expert for _, expert in parts)
     for layer in layer_ids:
         for expert in range(num_experts):
-            _check_expert(parts.get((layer, expert), {}), shape, layer=layer, expert=expert)
-    meta_shapes: dict[str, tuple[int, ...]] = {name: tensors[name].shape for name in fused_names}
-    for module in _modules(separate_names, model_dir).values():
-        meta_shapes |= {f"{module}.{role}_proj": (num_experts, *shape.of(role)) for role in FUSED}
-    return ExpertLayout(parts, shape, layer_ids, num_experts, meta_shapes, frozenset(names))
+            _check_expert(parts.get((layer, expert), {}), expert_format, layer=layer, expert=expert)
+    if expert_format.roles == FUSED:
+        meta_shapes = {name: tensors[name].shape for name in module_of}
+    else:
+        modules = dict.fromkeys(module_of.values())
+        meta_shapes = {f"{m}.{role}_proj": (num_experts, *expert_format.shape(role)) for m in modules for role in FUSED}
+    return ExpertLayout(parts, expert_format, layer_ids, num_experts, meta_shapes, module_of)
 
 
-def _separate_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tuple[PartsByExpert, list[str]]:
-    parts: PartsByExpert = {}
-    names = []
+def _separate_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Found:
+    found, modules = Found({}, {}), dict[str, str]()
     for name, tensor in tensors.items():
         match = SEPARATE_TENSOR.fullmatch(name)
         if not match:
@@ -116,26 +98,16 @@ def _separate_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tup
         role = ROLE_OF.get(match["part"].removesuffix(".weight")) if match["part"].endswith(".weight") else None
         if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != 2:
             raise _unsupported(tensor, model_dir)
-        parts.setdefault((int(match["layer"]), int(match["expert"])), {})[role] = tensor
-        names.append(name)
-    return parts, names
+        module, first = match["module"], modules.setdefault(match["layer"], match["module"])
+        if module != first:
+            raise UserError(f"{model_dir}: layer {match['layer']} has two sets of experts, {first} and {module}")
+        found.parts.setdefault((int(match["layer"]), int(match["expert"])), {})[role] = tensor
+        found.module_of[name] = module
+    return found
 
 
-def _modules(names: Iterable[str], model_dir: Path) -> dict[int, str]:
-    """Layer id -> the checkpoint's name of the module its experts belong to."""
-    modules: dict[int, str] = {}
-    for name in names:
-        match = SEPARATE_TENSOR.fullmatch(name)
-        assert match is not None, "only matching names are collected"
-        layer, module = int(match["layer"]), match["module"]
-        if modules.setdefault(layer, module) != module:
-            raise UserError(f"{model_dir}: layer {layer} has two sets of experts, {modules[layer]} and {module}")
-    return modules
-
-
-def _fused_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tuple[PartsByExpert, list[str]]:
-    parts: PartsByExpert = {}
-    names = []
+def _fused_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Found:
+    found = Found({}, {})
     for name, tensor in tensors.items():
         match = FUSED_TENSOR.fullmatch(name)
         if not match or BIAS.search(name):  # biases are small: they are resident
@@ -144,12 +116,12 @@ def _fused_parts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tuple[
         if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != 3:
             raise _unsupported(tensor, model_dir)
         for expert, slice_ in enumerate(_slices(tensor)):
-            roles = parts.setdefault((int(match["layer"]), expert), {})
+            roles = found.parts.setdefault((int(match["layer"]), expert), {})
             if role in roles:
                 raise UserError(f"{model_dir}: layer {match['layer']} has two sets of experts, the second is {name}")
             roles[role] = slice_
-        names.append(name)
-    return parts, names
+        found.module_of[name] = match["module"] + match["part"].partition(".")[0]
+    return found
 
 
 def _slices(tensor: StoredTensor) -> Iterable[StoredTensor]:
@@ -161,14 +133,14 @@ def _slices(tensor: StoredTensor) -> Iterable[StoredTensor]:
         yield StoredTensor(name, tensor.shard, tensor.dtype, tensor.shape[1:], offset, length_bytes)
 
 
-def _separate_shape(parts: PartsByExpert) -> ExpertShape:
+def _separate_format(parts: PartsByExpert, _: Path) -> ExpertFormat:
     role, tensor = next(iter(next(iter(parts.values())).items()))
     intermediate, hidden = tensor.shape if role != "down" else tensor.shape[::-1]
-    return ExpertShape(hidden, intermediate, tensor.dtype)
+    return ExpertFormat(hidden, intermediate, tensor.dtype)
 
 
-def _fused_shape(parts: PartsByExpert, model_dir: Path) -> ExpertShape:
-    """Whether a fused family is transposed shows in its shapes: gate_up has the same columns as down has rows, or not."""
+def _fused_format(parts: PartsByExpert, model_dir: Path) -> ExpertFormat:
+    """A fused family is transposed if gate_up has twice as many columns as down has rows, and not rows as down columns."""
     roles = next(iter(parts.values()))
     if set(roles) != set(FUSED):
         present = ", ".join(tensor.name for tensor in roles.values())
@@ -176,24 +148,24 @@ def _fused_shape(parts: PartsByExpert, model_dir: Path) -> ExpertShape:
     gate_up, down = roles["gate_up"].shape, roles["down"].shape
     for transposed in (False, True):
         hidden, intermediate = down[::-1] if transposed else down
-        shape = ExpertShape(hidden, intermediate, roles["down"].dtype, FUSED, transposed)
-        if gate_up == shape.of("gate_up"):
-            return shape
+        found = ExpertFormat(hidden, intermediate, roles["down"].dtype, FUSED, transposed)
+        if gate_up == found.shape("gate_up"):
+            return found
     raise UserError(
         f"{model_dir}: {roles['gate_up'].name} {list(gate_up)} and {roles['down'].name} {list(down)} do not belong to a "
         "gated expert; experts without a gate are not supported"
     )
 
 
-def _check_expert(roles: Mapping[str, StoredTensor], shape: ExpertShape, *, layer: int, expert: int) -> None:
-    for role in shape.roles:
+def _check_expert(roles: Mapping[str, StoredTensor], expected: ExpertFormat, *, layer: int, expert: int) -> None:
+    for role in expected.roles:
         if role not in roles:
             raise UserError(f"layer {layer} expert {expert} has no {role} matrix in the checkpoint; {AGAIN}")
-        tensor, wanted_bytes = roles[role], shape.role_bytes(role)
-        if (tensor.shape, tensor.dtype, tensor.length_bytes) != (shape.of(role), shape.dtype, wanted_bytes):
+        tensor, wanted_bytes = roles[role], expected.role_bytes(role)
+        if (tensor.shape, tensor.dtype, tensor.length_bytes) != (expected.shape(role), expected.dtype, wanted_bytes):
             raise UserError(
                 f"{tensor.shard}: {tensor.name} is {tensor.dtype} {list(tensor.shape)} in {tensor.length_bytes} bytes, "
-                f"not {shape.dtype} {list(shape.of(role))} in {wanted_bytes} as the others; {AGAIN}"
+                f"not {expected.dtype} {list(expected.shape(role))} in {wanted_bytes} as the others; {AGAIN}"
             )
 
 
@@ -202,3 +174,10 @@ def _unsupported(tensor: StoredTensor, model_dir: Path) -> UserError:
         f"{model_dir}: expert tensor {tensor.name} ({tensor.dtype} {list(tensor.shape)}) is not supported; "
         f"supported are matrices of {', '.join(DTYPE_BYTES)} named {LOOKED_FOR}"
     )
+
+
+FORMATS: tuple[
+    tuple[Callable[[Mapping[str, StoredTensor], Path], Found], Callable[[PartsByExpert, Path], ExpertFormat]], ...
+]
+FORMATS = ((_separate_parts, _separate_format), (_fused_parts, _fused_format))
+"""How each form is found among the tensors, and what its experts are then; the first that finds any decides."""

@@ -3,10 +3,12 @@
 The store knows files and byte ranges; `reader.py` reads them. It knows no slots, no policies and no torch.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluation.engine.store.expert_format import ALIGN_BYTES, FUSED, NO_LEADS, Leads, Record
 from evaluation.engine.store.expert_layout import expert_layout
 from evaluation.engine.store.shards import StoredTensor, read_index
 
@@ -24,10 +26,12 @@ class ExpertStore:
     """Index over a checkpoint's experts.
 
     Attributes:
-        shape: what all experts have in common.
+        format: what all experts have in common.
         layer_ids: the layers that have experts, ascending, as the checkpoint numbers them.
         meta_shapes: what stands for the experts when a model is made without them; see `ExpertLayout`.
+        module_bytes: bytes of the experts of each layer, by the checkpoint's name of their module, in layer order.
         resident: the tensors that are no experts.
+        stored_tensors: how many tensors the checkpoint has.
         shards: the files that hold experts.
 
     Raises:
@@ -38,10 +42,13 @@ class ExpertStore:
         self.model_dir = Path(model_dir)
         tensors = read_index(model_dir)
         layout = expert_layout(tensors, self.model_dir)
-        self.shape, self.layer_ids, self.num_experts = layout.shape, layout.layer_ids, layout.num_experts
+        self.format, self.layer_ids, self.num_experts = layout.format, layout.layer_ids, layout.num_experts
         self.meta_shapes, self._parts = layout.meta_shapes, layout.parts
         self._whole = {key: _extents(roles) for key, roles in self._parts.items()}
-        self.resident = {name: tensor for name, tensor in tensors.items() if name not in layout.names}
+        layer_bytes = self.num_experts * self.format.expert_bytes
+        self.module_bytes = dict.fromkeys(sorted(set(layout.module_of.values()), key=_numbers), layer_bytes)
+        self.resident = {name: tensor for name, tensor in tensors.items() if name not in layout.module_of}
+        self.stored_tensors = len(tensors)
         self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
 
     def extents(self, layer_id: int, expert: int, roles: Collection[str] | None = None) -> list[Extent]:
@@ -56,13 +63,48 @@ class ExpertStore:
         return max(extent.length_bytes for extents in self._whole.values() for extent in extents)
 
     @property
+    def all_experts_bytes(self) -> int:
+        return sum(self.module_bytes.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Stored bytes of everything that is no expert."""
+        return sum(tensor.length_bytes for tensor in self.resident.values())
+
+    def active_bytes(self, *, top_k: int, tied_embeddings: bool) -> int:
+        """Weights that one token needs: of each layer's experts the `top_k` chosen, and everything else.
+
+        But for the embeddings, of which a token needs one row, unless they are the output matrix too.
+        """
+        embedding_bytes = sum(
+            tensor.length_bytes for name, tensor in self.resident.items() if name.endswith("embed_tokens.weight")
+        )
+        chosen_bytes = len(self.layer_ids) * top_k * self.format.expert_bytes
+        return self.resident_bytes + chosen_bytes - (0 if tied_embeddings else embedding_bytes)
+
+    @property
     def keys(self) -> Iterable[tuple[int, int]]:
         """Layer id and number of every expert."""
         return self._parts
 
-    def offset(self, layer_id: int, expert: int, role: str) -> int:
-        """Where in its file one of an expert's matrices starts."""
-        return self._parts[layer_id, expert][role].offset
+    def leads(self, layer_id: int, expert: int) -> Leads:
+        """Where an expert's matrices start in the resident model.
+
+        It maps fused tensors as they lie in the file; all others it copies onto a boundary.
+        """
+        if self.format.roles != FUSED:
+            return NO_LEADS
+        roles = self._parts[layer_id, expert]
+        return Leads(*(roles[matrix].offset % ALIGN_BYTES for matrix in Leads._fields))
+
+    def record(self, itemsize: int) -> Record:
+        """What one slot is in a precision of `itemsize` bytes."""
+        on_boundary = all(self.leads(*key) == NO_LEADS for key in self.keys)
+        return Record(self.format, itemsize, 0 if on_boundary else ALIGN_BYTES)
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
 
 
 def _extents(roles: Mapping[str, StoredTensor]) -> list[Extent]:

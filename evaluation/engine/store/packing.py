@@ -5,10 +5,14 @@ library itself aligns data to 8 bytes only. Files and bytes; no torch.
 """
 
 import json
+import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from tqdm import tqdm
 
 from configs.files import writing_aside
 from configs.load import UserError
@@ -17,6 +21,28 @@ from evaluation.engine.store.pages import PAGE_BYTES
 from evaluation.engine.store.shards import AGAIN, StoredTensor, read_shard
 
 CHUNK_BYTES = 16 * 2**20
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
+"""Weights in other forms, which a copy of a checkpoint leaves behind."""
+
+
+def write_packed(model_dir: Path, output: Path) -> None:
+    """Write the whole folder anew, aside and renamed.
+
+    Raises:
+        UserError: a shard is damaged.
+        OSError: the disk is full, for example; nothing is left behind.
+    """
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        aside.mkdir()
+        for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
+            if path.suffix == ".safetensors":
+                pack_shard(path, aside / path.name)
+            elif path.is_file() and path.suffix not in OTHER_WEIGHTS:
+                shutil.copyfile(path, aside / path.name)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def pack_shard(shard: Path, packed: Path) -> None:

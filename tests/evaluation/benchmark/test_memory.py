@@ -1,4 +1,4 @@
-"""One trial of `python -m evaluation.benchmark.memory`, in a real process and a real memory group."""
+"""One trial of `remoe bench memory`, in a real process and a real memory group."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,9 @@ import pytest
 
 from configs.load import UserError
 from evaluation.benchmark import memory as bench_memory
-from evaluation.benchmark.memory import Outcome, main, one_trial
+from evaluation.benchmark.memory import MemoryBenchmark, Outcome, benchmark, one_trial
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
+from evaluation.benchmark.sides.memory_trial import Trial
 
 Checkpoint = Callable[..., Path]
 MEBIBYTE = 2**20
@@ -24,11 +25,12 @@ def hierarchy() -> Hierarchy:
     return found
 
 
-def trial(folder: Path, **changed: Any) -> dict[str, Any]:
-    return {
+def trial(folder: Path, **changed: Any) -> Trial:
+    usual = {
         "model_dir": str(folder), "batch": 2, "context_tokens": 20, "new_tokens": 4, "memory_budget": 200 * MEBIBYTE,
-        "seed": 0, "threads": 1, **changed,
+        "seed": 0, "threads": 1,
     }  # fmt: skip
+    return Trial(**{**usual, **changed})
 
 
 @pytest.mark.slow
@@ -79,14 +81,14 @@ def test_a_broken_budget_ends_the_command_with_an_error_and_the_result_is_writte
 ) -> None:
     outcomes = iter([("refused", 0), ("served", 102 * MEBIBYTE), ("served", 105 * MEBIBYTE)])
 
-    def pretended(wanted: dict[str, Any], _: Hierarchy) -> Outcome:
+    def pretended(wanted: Trial, _: Hierarchy) -> Outcome:
         name, peak = next(outcomes)
-        return Outcome(100 * MEBIBYTE, wanted["context_tokens"], wanted["batch"], name, 0, peak)
+        return Outcome(100 * MEBIBYTE, wanted.context_tokens, wanted.batch, name, 0, peak)
 
     monkeypatch.setattr(bench_memory, "one_trial", pretended)
     output = tmp_path / "memory.json"
     with pytest.raises(UserError, match="1 of 3 budgets were not kept"):
-        main(["--model", str(checkpoint()), "--trials", "2", "--output", str(output)])
+        benchmark(MemoryBenchmark(model=str(checkpoint()), trials=2, output=str(output)))
     assert '"most_share": 1.05' in output.read_text()
 
 
@@ -95,10 +97,11 @@ def test_a_model_that_fits_no_budget_ends_the_search(
 ) -> None:
     monkeypatch.setattr(bench_memory, "one_trial", lambda *_: Outcome(1, 1, 1, "refused", 0, 0, why="too small"))
     with pytest.raises(UserError, match="10 budgets in a row were refused"):
-        main(["--model", str(checkpoint()), "--trials", "2"])
+        benchmark(MemoryBenchmark(model=str(checkpoint()), trials=2))
 
 
-def test_senseless_numbers_are_refused(checkpoint: Checkpoint) -> None:
-    for flags, words in ((["--trials", "0"], "at least 1"), (["--most-tokens", "5"], "at least 96")):
-        with pytest.raises(UserError, match=words):
-            main(["--model", str(checkpoint()), *flags])
+def test_senseless_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="--trials is 0; write at least 1"):
+        MemoryBenchmark(model="any", trials=0)
+    with pytest.raises(UserError, match="--most-tokens is 5; write at least 96"):
+        MemoryBenchmark(model="any", most_tokens=5)

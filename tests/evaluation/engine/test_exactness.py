@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from evaluation.engine import load
-from evaluation.engine.cache.policies import LIVE
+from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import SCOPES
-from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 Checkpoint = Callable[..., Path]
 FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "phimoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe", "wide"]
@@ -49,13 +49,6 @@ def same_bytes(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     )
 
 
-def profile_of(folder: Path) -> RouteTrace:
-    """Routing that the static policy may learn from."""
-    with torch.no_grad(), load(folder, "100%", record_trace=True) as (model, engine):
-        model(prompts(1, 40, 99)["input_ids"])
-        return engine.trace()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_256_tokens_at_five_budgets_under_every_policy_and_scope(
@@ -64,19 +57,17 @@ def test_256_tokens_at_five_budgets_under_every_policy_and_scope(
     """Budgets take turns, so that all of them and every policy in both scopes are met; with --exhaustive, every pair."""
     folder, inputs = checkpoint(family, "float32"), prompts(1, 20, 7)
     expected = generate(AutoModelForCausalLM.from_pretrained(folder), inputs, 256)
-    with load(folder, "100%") as (_, engine):
+    with load(folder, EngineOptions("100%")) as (_, engine):
         demand = engine.demand
     shares = (0.0, 0.15, 0.3, 0.6, 1.0)
-    kinds = itertools.product(LIVE, SCOPES)
+    kinds = itertools.product(ONLINE, SCOPES)
     cases = itertools.product(kinds, shares) if exhaustive else zip(kinds, itertools.cycle(shares), strict=False)
     for (policy, scope), share in cases:
         pools = 1 if scope == "global" else demand.layers
         least, most = demand.top_k * pools, demand.all_experts
         slots = least + int(share * (most - least))
-        with load(
-            folder, slots * demand.slot_bytes, cache_policy=policy, cache_scope=scope,
-            profile=profile_of(folder) if policy == "static" else None,
-        ) as (model, _):  # fmt: skip
+        options = EngineOptions(slots * demand.slot_bytes, cache_policy=policy, cache_scope=scope)
+        with load(folder, options) as (model, _):
             assert same_bytes(generate(model, inputs, 256), expected), f"{policy}, {scope}, {slots} slots"
 
 
@@ -89,7 +80,7 @@ def test_200_random_configurations(checkpoint: Checkpoint) -> None:
     @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(
         family=st.sampled_from(FAMILIES), dtype=st.sampled_from(DTYPES), scope=st.sampled_from(SCOPES),
-        policy=st.sampled_from([policy for policy in LIVE if policy != "static"]), share=st.floats(0, 1),
+        policy=st.sampled_from(list(ONLINE)), share=st.floats(0, 1),
         batch=st.integers(1, 3), tokens=st.integers(1, 40), seed=st.integers(0, 5), in_flight=st.integers(1, 9),
         threads=st.integers(1, 2), forget=st.booleans(), prefetch=st.integers(0, 3),
         how=st.sampled_from([{}, {"do_sample": True, "top_k": 20}, {"num_beams": 2}]),
@@ -99,21 +90,21 @@ def test_200_random_configurations(checkpoint: Checkpoint) -> None:
         in_flight: int, threads: int, forget: bool, prefetch: int, how: dict[str, Any],
     ) -> None:  # fmt: skip
         folder, inputs = checkpoint(family, dtype), prompts(batch, tokens, seed)
-        with load(folder, "100%") as (_, engine):
+        with load(folder, EngineOptions("100%")) as (_, engine):
             demand = engine.demand
         least = demand.top_k * (1 if scope == "global" else demand.layers)
         slots = least + int(share * (demand.all_experts - least))
         torch.set_num_threads(threads)
         try:
             expected = generate(resident(family, dtype), inputs, 6, **how)
-            with load(
-                folder,
+            options = EngineOptions(
                 slots * demand.slot_bytes,
                 cache_policy=policy,
                 cache_scope=scope,
                 reads_in_flight=in_flight,
                 prefetch=prefetch,
-            ) as (model, engine):
+            )
+            with load(folder, options) as (model, engine):
                 if forget:
                     model.register_forward_hook(lambda *_: engine.reset_cache())
                 assert same_bytes(generate(model, inputs, 6, **how), expected)

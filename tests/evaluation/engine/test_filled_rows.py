@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from evaluation.engine import load
 from evaluation.engine.filled_rows import LARGEST_MATRIX, SIZES, _tried, filled_rows, is_compiled, order_showing
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.products import _product
 
 large = pytest.mark.skipif(not is_compiled(torch.bfloat16), reason="takes minutes where torch multiplies by itself")
@@ -106,7 +107,10 @@ def test_the_engine_computes_with_filled_up_rows_unless_threads_have_changed(
         counts.add(len(rows))
         return multiply(rows, weight, **options)
 
-    with torch.no_grad(), load(checkpoint("olmoe", "bfloat16"), memory_budget="400MiB") as (model, engine):
+    with (
+        torch.no_grad(),
+        load(checkpoint("olmoe", "bfloat16"), EngineOptions(memory_budget="400MiB")) as (model, engine),
+    ):
         if threads_change:
             monkeypatch.setattr(torch, "get_num_threads", lambda: engine._memory.filled_for_threads + 1)
         monkeypatch.setattr(torch, "mm", counting)
@@ -123,7 +127,7 @@ def test_logits_under_a_memory_budget_are_those_of_the_resident_model(
     folder, ids_BT = checkpoint(family, "bfloat16"), torch.arange(2, 242).reshape(4, 60)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder)(ids_BT).logits
-        with load(folder, memory_budget="400MiB") as (model, engine):
+        with load(folder, EngineOptions(memory_budget="400MiB")) as (model, engine):
             assert any(engine._memory.filled_rows.values())
             assert torch.equal(model(ids_BT).logits, expected)
 
@@ -131,5 +135,5 @@ def test_logits_under_a_memory_budget_are_those_of_the_resident_model(
 @pytest.mark.usefixtures("compiled")
 def test_nothing_is_tried_without_a_memory_budget(checkpoint: Callable[..., Path]) -> None:
     """Every number that is tried leaves a kernel behind, where they are not bounded."""
-    with load(checkpoint("olmoe", "bfloat16"), "100%") as (_, engine):
+    with load(checkpoint("olmoe", "bfloat16"), EngineOptions("100%")) as (_, engine):
         assert not any(engine._memory.filled_rows.values())

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load
 from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 Checkpoint = Callable[..., Path]
 PROMPT = [7, 90, 33, 120, 8]
@@ -22,7 +23,7 @@ def test_tokens_are_those_of_plain_greedy_decoding_and_every_token_has_its_time(
     expected = plain.generate(
         prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=9, do_sample=False
     )[0, 5:].tolist()  # fmt: skip
-    with load(folder, "30%", record_trace=True) as (model, engine):
+    with load(folder, EngineOptions("30%", record_trace=True)) as (model, engine):
         first = decode(model, engine, prompt_ids=PROMPT, max_new_tokens=9)
         second = decode(model, engine, prompt_ids=PROMPT, max_new_tokens=9)
         trace = engine.trace()
@@ -35,7 +36,7 @@ def test_tokens_are_those_of_plain_greedy_decoding_and_every_token_has_its_time(
 
 
 def test_decoding_ends_at_the_models_end_of_text(checkpoint: Checkpoint) -> None:
-    with load(checkpoint("olmoe"), "100%") as (model, engine):
+    with load(checkpoint("olmoe"), EngineOptions("100%")) as (model, engine):
         tokens = decode(model, engine, prompt_ids=PROMPT, max_new_tokens=6).token_ids
         model.generation_config.eos_token_id = tokens[2]
         assert (
@@ -45,7 +46,7 @@ def test_decoding_ends_at_the_models_end_of_text(checkpoint: Checkpoint) -> None
 
 
 def test_nothing_to_decode_is_refused(checkpoint: Checkpoint) -> None:
-    with load(checkpoint("olmoe"), "100%") as (model, engine):
+    with load(checkpoint("olmoe"), EngineOptions("100%")) as (model, engine):
         with pytest.raises(UserError, match="the prompt has no tokens"):
             decode(model, engine, prompt_ids=[], max_new_tokens=1)
         with pytest.raises(UserError, match="max_new_tokens is 0; it must be at least 1"):

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.engine import Engine
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.pager import paged_experts_forward
 from evaluation.engine.store import reader as reader_module
 
@@ -48,14 +49,14 @@ def resident(folder: Path, **options: Any) -> Any:
 
 def slot_budget(folder: Path, slots: int, **options: Any) -> int:
     """Bytes of exactly `slots` slots."""
-    with load(folder, "100%", **options) as (_, engine):
+    with load(folder, EngineOptions("100%", **options)) as (_, engine):
         return slots * engine.demand.slot_bytes
 
 
 @contextmanager
 def loaded(folder: Path, slots: int | None, **options: Any) -> Iterator[tuple[Any, Engine]]:
     budget = "100%" if slots is None else slot_budget(folder, slots, **options)
-    with load(folder, budget, **options) as (model, engine):
+    with load(folder, EngineOptions(budget, **options)) as (model, engine):
         yield model, engine
 
 

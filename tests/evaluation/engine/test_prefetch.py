@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.flight import Flight
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts
@@ -34,7 +35,7 @@ def generate(model: Any, tokens: int = 24) -> torch.Tensor:
 
 
 def decoded(folder: Path, *, dtype: str = "auto", **options: Any) -> tuple[torch.Tensor, EngineStats]:
-    with load(folder, "30%", dtype=dtype, **options) as (model, engine):
+    with load(folder, EngineOptions("30%", dtype=dtype, **options)) as (model, engine):
         return generate(model), engine.stats()
 
 
@@ -53,7 +54,7 @@ def test_tokens_and_misses_stay_and_reads_are_counted(
     assert ahead.misses_by_layer == plain.misses_by_layer
     assert plain.prefetched == plain.prefetch_used == 0
     assert 0 < ahead.prefetch_used <= ahead.prefetched
-    expert_bytes = ExpertStore(folder).shape.expert_bytes
+    expert_bytes = ExpertStore(folder).format.expert_bytes
     assert 0 < ahead.reading_seconds["decode"] <= ahead.seconds["decode"]
     wasted = ahead.prefetched - ahead.prefetch_used
     assert plain.bytes_read <= ahead.bytes_read <= plain.bytes_read + wasted * expert_bytes
@@ -82,7 +83,7 @@ def a_prefetch(
     memory = SlotMemory(store, 3, dtype, passing=1, ahead=SLOTS_PER_GUESS * EXPERTS)
     routers = [Chooses(0, 1, 7, 6), Chooses(2, 3, 7, 6, 5), Chooses(4, 5, 7, 6)]
     prefetch = Prefetch(
-        routers, memory, reader, experts=EXPERTS, layer_ids=store.layer_ids, resident=resident, counts=lambda: counts
+        routers, memory, reader, experts=EXPERTS, layer_ids=store.layer_ids, resident=resident, counts=counts
     )
     return prefetch, counts, memory
 
@@ -145,7 +146,7 @@ def test_of_a_wrong_guess_no_more_is_read_and_what_was_read_is_counted(
         prefetch.guess(2, torch.zeros(1, 32))
         assert sorted(prefetch._free) == list(memory.ahead_slots)
         assert counts.prefetched == 1
-        assert counts.bytes_read[DECODE] == ExpertStore(folder).shape.expert_bytes
+        assert counts.bytes_read[DECODE] == ExpertStore(folder).format.expert_bytes
         assert counts.prefetch_used == 0
 
 
@@ -171,7 +172,7 @@ def test_what_was_guessed_lies_in_the_slot_that_is_swapped_in(checkpoint: Checkp
                 for span in memory.spans(slot, 1, expert):
                     held = np.fromfile(span.shard, np.uint8, len(span.target), offset=span.offset)
                     assert np.array_equal(span.target, held), expert
-        assert flight.bytes_read == store.shape.expert_bytes, "the third; the others were read before"
+        assert flight.bytes_read == store.format.expert_bytes, "the third; the others were read before"
         assert sorted(prefetch._free) == list(memory.ahead_slots)
 
 
@@ -238,7 +239,7 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
         return real(*args)
 
     said: list[str] = []
-    with load(folder, "30%", dtype=dtype, prefetch=2, reads_in_flight=3) as (model, engine):
+    with load(folder, EngineOptions("30%", dtype=dtype, prefetch=2, reads_in_flight=3)) as (model, engine):
         monkeypatch.setattr(os, "preadv", sometimes)
         for _ in range(6):
             try:
@@ -249,7 +250,6 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
         assert said
         assert all("Input/output error" in message for message in said)
         assert torch.equal(generate(model), expected)
-        assert engine._pager is not None
         prefetch = engine._pager.prefetch
         assert prefetch is not None
         held = [ahead.slot for ahead in [*prefetch._guessed.values(), *prefetch._dropped]]
@@ -257,9 +257,9 @@ def test_read_errors_end_in_an_error_or_in_the_right_tokens(
 
 
 def test_a_memory_budget_counts_the_slots(checkpoint: Checkpoint) -> None:
-    with load(checkpoint("olmoe"), memory_budget="200MiB") as (_, engine):
+    with load(checkpoint("olmoe"), EngineOptions(memory_budget="200MiB")) as (_, engine):
         plain = engine.division
-    with load(checkpoint("olmoe"), memory_budget="200MiB", prefetch=2) as (_, engine):
+    with load(checkpoint("olmoe"), EngineOptions(memory_budget="200MiB", prefetch=2)) as (_, engine):
         ahead = engine.division
     assert plain is not None
     assert ahead is not None
@@ -269,6 +269,6 @@ def test_a_memory_budget_counts_the_slots(checkpoint: Checkpoint) -> None:
 def test_fewer_than_none_is_refused(checkpoint: Checkpoint) -> None:
     with (
         pytest.raises(UserError, match="prefetch is -1; write how many"),
-        load(checkpoint("olmoe"), "30%", prefetch=-1),
+        load(checkpoint("olmoe"), EngineOptions("30%", prefetch=-1)),
     ):
         pass

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 
 Checkpoint = Callable[..., Path]
 
@@ -22,11 +23,10 @@ def test_batched_products_give_the_logits_of_batched_mm(
     folder = checkpoint(family, dtype)
     resident = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     resident.set_experts_implementation("batched_mm")
-    with load(folder, "100%") as (_, sized):
+    with load(folder, EngineOptions("100%")) as (_, sized):
         budget = min(slots * sized.demand.slot_bytes, sized.pool_bytes)
     ids_BT = torch.randint(2, 258, (2, 9), generator=torch.Generator().manual_seed(1))
-    with load(folder, budget) as (model, engine):
-        assert engine._pager is not None
+    with load(folder, EngineOptions(budget)) as (model, engine):
         for tokens in (9, 1):
             with engine._pager.batched_products():
                 found = model(ids_BT[:, :tokens]).logits

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine.resident import experts_modules, load_resident, read_config
+from evaluation.engine.resident import experts_modules, load_resident
 from evaluation.engine.store.experts import ExpertStore
+from training.model.lazy_weights import read_config
 
 Checkpoint = Callable[..., Path]
 
@@ -42,8 +43,9 @@ def test_a_shard_that_is_cut_later_does_not_reach_the_residents(checkpoint: Chec
     folder = shutil.copytree(checkpoint("olmoe"), tmp_path / "m")
     code = f"""
 import os, torch
-from evaluation.engine import load
-with torch.no_grad(), load({str(folder)!r}, "100%") as (model, _):
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
+with torch.no_grad(), load({str(folder)!r}, EngineOptions("100%")) as (model, _):
     model(torch.arange(2, 250).unsqueeze(0))  # every expert is read
     before = model(torch.tensor([[5, 6]])).logits
     os.truncate({str(folder / "model.safetensors")!r}, 4096)

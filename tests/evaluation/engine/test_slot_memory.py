@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from evaluation.engine.slot_memory import ALIGN_BYTES, SlotMemory, record_bytes
+from evaluation.engine.slot_memory import SlotMemory
+from evaluation.engine.store.expert_format import ALIGN_BYTES
 from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
@@ -45,12 +46,12 @@ def test_what_is_adjacent_in_file_and_record_is_one_span(checkpoint: Checkpoint)
     separate, fused = (ExpertStore(checkpoint(family)) for family in ("olmoe", "granitemoe"))
     assert len(SlotMemory(separate, 2, torch.bfloat16).spans(1, 1, 3)) == 1
     spans = SlotMemory(fused, 2, torch.bfloat16).spans(1, 1, 3)
-    assert sorted(len(s.target) for s in spans) == sorted(fused.shape.role_bytes(r) for r in ("down", "gate_up"))
+    assert sorted(len(s.target) for s in spans) == sorted(fused.format.role_bytes(r) for r in ("down", "gate_up"))
 
 
 def test_memory_on_top_of_the_slots_is_told(checkpoint: Checkpoint) -> None:
     store = ExpertStore(checkpoint("olmoe"))
-    record = record_bytes(store, torch.bfloat16)
+    record = store.record(2).total_bytes
     assert SlotMemory(store, 5, torch.bfloat16, passing=3).passing_bytes == 3 * record
     converting = SlotMemory(store, 5, torch.float32, passing=3)
     assert converting.passing_bytes == 3 * record + 2 * record, "three as stored and one to compute with"
@@ -88,7 +89,7 @@ def test_a_swapped_slot_gives_back_its_own_memory(checkpoint: Checkpoint) -> Non
 def test_experts_that_start_differently_off_a_boundary_take_turns_in_a_slot(checkpoint: Checkpoint) -> None:
     folder = checkpoint("gpt_oss")
     store, tensors = ExpertStore(folder), load_file(folder / "model.safetensors")
-    assert len({store.offset(layer, 2, "down") % ALIGN_BYTES for layer in (0, 1)}) == 2
+    assert len({store.leads(layer, 2).down for layer in (0, 1)}) == 2
     memory = SlotMemory(store, 2, torch.bfloat16)
     for layer in (0, 1, 0):
         fill(memory, 1, 2, layer=layer)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.staging import Staging
 from tests.conftest import needs_gpu
 
@@ -86,9 +87,9 @@ def test_on_cuda_logits_and_tokens_are_those_of_the_resident_model(
     }  # fmt: skip
     resident = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
     expected = resident.generate(ids_BT, **options)
-    with load(folder, "100%", dtype=dtype) as (_, sized):
+    with load(folder, EngineOptions("100%", dtype=dtype)) as (_, sized):
         budget = min(slots * sized.demand.slot_bytes, sized.pool_bytes)
-    with load(folder, budget, dtype=dtype, device="auto", prefetch=prefetch) as (model, engine):
+    with load(folder, EngineOptions(budget, dtype=dtype, device="auto", prefetch=prefetch)) as (model, engine):
         found = model.generate(ids_BT, **options)
         assert torch.equal(found.sequences, expected.sequences)
         assert all(map(torch.equal, found.logits, expected.logits))
@@ -100,22 +101,22 @@ def test_on_cuda_logits_and_tokens_are_those_of_the_resident_model(
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 def test_without_an_accelerator_auto_is_the_processor(checkpoint: Checkpoint) -> None:
-    with load(checkpoint(), "100%", device="auto") as (model, _):
+    with load(checkpoint(), EngineOptions("100%", device="auto")) as (model, _):
         assert model.device.type == "cpu"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 def test_a_device_that_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match=r"device is 'cuda', and torch finds no such accelerator here; write cpu"):
-        load(checkpoint(), "100%", device="cuda").__enter__()
+        load(checkpoint(), EngineOptions("100%", device="cuda")).__enter__()
 
 
 def test_a_device_that_does_not_exist_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match="device 'gpu' is not known to torch; write cpu, cuda or auto"):
-        load(checkpoint(), "100%", device="gpu").__enter__()
+        load(checkpoint(), EngineOptions("100%", device="gpu")).__enter__()
 
 
 def test_a_memory_budget_is_for_the_processors_memory(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     with pytest.raises(UserError, match="a memory budget counts the processor's memory, and device is cuda"):
-        load(checkpoint(), memory_budget="1GiB", device="cuda").__enter__()
+        load(checkpoint(), EngineOptions(memory_budget="1GiB", device="cuda")).__enter__()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from evaluation.engine import load
 from evaluation.engine.engine import Engine
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import Conversations
 from evaluation.server.generation import Generator
 from evaluation.server.metrics import Metrics
@@ -19,7 +20,7 @@ from evaluation.server.work import Cancelled, Delta, Job, Work
 
 @contextmanager
 def generator(folder: Path) -> Iterator[tuple[Generator, PreTrainedModel, Engine]]:
-    with load(folder, "100%") as (model, engine):
+    with load(folder, EngineOptions("100%")) as (model, engine):
         yield Generator(model, engine, AutoTokenizer.from_pretrained(folder), metrics=Metrics(engine)), model, engine
 
 

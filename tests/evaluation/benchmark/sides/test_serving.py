@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import pytest
 from evaluation.benchmark.order import COLD, WARM, Leg, Order
 from evaluation.benchmark.sides.serving import open_side
 from evaluation.benchmark.sides.transformers_sides import accelerate_device_map
-from evaluation.benchmark.weights import active_bytes, expert_bytes, expert_modules
-from evaluation.engine.store.shards import read_index
+from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.gguf_file import write_gguf
 from tests.evaluation.benchmark.conftest import TINY
 
@@ -87,8 +85,8 @@ def test_what_is_read_ahead_in_vain_did_not_have_to_be_read(made_model: Made, tm
 
 def test_accelerate_keeps_the_first_layers_in_memory(made_model: Made) -> None:
     folder = str(made_model[0])
-    modules, other_bytes = expert_modules(folder)
-    names, sizes = list(modules), list(modules.values())
+    store = ExpertStore(folder)
+    names, sizes, other_bytes = list(store.module_bytes), list(store.module_bytes.values()), store.resident_bytes
     enough_for_one = accelerate_device_map(folder, other_bytes + sizes[0])
     assert [name for name, device in enough_for_one.items() if device == "disk"] == [names[1]]
     assert set(accelerate_device_map(folder, other_bytes + sum(sizes)).values()) == {"cpu"}
@@ -96,22 +94,6 @@ def test_accelerate_keeps_the_first_layers_in_memory(made_model: Made) -> None:
     assert [name for name, device in nothing.items() if device == "disk"] == names
     assert "model.layers.0.self_attn" in nothing
     assert "model.layers.0" not in nothing
-
-
-def test_bytes_of_what(made_model: Made) -> None:
-    folder = made_model[0]
-    one = 3 * TINY.hidden * TINY.intermediate * 2
-    modules, other_bytes = expert_modules(folder)
-    assert expert_bytes(folder) == one
-    assert list(modules.values()) == [TINY.num_experts * one] * TINY.layers
-    assert sum(modules.values()) + other_bytes == sum(tensor.length_bytes for tensor in read_index(folder).values())
-    embeddings = TINY.vocabulary * TINY.hidden * 2
-    assert active_bytes(folder) == other_bytes - embeddings + TINY.layers * TINY.top_k * one
-
-
-def test_tied_embeddings_are_active(model_dir: Callable[[str], Path]) -> None:
-    modules, other_bytes = expert_modules(model_dir("qwen2_moe"))
-    assert active_bytes(model_dir("qwen2_moe")) == other_bytes + sum(modules.values()) * 2 // 8
 
 
 def test_llamacpp_s_process_has_no_torch_to_carry() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.load import UserError
-from evaluation.engine.cache.policies import LIVE, ONLINE, Decayed, Key, Policy, Static, make_policy
+from evaluation.engine.cache.policies import ONLINE, WITH_PROFILE, Decayed, Key, Policy, Static, make_policy
 from evaluation.engine.cache.pool import Pool
 from tests.evaluation.engine.cache.made_traces import POLICY_NAMES, Events, events_of, fixed_trace, policy_for
 
@@ -170,7 +170,7 @@ def plain_worth(key: Key, uses: list[int], now: int, layer: int) -> float:
     return sum(2 ** -((calls - use) / Decayed.HALF_LIFE) for use in uses) * (1 - Decayed.TURN * until_turn)
 
 
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("name", WITH_PROFILE)
 def test_every_live_policy_can_be_made(name: str) -> None:
     profile = fixed_trace(30) if name == "static" else None
     make = make_policy(name, layers=3, num_experts=12, profile=profile)
@@ -202,4 +202,4 @@ def test_what_cannot_be_made_is_refused() -> None:
         make_policy("lru", layers=3, num_experts=12, profile=profile)
     with pytest.raises(UserError, match="3 MoE layers of 12 experts, this one has 3 of 64"):
         make_policy("static", layers=3, num_experts=64, profile=profile)
-    assert set(LIVE) - {"static"} == set(ONLINE)
+    assert set(WITH_PROFILE) - {"static"} == set(ONLINE)

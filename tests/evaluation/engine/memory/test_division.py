@@ -1,5 +1,6 @@
 """A memory budget: divided without a rest, refused with the smallest that works, never exceeded as a context grows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import load, loading
+from evaluation.engine.loading import load
 from evaluation.engine.memory.demand import Demand
-from evaluation.engine.memory.division import Division, divide, passing_slots
+from evaluation.engine.memory.division import Call, Division, divide, passing_slots
 from evaluation.engine.memory.needs import SLACK_BYTES, Needs
 from evaluation.engine.memory.process import private_bytes
-from evaluation.engine.slot_memory import SlotMemory, record_bytes
+from evaluation.engine.options import EngineOptions
+from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.experts import ExpertStore
 
 Checkpoint = Callable[..., Path]
@@ -24,12 +26,12 @@ DEMAND = Demand(layers=4, num_experts=16, top_k=2, slot_bytes=MIB)
 NEEDS = Needs(layers=4, kv_bytes_per_token=4000, row_bytes=20_000, mask_bytes=5)
 
 
-def divided(budget_bytes: int, **changes: Any) -> Division:
+def divided(budget: int | str, **changes: Any) -> Division:
     options: dict[str, Any] = {
         "demand": DEMAND, "needs": NEEDS, "resident_bytes": 10 * MIB, "reader_bytes": 6 * MIB, "reads_in_flight": 4,
         "context_tokens": 100, "scope": "global",
     }  # fmt: skip
-    return divide(budget_bytes, **{**options, **changes})
+    return divide(budget, **{**options, **changes})
 
 
 def spent(division: Division) -> int:
@@ -66,7 +68,7 @@ def test_a_context_of_no_tokens_is_refused() -> None:
 
 
 def slots_beside(division: Division, **call: int) -> int:
-    return division.slots_with(division.spare_bytes(**call))
+    return division.slots_with(division.spare_bytes(Call(**call)))
 
 
 def test_a_growing_context_takes_slots_and_is_refused_when_there_are_none_left() -> None:
@@ -110,7 +112,7 @@ def generate(model: Any, tokens: int, new_tokens: int) -> torch.Tensor:
 def test_tokens_stay_those_of_the_resident_model_while_slots_come_and_go(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2_moe", "float32")
     expected = [generate(AutoModelForCausalLM.from_pretrained(folder), tokens, 24) for tokens in (5, 60, 5)]
-    with load(folder, memory_budget="200MiB", context_tokens=8) as (model, engine):
+    with load(folder, EngineOptions(memory_budget="200MiB", context_tokens=8)) as (model, engine):
         assert engine.division is not None
         first = engine.cache.slots
         assert first == engine.demand.all_experts
@@ -131,7 +133,7 @@ def test_tokens_stay_those_of_the_resident_model_while_slots_come_and_go(checkpo
 def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(checkpoint: Checkpoint) -> None:
     folder = checkpoint("olmoe")
     expected = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), 9, 6)
-    with load(folder, memory_budget="200MiB", context_tokens=16) as (model, engine):
+    with load(folder, EngineOptions(memory_budget="200MiB", context_tokens=16)) as (model, engine):
         assert engine.division is not None
         dear = replace(engine.division.needs, kv_bytes_per_token=2**20)
         engine.division = replace(engine.division, needs=dear, kv_bytes=dear.kv_bytes(16))
@@ -141,20 +143,33 @@ def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(check
         assert torch.equal(generate(model, 9, 6), expected)
 
 
-def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_residents_are_worked_out_so_that_every_start_agrees_and_cover_what_loading_takes(
+    checkpoint: Checkpoint,
 ) -> None:
-    monkeypatch.setattr(loading, "private_bytes", lambda: 0)  # a process that does not grow
-    with load(checkpoint("olmoe"), memory_budget="200MiB", context_tokens=16) as (model, engine):
-        assert engine.division is not None
-        weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
-        assert weights_bytes > 0
-        assert engine.division.resident_bytes >= weights_bytes
+    found = []
+    for _ in range(2):
+        before_bytes = private_bytes()
+        with load(checkpoint("olmoe"), EngineOptions(memory_budget="smallest", context_tokens=16)) as (model, engine):
+            assert engine.division is not None
+            weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+            assert engine.division.resident_bytes > weights_bytes > 0
+            assert private_bytes() - before_bytes < engine.division.budget_bytes
+            found.append(engine.division)
+    assert found[0] == found[1]
+
+
+def test_a_budget_may_be_in_parts_of_the_smallest_that_works() -> None:
+    smallest = divided("smallest")
+    assert smallest.slots == smallest.smallest_slots == DEMAND.top_k
+    assert spent(smallest) == smallest.budget_bytes
+    larger = divided("smallest + 12.5%")
+    assert larger.budget_bytes == math.ceil(smallest.budget_bytes * 1.125)
+    assert larger.slots > smallest.slots
 
 
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:
     memory = SlotMemory(ExpertStore(checkpoint("olmoe")), 4096, torch.float32)
-    before_bytes, all_bytes = private_bytes(), 4096 * record_bytes(memory._store, torch.float32)
+    before_bytes, all_bytes = private_bytes(), 4096 * memory._records.record_bytes
     memory._records._memory[:] = 1
     assert private_bytes() - before_bytes > 0.9 * all_bytes
     for slot in range(4096):
@@ -171,9 +186,9 @@ def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Chec
             {"memory_budget": "1MiB"},
             r"a memory budget of 1MiB is too small: .* the smallest that works is \d+\.?\d*MiB",
         ),
-        ({"memory_budget": "lots"}, "size 'lots' is not understood"),
+        ({"memory_budget": "lots"}, "memory budget 'lots' is not understood"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(checkpoint: Checkpoint, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words), load(checkpoint("olmoe"), **options):
+    with pytest.raises(UserError, match=words), load(checkpoint("olmoe"), EngineOptions(**options)):
         pass

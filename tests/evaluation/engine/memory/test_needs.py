@@ -10,8 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from evaluation.engine import load
+from evaluation.engine.loading import load
 from evaluation.engine.memory.needs import SLACK_BYTES, Needs, needs_of
+from evaluation.engine.options import EngineOptions
 
 Checkpoint = Callable[..., Path]
 FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "phimoe", "qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"]
@@ -19,7 +20,7 @@ FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "phimoe", "qwen3_moe", "deepseek_v2
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_kv_cache_is_as_large_as_said(checkpoint: Checkpoint, family: str) -> None:
-    with torch.no_grad(), load(checkpoint(family), "100%") as (model, engine):
+    with torch.no_grad(), load(checkpoint(family), EngineOptions("100%")) as (model, engine):
         cache = model(torch.arange(2, 13).unsqueeze(0).repeat(3, 1), use_cache=True).past_key_values
         held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
         needs = needs_of(model.config, engine.dtype.itemsize, top_k=engine.demand.top_k, intermediate=1)
@@ -55,9 +56,9 @@ def test_a_prompt_holds_no_more_than_said(checkpoint: Checkpoint, family: str, t
     """Without the slack, which is for what is not a tensor."""
     batch, tokens = 2, 100
     torch.set_num_threads(threads)
-    with load(checkpoint(family), "100%") as (model, engine):
+    with load(checkpoint(family), EngineOptions("100%")) as (model, engine):
         ids_BT = torch.arange(2, 2 + tokens).repeat(batch, 1)
-        intermediate = engine._store.shape.intermediate
+        intermediate = engine._store.format.intermediate
         needs = needs_of(model.config, engine.dtype.itemsize, top_k=engine.demand.top_k, intermediate=intermediate)
         generate: Any = model.generate
         with PeakBytes() as found:

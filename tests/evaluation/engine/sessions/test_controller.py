@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.engine import load
 from evaluation.engine.cache.replay import replay
 from evaluation.engine.engine import Engine
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions import controller as memory_controller
 from evaluation.engine.sessions.controller import EVERY, MemoryController
 from evaluation.engine.sessions.conversations import Conversations
@@ -30,8 +31,11 @@ def divided(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, miss: fl
     monkeypatch.setattr(memory_controller._Times, "prompt_token_seconds", token)
     monkeypatch.setattr(memory_controller._Times, "request_seconds", 1.0)
     folder = checkpoint("qwen2_moe")
-    budget_bytes = budget_for(folder, monkeypatch, experts=24)
-    with load(folder, memory_budget=budget_bytes, context_tokens=64, cache_policy="lru") as (model, engine):
+    budget_bytes = budget_for(folder, experts=24)
+    with load(folder, EngineOptions(memory_budget=budget_bytes, context_tokens=64, cache_policy="lru")) as (
+        model,
+        engine,
+    ):
         chat = Conversations(model, engine.keep_prefixes(4096), block_tokens=BLOCK)
         yield chat, engine, MemoryController(engine, chat)
 
@@ -101,7 +105,7 @@ def test_memory_follows_the_workload_and_the_total_stays(
         assert chat.found_tokens > before
         for seed in range(1, 1 + memory_controller.BLOCK_REQUESTS // EVERY):
             serve(chat, controller, conversations(EVERY, turns=1, seed=seed))
-            spare = division.spare_bytes(**engine._call)
+            spare = division.spare_bytes(engine._call)
             held = chat.kept.held_bytes + (engine.cache.total_slots - division.smallest_slots) * division.step_bytes
             assert held <= spare
         assert chat.kept.capacity_bytes < many, "nobody comes back: experts get it"

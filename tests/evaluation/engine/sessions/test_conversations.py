@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from configs.load import UserError
-from evaluation.engine import load
+from evaluation.engine.loading import load
 from evaluation.engine.memory.prefix_cache import PrefixCache
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import Conversations
 from tests.evaluation.engine.memory.made_budgets import budget_for
 
@@ -60,7 +61,7 @@ def resident(folder: Path) -> Callable[..., Any]:
 def test_what_is_said_is_what_the_resident_model_says(checkpoint: Checkpoint, family: str, held_blocks: int) -> None:
     folder, asked = checkpoint(family), prompts()
     expected = said(resident(folder), asked)
-    with load(folder, "30%") as (model, engine):
+    with load(folder, EngineOptions("30%")) as (model, engine):
         kept = engine.keep_prefixes(MANY)
         chat = Conversations(model, kept, block_tokens=BLOCK)
         chat.generate(asked[0], **OPTIONS)
@@ -84,7 +85,7 @@ def test_of_a_prompt_that_is_held_whole_the_last_block_is_computed_again(checkpo
     folder, prompt_BT = checkpoint("olmoe"), prompts()[1]
     assert prompt_BT.shape[1] == 3 * BLOCK
     expected = said(resident(folder), [prompt_BT] * 2)
-    with load(folder, "30%") as (model, engine):
+    with load(folder, EngineOptions("30%")) as (model, engine):
         chat = Conversations(model, engine.keep_prefixes(MANY), block_tokens=BLOCK)
         assert same(said(chat.generate, [prompt_BT] * 2), expected)
         assert chat.found_tokens == 2 * BLOCK
@@ -105,7 +106,7 @@ def test_a_request_that_is_broken_off_leaves_whole_blocks_and_nothing_wrong(chec
 
     folder, prompt_BT = checkpoint("olmoe"), prompts()[2]
     expected = said(resident(folder), [prompt_BT])
-    with load(folder, "30%") as (model, engine):
+    with load(folder, EngineOptions("30%")) as (model, engine):
         chat = Conversations(model, engine.keep_prefixes(MANY), block_tokens=BLOCK)
         with pytest.raises(KeyboardInterrupt):
             chat.generate(prompt_BT, streamer=Hangup(), **OPTIONS)
@@ -116,9 +117,9 @@ def test_a_request_that_is_broken_off_leaves_whole_blocks_and_nothing_wrong(chec
 def test_an_unreadable_expert_leaves_nothing_wrong(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, prompt_BT = checkpoint("olmoe"), prompts()[2]
     expected = said(resident(folder), [prompt_BT])
-    with load(folder, "30%") as (model, engine):
+    with load(folder, EngineOptions("30%")) as (model, engine):
         chat = Conversations(model, engine.keep_prefixes(MANY), block_tokens=BLOCK)
-        forward, calls = engine._pager.forward, 0  # type: ignore[union-attr]
+        forward, calls = engine._pager.forward, 0
 
         def fail_in_the_second_block(*args: Any, **options: Any) -> torch.Tensor:
             nonlocal calls
@@ -139,8 +140,8 @@ def test_slots_give_way_to_kept_blocks_and_both_to_a_long_request(
 ) -> None:
     folder, asked = checkpoint("qwen2_moe"), prompts()
     expected = said(resident(folder), asked)
-    budget_bytes = budget_for(folder, monkeypatch, experts=20, context_tokens=40)
-    with load(folder, memory_budget=budget_bytes, context_tokens=40) as (model, engine):
+    budget_bytes = budget_for(folder, experts=20, context_tokens=40)
+    with load(folder, EngineOptions(memory_budget=budget_bytes, context_tokens=40)) as (model, engine):
         assert engine.division is not None
         whole = engine.cache.total_slots
         kept = engine.keep_prefixes(MANY)
@@ -150,7 +151,7 @@ def test_slots_give_way_to_kept_blocks_and_both_to_a_long_request(
         taken = (whole - engine.cache.total_slots) * engine.division.slot_bytes
         assert 0 < kept.held_bytes <= taken
         assert engine.cache.total_slots > smallest
-        spare = engine.division.spare_bytes(**engine._call)
+        spare = engine.division.spare_bytes(engine._call)
         asked_for, chat_needs = kept.held_bytes, engine.division.needs.kv_bytes_per_token
         assert not engine._room_for_kept(spare + 1), "the fewest slots stay"
         assert engine._room_for_kept(spare)
@@ -171,5 +172,8 @@ def test_a_model_that_forgets_has_no_prefix_cache() -> None:
 
 
 def test_blocks_of_no_tokens_are_refused(checkpoint: Checkpoint) -> None:
-    with load(checkpoint("olmoe"), "100%") as (model, engine), pytest.raises(UserError, match="blocks of 0 tokens"):
+    with (
+        load(checkpoint("olmoe"), EngineOptions("100%")) as (model, engine),
+        pytest.raises(UserError, match="blocks of 0 tokens"),
+    ):
         Conversations(model, engine.keep_prefixes(0), block_tokens=0)

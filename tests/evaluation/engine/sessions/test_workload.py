@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from configs.load import UserError
 from evaluation.benchmark.sessions import FROM_EVEN, FROM_PLAN
 from evaluation.benchmark.sessions import main as bench
-from evaluation.engine import load
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import Conversations
 from evaluation.engine.sessions.workload import SHARES, ChatRequest, read_requests, run_once, serve_all, splits
 from launch.plan import main as plan
@@ -26,7 +27,7 @@ BUDGET: dict[str, Any] = {"memory_budget": "400MiB", "context_tokens": 64}
 @pytest.fixture
 def tight(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Two thirds of the experts, and less for every kept block."""
-    return {**BUDGET, "memory_budget": budget_for(checkpoint("qwen2_moe"), monkeypatch, experts=24)}
+    return {**BUDGET, "memory_budget": budget_for(checkpoint("qwen2_moe"), experts=24)}
 
 
 def requests() -> list[ChatRequest]:
@@ -39,7 +40,7 @@ def requests() -> list[ChatRequest]:
 
 def test_every_division_does_what_was_predicted(checkpoint: Checkpoint, tight: dict[str, Any]) -> None:
     folder = checkpoint("qwen2_moe")
-    with load(folder, **tight) as (model, engine):
+    with load(folder, EngineOptions(**tight)) as (model, engine):
         workload = run_once(model, engine, requests(), block_tokens=BLOCK)
         predicted = splits(workload, engine, policy="decayed")
         assert engine.division is not None
@@ -49,7 +50,7 @@ def test_every_division_does_what_was_predicted(checkpoint: Checkpoint, tight: d
     ]
     prompt_tokens = sum(len(request.token_ids) for request in requests())
     for split in predicted:
-        with load(folder, **tight) as (model, engine):
+        with load(folder, EngineOptions(**tight)) as (model, engine):
             chat = Conversations(model, engine.keep_prefixes(split.prefix_cache_bytes), block_tokens=BLOCK)
             for request in requests():
                 serve_all(chat, [request])
@@ -68,7 +69,7 @@ def test_every_division_does_what_was_predicted(checkpoint: Checkpoint, tight: d
 
 
 def test_the_prediction_without_kept_blocks_is_the_run_itself(checkpoint: Checkpoint) -> None:
-    with load(checkpoint("qwen2_moe"), **BUDGET) as (model, engine):
+    with load(checkpoint("qwen2_moe"), EngineOptions(**BUDGET)) as (model, engine):
         workload = run_once(model, engine, requests(), block_tokens=BLOCK)
         stats = engine.stats()
         nothing_kept = splits(workload, engine, policy="decayed")[0]
@@ -81,7 +82,7 @@ def test_the_prediction_without_kept_blocks_is_the_run_itself(checkpoint: Checkp
 
 def test_a_workload_without_a_whole_block_is_refused(checkpoint: Checkpoint) -> None:
     with (
-        load(checkpoint("qwen2_moe"), **BUDGET) as (model, engine),
+        load(checkpoint("qwen2_moe"), EngineOptions(**BUDGET)) as (model, engine),
         pytest.raises(UserError, match="no prompt of the workload has 100 tokens"),
     ):
         run_once(model, engine, requests(), block_tokens=100)

@@ -28,7 +28,7 @@ def read(store: ExpertStore, layer: int, expert: int) -> dict[str, bytes]:
     for extent in store.extents(layer, expert):
         with extent.shard.open("rb") as file:
             file.seek(extent.offset)
-            parts |= {role: file.read(store.shape.role_bytes(role)) for role in extent.roles}
+            parts |= {role: file.read(store.format.role_bytes(role)) for role in extent.roles}
     return parts
 
 
@@ -113,7 +113,7 @@ def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
 ) -> None:
     tensors = fused(gate_up=gate_up, down=down)
     store = ExpertStore(saved(tmp_path / "m", tensors))
-    assert (store.shape.hidden, store.shape.intermediate, store.shape.transposed) == (4, 6, transposed)
+    assert (store.format.hidden, store.format.intermediate, store.format.transposed) == (4, 6, transposed)
     assert list(store.resident) == ["model.layers.0.mlp.experts.gate_up_proj_bias"]
     for expert in range(2):
         assert len(store.extents(0, expert)) == 2
@@ -169,3 +169,45 @@ def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
 def test_what_cannot_be_paged_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], words: str) -> None:
     with pytest.raises(UserError, match=words):
         ExpertStore(saved(tmp_path / "m", tensors))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen2_moe", "granitemoe", "gpt_oss"])
+def test_bytes_of_experts_and_of_the_rest_are_all_bytes(checkpoint: Checkpoint, family: str) -> None:
+    folder = checkpoint(family)
+    store = ExpertStore(folder)
+    experts = len(store.layer_ids) * store.num_experts
+    stored_bytes = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    assert len(store.module_bytes) == len(store.layer_ids)
+    assert store.all_experts_bytes == experts * store.format.expert_bytes
+    assert store.all_experts_bytes + store.resident_bytes == stored_bytes
+    assert all(
+        any(name.startswith(module) for name in load_file(folder / "model.safetensors"))
+        for module in store.module_bytes
+    )
+
+
+def test_bytes_of_fused_experts_are_those_of_their_slices(tmp_path: Path) -> None:
+    store = ExpertStore(saved(tmp_path / "m", fused(gate_up=(2, 4, 12), down=(2, 6, 4))))
+    one_bytes = 4 * (4 * 12 + 6 * 4)
+    assert store.format.expert_bytes == one_bytes
+    assert store.module_bytes == {"model.layers.0.mlp.experts": 2 * one_bytes}
+    assert store.active_bytes(top_k=1, tied_embeddings=False) == one_bytes + 4 * 2 * 3, "the biases are resident"
+
+
+def test_modules_are_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    tensors = {
+        name.replace(".2.", f".{layer}.", 1): tensor.clone()
+        for layer in (10, 9)
+        for name, tensor in one_layer().items()
+    }
+    store = ExpertStore(saved(tmp_path / "m", tensors))
+    assert list(store.module_bytes) == ["model.layers.9.mlp.experts", "model.layers.10.mlp.experts"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_token_needs_its_experts_and_all_else_but_the_table_of_embeddings(tmp_path: Path, tied: bool) -> None:
+    tensors = one_layer() | {"model.embed_tokens.weight": torch.ones(9, 4), "lm_head.weight": torch.ones(9, 4)}
+    store = ExpertStore(saved(tmp_path / "m", tensors))
+    one_bytes, embedding_bytes, norm_bytes = 4 * 3 * 6 * 4, 4 * 9 * 4, 4 * 4
+    expected = one_bytes + norm_bytes + embedding_bytes * (2 if tied else 1)
+    assert store.active_bytes(top_k=1, tied_embeddings=tied) == expected

@@ -1,0 +1,89 @@
+"""What the user decides about an engine: one checked set of choices, which flags, server and benchmarks all fill in.
+
+Only what needs no model is checked here; `load` checks the rest.
+"""
+
+from dataclasses import dataclass
+
+from configs.load import UserError
+from configs.sizes import parse_size
+from evaluation.engine.cache.policies import DEFAULT, ONLINE
+from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.memory.demand import budget_bytes
+
+CONTEXT_TOKENS = 2048
+"""Tokens of prompt and answer that have memory of their own unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much memory an engine gets, and how it uses it.
+
+    Raises:
+        UserError: a value that no model could run with, or not exactly one of `expert_cache` and `memory_budget`.
+    """
+
+    # memory for experts alone: 512KiB, 2MiB, 25% of all experts, or bytes; room for some that do not stay comes on top
+    expert_cache: int | str | None = None
+    # memory for everything instead: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB,
+    # 25% of the machine, or `smallest + 10%`, which is in parts of the smallest that works
+    memory_budget: int | str | None = None
+    # under a memory budget: tokens with room for keys and values of their own, over all sequences of a batch; a longer
+    # context takes slots from the experts, and is refused when they have none left to give
+    context_tokens: int = CONTEXT_TOKENS
+    # under a memory budget: how many tokens of a prompt are computed at once at most, if the caller sees to that
+    # (prefill_chunk_size, Conversations); none: the whole prompt
+    prompt_tokens: int | None = None
+    # which expert leaves the cache: lru, fifo, lfu, lfru or decayed
+    cache_policy: str = DEFAULT
+    # global (one pool for all layers) or per_layer (equal pools)
+    cache_scope: str = "global"
+    # how many experts of the next layer to read ahead, those that its router is likely to choose; same tokens, more reads
+    prefetch: int = 0
+    # the precision to compute in: auto (as stored), bfloat16, float16 or float32
+    dtype: str = "auto"
+    # where to compute: cpu, cuda (slots in its memory; with an expert cache only), or auto (cuda if there is one)
+    device: str = "cpu"
+    # how many reads may be under way at once; none: what suits the disk
+    reads_in_flight: int | None = None
+    # keep the routing of every token
+    record_trace: bool = False
+    # CHANGES THE TEXT: while decoding, routers prefer experts that are in the cache, by this times the spread of their
+    # logits; 0.1 is mild (arXiv 2412.00099)
+    cache_prior: float | None = None
+    # with a cache prior: how many of the router's own best experts are preferred as much, so that they stay chosen
+    cache_prior_keep: int = 1
+    # say so if the expert cache is too small to be of use while decoding
+    warn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.cache_policy not in ONLINE:
+            raise UserError(f"unknown cache policy {self.cache_policy!r}; known: {', '.join(ONLINE)}")
+        if self.cache_scope not in SCOPES:
+            raise UserError(f"unknown cache scope {self.cache_scope!r}; known: {', '.join(SCOPES)}")
+        if self.reads_in_flight is not None and self.reads_in_flight < 1:
+            raise UserError(
+                f"reads_in_flight is {self.reads_in_flight}; write at least 1, or None for what suits the device"
+            )
+        if (self.expert_cache is None) == (self.memory_budget is None):
+            raise UserError(
+                "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
+            )
+        if self.expert_cache is not None:
+            parse_size(self.expert_cache, what="expert cache", whole_bytes=1)
+        if self.memory_budget is not None:
+            budget_bytes(self.memory_budget, smallest_bytes=1)
+        if self.prefetch < 0:
+            raise UserError(
+                f"prefetch is {self.prefetch}; write how many experts of a layer to read ahead, or 0 for none"
+            )
+        self._check_prior()
+
+    def _check_prior(self) -> None:
+        strength, keep = self.cache_prior, self.cache_prior_keep
+        if strength is None and keep != 1:
+            raise UserError("--cache-prior-keep says nothing without --cache-prior; write --cache-prior 0.1 too")
+        if strength is not None and strength < 0:
+            raise UserError(f"cache prior {strength} is negative; write 0 to leave routing as it is, or about 0.1")
+        if keep < 0:
+            raise UserError(f"cache prior keeps {keep} experts; write 0 or more")

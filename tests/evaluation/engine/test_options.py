@@ -1,0 +1,28 @@
+"""Options that no model could run with are refused before anything is loaded."""
+
+from typing import Any
+
+import pytest
+
+from configs.load import UserError
+from evaluation.engine.options import EngineOptions
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"expert_cache": None}, "give exactly one of expert_cache .* and memory_budget"),
+        ({"memory_budget": "1GiB"}, "give exactly one of expert_cache .* and memory_budget"),
+        ({"cache_policy": "belady"}, "unknown cache policy 'belady'; known: lru, fifo, lfu, lfru, decayed$"),
+        ({"cache_policy": "static"}, "unknown cache policy 'static'"),
+        ({"cache_scope": "both"}, "unknown cache scope 'both'; known: global, per_layer"),
+        ({"reads_in_flight": 0}, "reads_in_flight is 0; write at least 1"),
+        ({"prefetch": -1}, "prefetch is -1; write how many experts of a layer to read ahead, or 0 for none"),
+        ({"cache_prior": -0.1}, "cache prior -0.1 is negative"),
+        ({"cache_prior": 0.1, "cache_prior_keep": -1}, "cache prior keeps -1 experts"),
+        ({"cache_prior_keep": 2}, "--cache-prior-keep says nothing without --cache-prior"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        EngineOptions(**{"expert_cache": "100%", **options})

@@ -34,6 +34,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Room -> what it may import of ours beside itself; the longest name that fits decides, on both sides of the arrow."""
 WITHOUT_TORCH = (f"{ENGINE}.cache", f"{ENGINE}.store")
+INTERNALS = "training.model.transformers_internals"
+UNSTABLE = (
+    "transformers.conversion_mapping", "transformers.core_model_loading", "transformers.integrations",
+    "transformers.masking_utils", "transformers.modeling_layers", "transformers.modeling_utils",
+)  # fmt: skip
+"""Modules of transformers that promise nothing from one release to the next."""
 PARSERS = ("launch", "training.train", "configs.command")
 """Where command lines are read."""
 
@@ -86,6 +92,20 @@ def test_the_cache_and_the_store_need_neither_torch_nor_transformers() -> None:
         if any(inside(name, room) for room in WITHOUT_TORCH):
             heavy = {module for module in imported(path) if module.split(".")[0] in ("torch", "transformers")}
             assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)}"
+
+
+def test_one_file_alone_knows_the_inside_of_transformers() -> None:
+    for name, path in product():
+        inner = {
+            module
+            for module in imported(path)
+            if any(inside(module, unstable) for unstable in UNSTABLE)
+            or (module.startswith("transformers.") and "._" in module)
+        }
+        assert not inner or name == INTERNALS, f"{path.relative_to(ROOT)} imports {sorted(inner)}"
+    attributes = re.compile(r"\b(_can_record_outputs|_is_expert_parallel)\b")
+    knowing = {name for name, path in product() if attributes.search(path.read_text(encoding="utf-8"))}
+    assert knowing == {INTERNALS}
 
 
 def test_command_lines_are_read_in_launch_alone() -> None:

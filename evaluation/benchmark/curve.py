@@ -5,10 +5,8 @@ token, so that neighbouring tokens share experts about as often as in trained mo
 how old uses are, not with what the experts are.
 """
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
@@ -16,48 +14,61 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run
+from configs.checks import at_least
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
 
-EXAMPLE = """example:
-  python -m evaluation.benchmark.curve --accesses 2000000 --repeats 7
-"""
 REQUEST_TOKENS = 512
 DRIFT = 0.3  # correlation of a router's taste from one token to the next
 
 
-class Shape(NamedTuple):
+class TraceShape(NamedTuple):
     layers: int
     experts: int
     top_k: int
 
 
 SHAPES = {
-    "OLMoE-1B-7B": Shape(16, 64, 8), "DeepSeek-V2-Lite": Shape(26, 64, 6), "Qwen3-30B-A3B": Shape(48, 128, 8),
-}  # fmt: skip
+    "OLMoE-1B-7B": TraceShape(16, 64, 8),
+    "DeepSeek-V2-Lite": TraceShape(26, 64, 6),
+    "Qwen3-30B-A3B": TraceShape(48, 128, 8),
+}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CurveBenchmark:
+    """Measure the all-sizes LRU curve on made-up traces with the shapes of real models.
+
+    example:
+      remoe bench curve --accesses 2000000 --repeats 7
+    """
+
+    accesses: int = 1_000_000  # size of each trace
+    repeats: int = 5  # runs of which the median is shown
+
+    def __post_init__(self) -> None:
+        at_least(self, accesses=1, repeats=1)
+
+
+def benchmark(options: CurveBenchmark) -> None:
     """Measure both scopes on every shape and print a table."""
-    arguments = _parser().parse_args(argv)
-    table = Table(title=f"all-sizes LRU curve, million accesses per second (median of {arguments.repeats})")
+    table = Table(title=f"all-sizes LRU curve, million accesses per second (median of {options.repeats})")
     for heading in ("shape", "tokens", "EOR", "scope", "by wall time", "by CPU time"):
         table.add_column(heading, justify="left" if heading in ("shape", "scope") else "right")
     for name, shape in SHAPES.items():
-        trace = drifting_trace(shape, tokens=max(1, arguments.accesses // (shape.layers * shape.top_k)), seed=0)
+        trace = drifting_trace(shape, tokens=max(1, options.accesses // (shape.layers * shape.top_k)), seed=0)
         reuse = f"{reuse_rate_per_layer(trace).mean():.2f}"
         for scope in SCOPES:
-            rates = accesses_per_second(trace, scope, repeats=arguments.repeats)
+            rates = accesses_per_second(trace, scope, repeats=options.repeats)
             table.add_row(name, f"{trace.tokens:,}", reuse, scope, *(f"{rate / 1e6:.1f}" for rate in rates))
     Console().print(table)
 
 
 def accesses_per_second(trace: RouteTrace, cache_scope: str, *, repeats: int) -> tuple[float, float]:
-    """Medians by wall time and by CPU time of this process."""
+    """How fast `lru_curve` is, by wall time and by CPU time of this process; medians."""
     wall_seconds, cpu_seconds = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -67,7 +78,7 @@ def accesses_per_second(trace: RouteTrace, cache_scope: str, *, repeats: int) ->
     return trace.expert_ids.size / median(wall_seconds), trace.expert_ids.size / median(cpu_seconds)
 
 
-def drifting_trace(shape: Shape, *, tokens: int, seed: int) -> RouteTrace:
+def drifting_trace(shape: TraceShape, *, tokens: int, seed: int) -> RouteTrace:
     """Single-token calls, in requests of `REQUEST_TOKENS`."""
     random = np.random.default_rng(seed)
     liked_LE, taste_LE = random.standard_normal((2, shape.layers, shape.experts))
@@ -83,21 +94,3 @@ def drifting_trace(shape: Shape, *, tokens: int, seed: int) -> RouteTrace:
         num_experts=shape.experts,
         layer_ids=tuple(range(shape.layers)),
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.curve",
-        description="Measure the all-sizes LRU curve on made-up traces with the shapes of real models.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--accesses", type=int, default=1_000_000, help="size of each trace (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="runs of which the median is shown (default: %(default)s)"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -30,9 +30,9 @@ from evaluation.benchmark.processes import SideRun, run_side
 from evaluation.benchmark.sides.contenders import Contender, opponent, our_contenders, parse_opponents
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
-from evaluation.engine.resident import read_config
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
+from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
 EXAMPLE = """examples:

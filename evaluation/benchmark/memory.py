@@ -6,36 +6,30 @@ kills what needs more. What is reported is the peak of private memory (RssAnon),
 before, as a share of the budget.
 """
 
-import argparse
 import json
 import math
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from configs.command import run
+from configs.checks import at_least
 from configs.files import prepare, write_json
 from configs.load import UserError
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
-from evaluation.benchmark.processes import PROJECT
+from evaluation.benchmark.processes import Child
+from evaluation.benchmark.sides.memory_trial import Trial
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.report.wording import bytes_text
 from training.model.loading import local_folder
 
-EXAMPLE = """example:
-  remoe make-model --output runs/models/mid
-  python -m evaluation.benchmark.memory --model runs/models/mid --trials 50 --output runs/memory.json
-"""
 MODULE = "evaluation.benchmark.sides.memory_trial"
 TOLERANCE = 0.03
 SHARES = (0.15, 0.7)  # of the whole model: budgets are drawn between
@@ -44,6 +38,26 @@ NEW_TOKENS = 4
 MOST_BATCH = 6
 LEAST_CONTEXT = 16
 MOST_REFUSALS = 10  # before anything was served
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryBenchmark:
+    """Whether a memory budget is kept: random budgets, contexts and batches, each in a memory group hardly larger.
+
+    example:
+      remoe make-model --output runs/models/mid
+      remoe bench memory --model runs/models/mid --trials 50 --output runs/memory.json
+    """
+
+    model: str  # folder with safetensors weights, or hub name
+    trials: int = 50  # requests to serve
+    most_tokens: int = 2048  # batch x context
+    seed: int = 0  # of what is drawn
+    threads: int = 1  # of every process
+    output: str | None = None  # JSON file to write every trial to
+
+    def __post_init__(self) -> None:
+        at_least(self, trials=1, threads=1, most_tokens=MOST_BATCH * LEAST_CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -61,57 +75,64 @@ class Outcome:
 
     @property
     def share(self) -> float:
-        """Of the budget that was held at the peak."""
+        """The part of the budget that was held at the peak."""
         return (self.peak_bytes - self.before_bytes) / self.budget_bytes
 
+    @property
+    def kept(self) -> bool:
+        """Whether the budget held: nothing was killed or failed, and the peak was within the tolerance."""
+        return self.outcome in ("served", "refused") and self.share <= 1 + TOLERANCE
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, draw, run, print and write; ends with an error if a budget was not kept."""
-    arguments = _parser().parse_args(argv)
-    output = prepare(arguments.output) if arguments.output else None
-    if arguments.trials < 1 or arguments.threads < 1:
-        raise UserError(f"--trials {arguments.trials} --threads {arguments.threads}: write at least 1 each")
-    if arguments.most_tokens < MOST_BATCH * LEAST_CONTEXT:
-        raise UserError(
-            f"--most-tokens {arguments.most_tokens} is too few; write at least {MOST_BATCH * LEAST_CONTEXT}"
-        )
+
+def benchmark(options: MemoryBenchmark) -> None:
+    """Draw trials, run them, print and write.
+
+    Raises:
+        UserError: a budget was not kept, or no memory groups can be made here.
+    """
+    output = prepare(options.output) if options.output else None
     hierarchy = find_hierarchy()
     if hierarchy is None:
         raise UserError(
             "this needs a memory controller (cgroup v1 or v2) in which this user may make groups, and there is none; run "
             "as root on a machine that has it"
         )
-    model_dir = local_folder(arguments.model)
-    outcomes = _trials(model_dir, arguments, hierarchy)
+    outcomes = _trials(options, hierarchy)
     served = [one for one in outcomes if one.outcome == "served"]
     result = {
-        "config": vars(arguments), "served": len(served), "refused": sum(one.outcome == "refused" for one in outcomes),
+        "config": asdict(options),
+        "served": len(served),
+        "refused": sum(one.outcome == "refused" for one in outcomes),
         "most_share": max((one.share for one in served), default=None),
         "trials": [{**asdict(one), "share": one.share} for one in outcomes],
-    }  # fmt: skip
+    }
     if output:
         write_json(output, result)
     Console().print(_table(outcomes))
-    broken = [one for one in outcomes if one.outcome not in ("served", "refused") or one.share > 1 + TOLERANCE]
+    broken = [one for one in outcomes if not one.kept]
     if broken:
         raise UserError(f"{len(broken)} of {len(outcomes)} budgets were not kept, for example {broken[0]}")
 
 
-def _trials(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierarchy) -> list[Outcome]:
-    """Until so many requests as asked for were served; a budget that is refused as too small counts for nothing."""
+def _trials(options: MemoryBenchmark, hierarchy: Hierarchy) -> list[Outcome]:
+    """Run trials until as many requests as asked for were served; a budget refused as too small does not count."""
+    model_dir = local_folder(options.model)
     store = ExpertStore(model_dir)
     model_bytes = store.resident_bytes + store.all_experts_bytes
-    draw = random.Random(arguments.seed)
+    draw = random.Random(options.seed)
     outcomes: list[Outcome] = []
-    with tqdm(total=arguments.trials, unit="trial") as progress:
-        while progress.n < arguments.trials:
+    with tqdm(total=options.trials, unit="trial") as progress:
+        while progress.n < options.trials:
             batch = draw.randint(1, MOST_BATCH)
-            most = arguments.most_tokens // batch
-            trial = {
-                "model_dir": model_dir, "batch": batch, "memory_budget": int(model_bytes * draw.uniform(*SHARES)),
-                "context_tokens": int(math.exp(draw.uniform(math.log(LEAST_CONTEXT), math.log(most)))),
-                "new_tokens": NEW_TOKENS, "seed": len(outcomes), "threads": arguments.threads,
-            }  # fmt: skip
+            trial = Trial(
+                model_dir=model_dir,
+                batch=batch,
+                memory_budget=int(model_bytes * draw.uniform(*SHARES)),
+                context_tokens=_drawn_context(draw, options.most_tokens // batch),
+                new_tokens=NEW_TOKENS,
+                seed=len(outcomes),
+                threads=options.threads,
+            )
             outcomes.append(one_trial(trial, hierarchy))
             if len(outcomes) >= MOST_REFUSALS and not progress.n and outcomes[-1].outcome == "refused":
                 raise UserError(
@@ -122,42 +143,37 @@ def _trials(model_dir: str, arguments: argparse.Namespace, hierarchy: Hierarchy)
     return outcomes
 
 
-def one_trial(trial: dict[str, Any], hierarchy: Hierarchy) -> Outcome:
+def _drawn_context(draw: random.Random, most_tokens: int) -> int:
+    """Tokens of a context: every order of magnitude is equally likely."""
+    return int(math.exp(draw.uniform(math.log(LEAST_CONTEXT), math.log(most_tokens))))
+
+
+def one_trial(trial: Trial, hierarchy: Hierarchy) -> Outcome:
     """Run one trial in a group of its own; never raises for what happens inside."""
-    with ExitStack() as stack:
-        group = stack.enter_context(MemoryGroup(hierarchy, None))
-        command = group.command([sys.executable, "-m", MODULE, json.dumps(trial)])
-        pipe = subprocess.PIPE
-        process = stack.enter_context(
-            subprocess.Popen(command, cwd=PROJECT, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+    with MemoryGroup(hierarchy, None) as group, Child(MODULE, json.dumps(asdict(trial)), group=group) as child:
+        before_bytes = peak_bytes = 0
+        if first := child.line():
+            before_bytes = json.loads(first)["private_bytes"]
+            watched = psutil.Process(child.process.pid)
+            libraries_bytes = watched.memory_info().shared
+            group.limit(libraries_bytes + before_bytes + int((1 + TOLERANCE) * trial.memory_budget))
+            child.nudge()
+            peak_bytes = _watch(child.process, watched)
+        last = _last_line(child)
+        child.wait()
+        said: dict[str, Any] = (
+            json.loads(last)
+            if last
+            else {"outcome": "killed" if group.was_killed else "failed", "why": child.last_words}
         )
-        assert process.stdin and process.stdout and process.stderr, "all three are pipes"  # noqa: PT018
-        first = process.stdout.readline()
-        if not first:
-            why = process.stderr.read()[-500:]
-            return Outcome(
-                trial["memory_budget"],
-                trial["context_tokens"],
-                trial["batch"],
-                "failed",
-                before_bytes=0,
-                peak_bytes=0,
-                why=why,
-            )
-        held = json.loads(first)["private_bytes"]
-        watched = psutil.Process(process.pid)
-        libraries_bytes = watched.memory_info().shared
-        group.limit(libraries_bytes + held + int((1 + TOLERANCE) * trial["memory_budget"]))
-        process.stdin.write("\n")
-        process.stdin.flush()
-        peak_bytes = _watch(process, watched)
-        said = _last_line(process.stdout) or {
-            "outcome": "killed" if group.was_killed else "failed", "why": process.stderr.read()[-500:],
-        }  # fmt: skip
-        return Outcome(
-            budget_bytes=trial["memory_budget"], context_tokens=trial["context_tokens"], batch=trial["batch"],
-            before_bytes=held, peak_bytes=peak_bytes, **said,
-        )  # fmt: skip
+    return Outcome(
+        budget_bytes=trial.memory_budget,
+        context_tokens=trial.context_tokens,
+        batch=trial.batch,
+        before_bytes=before_bytes,
+        peak_bytes=peak_bytes,
+        **said,
+    )
 
 
 def _watch(process: "subprocess.Popen[str]", watched: psutil.Process) -> int:
@@ -173,9 +189,11 @@ def _watch(process: "subprocess.Popen[str]", watched: psutil.Process) -> int:
     return peak_bytes
 
 
-def _last_line(stream: IO[str]) -> dict[str, Any] | None:
-    lines = stream.read().strip().splitlines()
-    return json.loads(lines[-1]) if lines else None
+def _last_line(child: Child) -> str:
+    last = ""
+    while line := child.line():
+        last = line
+    return last
 
 
 def _table(outcomes: Sequence[Outcome]) -> Table:
@@ -186,21 +204,3 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
             f"{one.share:.1%}" if one.outcome != "refused" else "-", one.outcome,
         )  # fmt: skip
     return table
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.memory", description=__doc__, epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    parser.add_argument("--trials", type=int, default=50, metavar="N", help="requests to serve (default 50)")
-    parser.add_argument("--most-tokens", type=int, default=2048, metavar="N", help="batch x context (default 2048)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every process (default 1)")
-    parser.add_argument("--output", metavar="JSON", help="where to write every trial")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

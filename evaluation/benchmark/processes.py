@@ -1,12 +1,15 @@
-"""Runs one side in a process and a memory group of its own, and says how it ended."""
+"""Child processes: one of our modules in a process of its own, what it said last, and how a side of the benchmark ended."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from configs.sizes import readable
@@ -16,6 +19,70 @@ from evaluation.benchmark.order import Order
 PROJECT = Path(__file__).parents[2]
 MODULE = "evaluation.benchmark.sides.side"
 INSTALL = 'install the opponents with pip install -e ".[bench]"'
+
+
+class Child:
+    """A running Python module. As a context manager: the process is killed when the block ends.
+
+    It is spoken to in lines, over its standard input and output; what it writes on standard error is kept.
+
+    Args:
+        group: runs it inside of this memory group.
+        environment: variables on top of those of this process.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        group: MemoryGroup | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        command = [sys.executable, "-m", module, *arguments]
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
+        self.process = subprocess.Popen(
+            group.command(command) if group else command,
+            cwd=PROJECT,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self._errors.close()
+
+    def nudge(self) -> None:
+        """Send an empty line: the process may go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def line(self) -> str:
+        """The next line of its standard output, as soon as it comes; empty when there will be no more."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def wait(self, timeout_seconds: float | None = None) -> int | None:
+        """The exit code; None when it has not ended in time."""
+        try:
+            self.process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        return self.process.returncode
+
+    @property
+    def last_words(self) -> str:
+        """The last line on standard error, without the `error: ` of our commands."""
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        return said[-1].removeprefix("error: ") if said else "nothing on standard error"
 
 
 @dataclass
@@ -38,48 +105,41 @@ class SideRun:
 
 
 def run_side(
-    order: Order, *, contender: str, repeat: int, hierarchy: Hierarchy | None, limit_bytes: int | None,
+    order: Order,
+    *,
+    contender: str,
+    repeat: int,
+    hierarchy: Hierarchy | None,
+    limit_bytes: int | None,
     timeout_seconds: float,
-) -> SideRun:  # fmt: skip
+) -> SideRun:
     """Run the order to its end, its death or the timeout. Never raises for what happens inside the process."""
     run = SideRun(contender, repeat, limit_bytes)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        order_path, result_path, errors = (Path(folder) / name for name in ("order.json", "result.json", "errors.txt"))
+        order_path, result_path = Path(folder) / "order.json", Path(folder) / "result.json"
         order.write(order_path)
-        command = [sys.executable, "-m", MODULE, str(order_path), str(result_path)]
         group = stack.enter_context(MemoryGroup(hierarchy, limit_bytes)) if hierarchy else None
-        code = _run(group.command(command) if group else command, errors, timeout_seconds)
+        with Child(MODULE, str(order_path), str(result_path), group=group) as child:
+            code = child.wait(timeout_seconds)
+            last_words = child.last_words
         if result_path.is_file():
             for name, value in json.loads(result_path.read_text(encoding="utf-8")).items():
                 setattr(run, name, value)
         run.peak_memory_bytes = group.peak_bytes if group else None
         if code != 0 or len(run.legs) < len(order.legs):
-            run.failure = _failure(code, errors, group, limit_bytes, timeout_seconds)
+            killed = group is not None and group.was_killed
+            run.failure = _failure(code, last_words, killed, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds)
     return run
 
 
-def _run(command: list[str], errors: Path, timeout_seconds: float) -> int | None:
-    """The exit code; None when it had to be ended."""
-    with errors.open("wb") as sink:
-        try:
-            done = subprocess.run(
-                command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=sink, timeout=timeout_seconds, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return None
-    return done.returncode
-
-
 def _failure(
-    code: int | None, errors: Path, group: MemoryGroup | None, limit_bytes: int | None, timeout_seconds: float
+    code: int | None, last_words: str, killed: bool, *, limit_bytes: int | None, timeout_seconds: float
 ) -> str:
     if code is None:
         return f"not finished after {timeout_seconds:g} seconds and ended; raise --timeout or ask for fewer tokens"
-    if group is not None and group.was_killed:
+    if killed:
         limit = "" if limit_bytes is None else f" of {readable(limit_bytes)}"
         return f"killed by the kernel: more than the memory limit{limit}, page cache included"
-    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "nothing on standard error"
-    if "ModuleNotFoundError" in last:
-        return f"{last}; {INSTALL}"
-    return f"exit code {code}: {last}"
+    if "ModuleNotFoundError" in last_words:
+        return f"{last_words}; {INSTALL}"
+    return f"exit code {code}: {last_words}"

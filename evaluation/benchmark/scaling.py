@@ -3,27 +3,21 @@
 The sides take turns, every run starts anew, and a run's figure is the median of its steps after the first five.
 """
 
-import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
-from configs.command import run
+from configs.checks import at_least
 from configs.load import UserError, dump, load
+from evaluation.benchmark.processes import Child
+from evaluation.turns import in_turn
 from training.arguments import TrainArguments
 
-EXAMPLE = """example:
-  python -m evaluation.benchmark.scaling configs/train/tiny.yaml objective=remoe
-"""
-PROJECT = Path(__file__).parents[1]
 LAUNCHER = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "MULTI_GPU",
@@ -35,41 +29,58 @@ LAUNCHER = {
 WARM_UP = 5  # steps
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, let one and several processes take turns, print the ratio of every repeat and its median."""
-    arguments = _parser().parse_intermixed_args(argv)
-    if arguments.processes < 2 or arguments.repeats < 1 or arguments.steps <= WARM_UP:
-        raise UserError(
-            f"--processes {arguments.processes} --repeats {arguments.repeats} --steps {arguments.steps}: write at least 2, 1 "
-            f"and {WARM_UP + 1}"
+@dataclass(frozen=True, kw_only=True)
+class ScalingBenchmark:
+    """Tokens per second of several training processes beside one, same rows in every step.
+
+    example:
+      remoe bench scaling configs/train/tiny.yaml objective=remoe
+    """
+
+    config: str  # a YAML as for remoe train; its batch is the one process's
+    overrides: Sequence[str] = ()  # key=value: override a key of the config
+    processes: int = 2  # beside one
+    steps: int = 40  # of every run; the first five warm up
+    repeats: int = 3  # of both
+
+    def __post_init__(self) -> None:
+        at_least(self, processes=2, steps=WARM_UP + 1, repeats=1)
+
+    def train_arguments(self) -> TrainArguments:
+        """The config of the one process.
+
+        Raises:
+            UserError: its batch cannot be shared out evenly.
+        """
+        config = load(TrainArguments, self.config, self.overrides)
+        if config.per_device_train_batch_size % self.processes:
+            raise UserError(
+                f"per_device_train_batch_size={config.per_device_train_batch_size} is that of the one process and must be "
+                f"a multiple of --processes {self.processes}"
+            )
+        return replace(
+            config,
+            max_steps=self.steps,
+            logging_steps=1,
+            save_steps=self.steps,
+            report_to="none",
+            resume_from_checkpoint=None,
         )
-    config = load(TrainArguments, arguments.config, arguments.overrides)
-    rows, rest = divmod(config.per_device_train_batch_size, arguments.processes)
-    if rest:
-        raise UserError(
-            f"per_device_train_batch_size={config.per_device_train_batch_size} is that of the one process and must be a "
-            f"multiple of --processes {arguments.processes}"
-        )
-    config = replace(
-        config, max_steps=arguments.steps, logging_steps=1, save_steps=arguments.steps, report_to="none",
-        resume_from_checkpoint=None,
-    )  # fmt: skip
+
+
+def benchmark(options: ScalingBenchmark) -> None:
+    """Let one and several processes take turns; print the ratio of every repeat and its median."""
+    config, processes = options.train_arguments(), options.processes
     ratios = []
-    for repeat in tqdm(range(arguments.repeats), unit="repeat"):
-        sides = [1, arguments.processes]
-        speed = {
-            n: tokens_per_second(config, processes=n, rows=rows if n > 1 else None)
-            for n in sides[:: 1 - 2 * (repeat % 2)]
-        }
-        ratios.append(speed[arguments.processes] / speed[1])
-        tqdm.write(
-            f"1: {speed[1]:,.0f} tokens/s; {arguments.processes}: {speed[arguments.processes]:,.0f}; {ratios[-1]:.2f} x"
-        )
-    print(f"{arguments.processes} processes / 1: {median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})")
+    for repeat in tqdm(range(options.repeats), unit="repeat"):
+        speed = {n: tokens_per_second(config, processes=n) for n in in_turn([1, processes], repeat)}
+        ratios.append(speed[processes] / speed[1])
+        tqdm.write(f"1: {speed[1]:,.0f} tokens/s; {processes}: {speed[processes]:,.0f}; {ratios[-1]:.2f} x")
+    print(f"{processes} processes / 1: {median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def tokens_per_second(config: TrainArguments, *, processes: int, rows: int | None) -> float:
-    """Of all processes together, one thread each; `rows` is each one's share of a micro-batch, if not all of it.
+def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
+    """The speed of all processes together, which share each micro-batch of the config and have one thread each.
 
     Raises:
         UserError: training failed; with what it said last.
@@ -77,37 +88,12 @@ def tokens_per_second(config: TrainArguments, *, processes: int, rows: int | Non
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "launcher.yaml").write_text(json.dumps({**LAUNCHER, "num_processes": processes}), encoding="utf-8")
-        size = rows or config.per_device_train_batch_size
-        dump(replace(config, output_dir=str(folder / "run"), per_device_train_batch_size=size), folder / "train.yaml")
-        command = [sys.executable, "-m", "training.train", str(folder / "train.yaml")]
-        command += ["--accelerate-config", str(folder / "launcher.yaml")] * (processes > 1)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["nothing on standard error"])[-1]
-            raise UserError(
-                f"{processes} processes ended with exit code {done.returncode}: {last.removeprefix('error: ')}"
-            )
+        rows = config.per_device_train_batch_size // processes
+        dump(replace(config, output_dir=str(folder / "run"), per_device_train_batch_size=rows), folder / "train.yaml")
+        launcher = ["--accelerate-config", str(folder / "launcher.yaml")] if processes > 1 else []
+        threads = {"OMP_NUM_THREADS": "1"}
+        with Child("training.train", str(folder / "train.yaml"), *launcher, environment=threads) as child:
+            if code := child.wait():
+                raise UserError(f"{processes} processes ended with exit code {code}: {child.last_words}")
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return median(json.loads(line)["time/tokens_per_second"] for line in lines[WARM_UP:])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmark.scaling",
-        description="Tokens per second of several training processes beside one, same rows in every step.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML as for remoe train; its batch is the one process's")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument("--processes", type=int, default=2, help="beside one (default 2)")
-    parser.add_argument(
-        "--steps", type=int, default=40, help=f"of every run, {WARM_UP} of them to warm up (default 40)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="of both (default 3)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

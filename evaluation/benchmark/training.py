@@ -5,14 +5,11 @@ machine changes from one second to the next. The opponent computes the task loss
 stock experts_implementation that is named; ours computes the config's objective with every ramp at its end.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,50 +19,67 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from configs.command import run
-from configs.load import UserError, dump, load, write_whole
-from evaluation.benchmark.sides.training_side import OURS, READY, Measured, Order
+from configs.checks import at_least
+from configs.files import prepare, write_json
+from configs.load import UserError, dump, load
+from evaluation.benchmark.processes import Child
+from evaluation.benchmark.sides.training_side import OURS, READY, Measured, TrainingOrder
 from training.arguments import TrainArguments
 
-EXAMPLE = """example:
-  remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 --check-tokens 0
-  remoe bench-train configs/train/bench.yaml --output runs/bench_train.json
-
-All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
-Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
-accelerator what torch allocated. The bound is twice the forward pass's matrix products (forward, and gradients of
-inputs) at the rate of large matrix products, measured in each process.
-"""
-PROJECT = Path(__file__).parents[1]
+MODULE = "evaluation.benchmark.sides.training_side"
 STOCK = ("grouped_mm", "batched_mm", "eager")
 
 Runs = Mapping[str, Sequence[Measured]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, let the sides take turns, compare, write and print."""
-    arguments = _parser().parse_intermixed_args(argv)
-    stock = [name.strip() for name in arguments.stock.split(",") if name.strip()]
-    _check(stock, arguments)
-    config = load(TrainArguments, arguments.config, [*arguments.overrides, f"max_steps={arguments.steps + 1}"])
-    config = replace(
-        config, report_to="none", resume_from_checkpoint=None, reuse_warmup_steps=0, consistency_warmup_steps=0
-    )
-    runs = take_turns([OURS, *stock], config, repeats=arguments.repeats, threads=arguments.threads)
-    result = compare(runs)
-    if arguments.output:
-        result["config"], result["threads"] = asdict(config), arguments.threads
-        write_whole(Path(arguments.output), json.dumps(result, indent=2) + "\n")
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark:
+    """Tokens per second and memory of router fine-tuning, beside transformers' Trainer.
+
+    All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
+    Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
+    accelerator what torch allocated. The bound is twice the forward pass's matrix products (forward, and gradients of
+    inputs) at the rate of large matrix products, measured in each process.
+
+    example:
+      remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 \\
+          --check-tokens 0
+      remoe bench training configs/train/bench.yaml --output runs/bench_train.json
+    """
+
+    config: str  # a YAML as for remoe train; configs/train/bench.yaml is made for this
+    overrides: Sequence[str] = ()  # key=value: override a key of the config
+    stock: str = "grouped_mm,eager"  # the opponent's experts implementations, with commas between; the fastest counts
+    steps: int = 6  # timed steps of a process, after one to warm up
+    repeats: int = 3  # processes of every side
+    threads: int = field(default_factory=torch.get_num_threads)  # of every side; all cores if not given
+    output: str | None = None  # JSON file to write everything that was measured to
+
+    def __post_init__(self) -> None:
+        if not self.stock_sides or set(self.stock_sides) - set(STOCK):
+            raise UserError(f"--stock {self.stock!r}: write one or more of {', '.join(STOCK)}, with commas between")
+        at_least(self, steps=1, repeats=1, threads=1)
+
+    @property
+    def stock_sides(self) -> list[str]:
+        return [name.strip() for name in self.stock.split(",") if name.strip()]
+
+    def train_arguments(self) -> TrainArguments:
+        """The config with every ramp at its end, one more step to warm up, and nothing reported or resumed."""
+        config = load(TrainArguments, self.config, [*self.overrides, f"max_steps={self.steps + 1}"])
+        return replace(
+            config, report_to="none", resume_from_checkpoint=None, reuse_warmup_steps=0, consistency_warmup_steps=0
+        )
+
+
+def benchmark(options: TrainingBenchmark) -> None:
+    """Let the sides take turns, compare, write and print."""
+    output = prepare(options.output) if options.output else None
+    config = options.train_arguments()
+    result = compare(take_turns([OURS, *options.stock_sides], config, repeats=options.repeats, threads=options.threads))
+    if output:
+        write_json(output, {**result, "config": asdict(config), "threads": options.threads})
     Console(width=max(110, Console().width)).print(table(result))
-
-
-def _check(stock: Sequence[str], arguments: argparse.Namespace) -> None:
-    unknown = sorted(set(stock) - set(STOCK))
-    if unknown or not stock:
-        raise UserError(f"--stock {arguments.stock!r}: write one or more of {', '.join(STOCK)}, with commas between")
-    for flag in ("steps", "repeats", "threads"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag} is {getattr(arguments, flag)}; write at least 1")
 
 
 def take_turns(
@@ -77,15 +91,10 @@ def take_turns(
         UserError: a process failed; with what it said last.
     """
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
-    with (
-        tempfile.TemporaryDirectory() as name,
-        tqdm(total=repeats * len(sides) * config.max_steps, unit="step") as progress,
-    ):
-        for repeat in range(repeats):
-            folder = Path(name) / str(repeat)
-            folder.mkdir()
+    with tqdm(total=repeats * len(sides) * config.max_steps, unit="step") as progress:
+        for _ in range(repeats):
             with ExitStack() as stack:
-                started = [stack.enter_context(_Side(side, config, folder, threads)) for side in sides]
+                started = [stack.enter_context(loaded(side, config, threads=threads)) for side in sides]
                 for step in range(config.max_steps):
                     for i in range(len(started)):
                         started[(step + i) % len(started)].take_step()
@@ -95,53 +104,48 @@ def take_turns(
     return runs
 
 
+@contextmanager
+def loaded(name: str, config: TrainArguments, *, threads: int) -> Iterator["_Side"]:
+    """One side in a process that has loaded its model; it takes as many steps as the config has.
+
+    Raises:
+        UserError: the process ended before its last step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.yaml"
+        dump(replace(config, output_dir=str(Path(folder) / name), run_name=name), path)
+        with Child(MODULE, json.dumps(asdict(TrainingOrder(name, str(path), threads)))) as child:
+            side = _Side(name, child, steps=config.max_steps)
+            side.wait()
+            yield side
+
+
 class _Side:
-    """A process that has loaded its model and waits for its turns; it takes as many steps as the config has."""
+    """A process that waits for its turns."""
 
-    def __init__(self, name: str, config: TrainArguments, folder: Path, threads: int) -> None:
-        self.name, self._errors, self._last = name, folder / f"{name}.err", ""
-        self._left = config.max_steps
-        path = folder / f"{name}.yaml"
-        dump(replace(config, output_dir=str(folder / name), run_name=name), path)
-        order = json.dumps(asdict(Order(name, str(path), threads)))
-        with self._errors.open("w", encoding="utf-8") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "evaluation.benchmark.sides.training_side", order],
-                cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            )  # fmt: skip
-        self._wait()
-
-    def __enter__(self) -> "_Side":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+    def __init__(self, name: str, child: Child, *, steps: int) -> None:
+        self.name = name
+        self._child, self._left, self._last = child, steps, ""
 
     def take_step(self) -> None:
-        """Returns when the step is done; after the last one, when the process has ended."""
-        assert self._process.stdin is not None
+        """Return when the step is done; after the last one, when the process has ended."""
         self._left -= 1
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        self._wait()
+        self._child.nudge()
+        self.wait()
 
     def measured(self) -> Measured:
         """What the process said at its end."""
         return Measured(**json.loads(self._last))
 
-    def _wait(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+    def wait(self) -> None:
+        """Return when the process is ready for a step, or has ended after its last one."""
+        while line := self._child.line():
             if line.strip() == READY:
                 return
             self._last = line
-        code = self._process.wait()
+        code = self._child.wait()
         if code or self._left:
-            self._process.communicate()
-            said = self._errors.read_text(encoding="utf-8").strip().splitlines()
-            last = said[-1] if said else "nothing on standard error"
-            raise UserError(f"side {self.name} ended with exit code {code}: {last.removeprefix('error: ')}")
+            raise UserError(f"side {self.name} ended with exit code {code}: {self._child.last_words}")
 
 
 def compare(runs: Runs) -> dict[str, Any]:
@@ -211,31 +215,3 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def _ratio(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['median']:.2f} x ({min(ratio['each']):.2f} to {max(ratio['each']):.2f})"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe bench-train",
-        description="Tokens per second and memory of router fine-tuning, beside transformers' Trainer.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML as for remoe train; configs/train/bench.yaml is made for this")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
-    parser.add_argument(
-        "--stock", default="grouped_mm,eager", metavar="NAMES",
-        help=f"the opponent's experts implementations, of {', '.join(STOCK)} (default grouped_mm,eager); the fastest counts",
-    )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=int, default=6, help="timed steps of a process, after one to warm up (default 6)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="processes of every side (default 3)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="of every side (default: all cores)"
-    )
-    parser.add_argument("--output", metavar="JSON", help="where to write everything that was measured")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -7,7 +7,6 @@ Axes: T tokens, E experts, K chosen.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.model.router_kind import Weighing, kind_of
+from training.model.routers import find_routers
 
 
 def attach_cache_prior(
@@ -32,28 +33,17 @@ def attach_cache_prior(
         keep: how many of the router's own best experts are preferred as much, so that they cannot be displaced.
 
     Raises:
-        UserError: routers are not known to transformers' recording interface, or weigh experts in an unknown way.
+        UserError: the model has no routers that are known, or they choose or weigh experts in an unknown way.
     """
-    for layer, router in enumerate(routers_of(model)):
-        weighing = _weighing(router, model.config.get_text_config().hidden_size)
-        preference = Preference(weighing, partial(resident, layer), is_decode, strength=strength, keep=keep)
+    for layer, router in enumerate(find_routers(model).values()):
+        kind = kind_of(router, hidden_size=model.config.get_text_config().hidden_size)
+        if kind.weighing is None or not kind.takes_largest:
+            raise UserError(
+                f"{type(router).__name__} {'weighs' if kind.takes_largest else 'chooses'} experts in a way that a cache prior "
+                f"does not know ({kind}); leave --cache-prior out"
+            )
+        preference = Preference(kind.weighing, partial(resident, layer), is_decode, strength=strength, keep=keep)
         router.register_forward_hook(preference)
-
-
-def routers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The routers, in layer order.
-
-    Raises:
-        UserError: they are not known to transformers' recording interface.
-    """
-    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
-    router_class = getattr(recorded, "target_class", recorded)
-    routers = [m for m in model.modules() if router_class is not None and isinstance(m, router_class)]
-    if not routers:
-        raise UserError(
-            f"{type(model).__name__}: no routers were found, so that neither a cache prior nor reading ahead can act on them"
-        )
-    return routers
 
 
 class Preference:
@@ -61,7 +51,7 @@ class Preference:
 
     def __init__(
         self,
-        weighing: "Weighing",
+        weighing: Weighing,
         resident: Callable[[], list[int]],
         is_decode: Callable[[], bool],
         *,
@@ -91,33 +81,3 @@ class Preference:
         same_T1 = (chosen_TK.sort(-1).values == ids_TK.sort(-1).values).all(-1, keepdim=True)
         new_weights_TK = torch.where(same_T1, weights_TK, new_weights_TK.to(weights_TK.dtype))
         return logits_TE, new_weights_TK, torch.where(same_T1, ids_TK, chosen_TK)
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """How a router makes mixing weights of logits: softmax over all experts, or over the chosen ones, times a scale."""
-
-    normalised: bool
-    scale: float = 1.0
-
-    def weights(self, z_TE: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
-        """The weights TK of these experts."""
-        weights_TK = z_TE.softmax(-1).gather(1, ids_TK)
-        return self.scale * (weights_TK / weights_TK.sum(-1, keepdim=True) if self.normalised else weights_TK)
-
-
-@torch.no_grad()
-def _weighing(router: nn.Module, hidden_size: int) -> Weighing:
-    """Told by what the router does with some random hidden states."""
-    parameter = next(router.parameters())
-    hidden_TH = torch.randn(64, hidden_size, generator=torch.Generator().manual_seed(0)).to(parameter)
-    logits_TE, weights_TK, ids_TK = router(hidden_TH)
-    for normalised in (False, True):
-        plain_TK = Weighing(normalised).weights(logits_TE.float(), ids_TK)
-        found = Weighing(normalised, float(weights_TK.float().sum() / plain_TK.sum()))
-        if torch.allclose(weights_TK.float(), found.scale * plain_TK, rtol=2e-2, atol=1e-4):
-            return found
-    raise UserError(
-        f"{type(router).__name__} weighs experts in a way a cache prior does not know (neither softmax over all experts "
-        "nor over the chosen ones); leave --cache-prior out"
-    )

@@ -12,7 +12,7 @@ from configs.load import UserError
 from evaluation.engine.cache.counts import CacheCounts
 from evaluation.engine.cache.pool import ExpertCache
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
-from evaluation.engine.cache_prior import attach_cache_prior, routers_of
+from evaluation.engine.cache_prior import attach_cache_prior
 from evaluation.engine.device import CPU
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, Division, passing_slots
@@ -25,6 +25,7 @@ from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
+from training.model.routers import find_routers
 
 
 class Engine:
@@ -90,7 +91,7 @@ class Engine:
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
         return Prefetch(
-            routers_of(model),
+            list(find_routers(model).values()),
             self._memory,
             self._reader,
             experts=experts,

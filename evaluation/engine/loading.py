@@ -20,10 +20,11 @@ from evaluation.engine.memory.needs import Needs, needs_of
 from evaluation.engine.memory.process import private_bytes, total_memory_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
-from evaluation.engine.resident import compute_dtype, load_resident, read_config
+from evaluation.engine.resident import compute_dtype, load_resident
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
+from training.model.lazy_weights import read_config
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL
@@ -26,6 +25,7 @@ from evaluation.engine.products import BatchedProducts, GroupedProducts, Product
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import ReadCounts
 from evaluation.engine.store.reader import Reader
+from training.model.transformers_internals import register_experts_function
 
 IMPLEMENTATION = "remoe_paged"
 
@@ -187,7 +187,7 @@ def attach(experts: nn.Module, paged: PagedLayer) -> None:
 
 def register() -> None:
     """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_experts_forward)
+    register_experts_function(IMPLEMENTATION, paged_experts_forward)
 
 
 def paged_experts_forward(

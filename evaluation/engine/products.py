@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import _batched_linear
 
 from evaluation.engine.cache.policies import Key
 from evaluation.engine.device import CPU
 from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
+from training.model.transformers_internals import batched_linear
 
 VECTOR = 64
 """Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
@@ -146,7 +146,7 @@ class BatchedProducts:
         transposed = self._experts.is_transposed
         bias_RM = getattr(self._experts, bias_name)[self._ids_R] if self._experts.has_bias else None
         as_stored = weight_RNM if transposed else weight_RNM.mT
-        out: Tensor = _batched_linear(input_RN, as_stored, bias=bias_RM, is_transposed=transposed)
+        out: Tensor = batched_linear(input_RN, as_stored, bias=bias_RM, is_transposed=transposed)
         return out
 
 

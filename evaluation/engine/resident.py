@@ -1,45 +1,22 @@
 """Everything of a checkpoint but its experts, loaded by transformers itself; the experts stay on the meta device.
 
-transformers' loader is given a state dict of lazy slices of the shards, as it makes for itself, without the experts;
-in their place stand tensors that never leave the meta device. So names, precisions, tied weights and even the memory
-alignment of every resident weight are what `from_pretrained` would have made, and no expert is ever read. Residents are
-copied out of the mapped shards, one after the other.
+No expert is ever read (`training/model/lazy_weights.py`). Residents are copied out of the mapped shards, one after the
+other.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
 from evaluation.engine.device import CPU
-from evaluation.engine.slot_memory import TORCH_DTYPES
 from evaluation.engine.store.expert_format import ALIGN_BYTES
 from evaluation.engine.store.experts import ExpertStore
-
-
-def read_config(model_dir: str | Path) -> PretrainedConfig:
-    """The model's configuration.
-
-    Raises:
-        UserError: unreadable, or a model type transformers does not know.
-    """
-    if not (Path(model_dir) / "config.json").is_file():
-        raise UserError(f"{model_dir} holds no config.json; give the folder of a saved model")
-    try:
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"{model_dir}/config.json is not understood: {error}") from error
+from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
@@ -63,27 +40,11 @@ def load_resident(
 ) -> PreTrainedModel:  # fmt: skip
     """The model in evaluation mode, on `device` but for its experts, which are on the meta device.
 
-    Its parameters go on saying `requires_grad`, as `from_pretrained` leaves them: `torch.matmul` looks at that flag
-    when it chooses how to multiply, even under `no_grad`, so clearing it gives other last bits (torch 2.13, fp32).
-
     Raises:
         UserError: no causal language model, or resident weights missing from the checkpoint or of another shape.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{model_dir}: model type {config.model_type!r} is no causal language model of transformers")
-    state_dict: dict[str, Any] = {**_lazy_residents(store), **_meta_experts(store)}
-    try:
-        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-        )
-    except RuntimeError as error:  # how transformers reports shapes that differ
-        raise UserError(f"{model_dir}: the weights do not fit config.json: {error}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
-        raise UserError(f"{model_dir}: the checkpoint lacks {missing}; copy the model again")
+    model = load_slices(model_dir, {**_lazy_residents(store), **_meta_experts(store)}, config=config, dtype=dtype)
     _copy_out_of_files(model, device)
-    model.config.name_or_path = str(model_dir)
     if (Path(model_dir) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
     return model
@@ -135,18 +96,5 @@ def _lazy_residents(store: ExpertStore) -> dict[str, Any]:
     return {name: files[tensor.shard].get_slice(name) for name, tensor in store.resident.items()}
 
 
-def _meta_experts(store: ExpertStore) -> dict[str, "_StaysOnMeta"]:
-    return {name: _StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}
-
-
-class _StaysOnMeta:
-    """What transformers' loader needs of a lazy slice; loading it gives a meta tensor, whatever device is asked for."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
-
-    def __getitem__(self, _: Any) -> "_StaysOnMeta":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(self._shape, dtype=dtype, device="meta")
+def _meta_experts(store: ExpertStore) -> dict[str, StaysOnMeta]:
+    return {name: StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}

@@ -16,9 +16,7 @@ from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads
 from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.store.reader import Bytes, Span
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
+from training.model.lazy_weights import TORCH_DTYPES
 
 NOT_FILLED: Mapping[str, tuple[int, ...]] = {"gate_up": (), "down": ()}
 

@@ -18,16 +18,15 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
 from configs.command import run
 from configs.load import UserError
-from evaluation.engine.resident import read_config
-from evaluation.engine.slot_memory import TORCH_DTYPES
 from evaluation.engine.store.packing import OTHER_WEIGHTS
 from evaluation.engine.store.shards import StoredTensor, read_index
 from evaluation.export.gguf_patch import patch_gguf
+from training.model.lazy_weights import TORCH_DTYPES, read_config
 from training.model.loading import local_folder
+from training.model.transformers_internals import revert_weight_conversion
 from training.run_folder.router_delta import describe, load_for
 
 EXAMPLE = """examples:

@@ -27,7 +27,6 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.engine.memory.process import total_memory_bytes
 from evaluation.engine.options import CONTEXT_TOKENS
-from evaluation.engine.resident import read_config
 from evaluation.engine.sessions.controller import MemoryController
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS, Conversations, check_keeps_everything
 from evaluation.server.app import Service, create_app
@@ -36,6 +35,7 @@ from evaluation.server.intake import Intake
 from evaluation.server.metrics import Metrics
 from evaluation.server.worker import Worker
 from launch.engine_flags import add_engine_flags, engine_options, router_weights
+from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
 EXAMPLE = """example:

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _default_apply_gate,
-    _grouped_linear,
+
+from training.model.transformers_internals import (
+    applies_plain_gate,
+    grouped_linear,
     grouped_mm_experts_forward,
+    is_expert_parallel,
+    register_experts_function,
 )
 
 IMPLEMENTATION = "remoe_frozen"
@@ -32,7 +34,7 @@ PART_ROWS = 2048
 
 def register() -> None:
     """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, frozen_experts_forward)
+    register_experts_function(IMPLEMENTATION, frozen_experts_forward)
 
 
 @torch.compiler.disable  # how many rows an expert gets is known only when it runs
@@ -45,7 +47,7 @@ def frozen_experts_forward(
     """
     experts: Any = self
     trains = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
-    if trains or experts._is_expert_parallel or experts.has_post_expert_norm:
+    if trains or is_expert_parallel(experts) or experts.has_post_expert_norm:
         stock: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return stock
     out: Tensor = _FrozenExperts.apply(experts, hidden_states, top_k_index, top_k_weights)
@@ -124,8 +126,8 @@ def _up(experts: Any) -> str:
 
 def _is_swiglu(experts: Any) -> bool:
     """Whether the activation is silu(gate) * up, gate in the first half."""
-    by_default = getattr(type(experts), "_apply_gate", None) is _default_apply_gate
-    return experts.has_gate and by_default and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    silu = isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    return bool(experts.has_gate) and applies_plain_gate(experts) and silu
 
 
 def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, weights_r1: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,12 +164,12 @@ def _product(experts: Any, name: str, rows_rN: Tensor, part: _Part, sorted_R: Te
     """Every row through its expert's matrix `name`, with its bias where there is one."""
     weight_e = getattr(experts, name)[part.experts]
     bias_r = getattr(experts, f"{name}_bias")[sorted_R[part.rows]] if experts.has_bias else None
-    out: Tensor = _grouped_linear(rows_rN, weight_e, part.ends_e, bias=bias_r, is_transposed=experts.is_transposed)
+    out: Tensor = grouped_linear(rows_rN, weight_e, part.ends_e, bias=bias_r, is_transposed=experts.is_transposed)
     return out
 
 
 def _product_back(experts: Any, name: str, grad_rN: Tensor, part: _Part) -> Tensor:
     """The gradient of what `_product` was given."""
     weight_e = getattr(experts, name)[part.experts]
-    out: Tensor = _grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)
+    out: Tensor = grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)
     return out

@@ -9,13 +9,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
 from training.model.routers import find_routers, router_parameters
 from training.model.skeleton import LayerwiseCheckpoint
+from training.model.transformers_internals import GradientCheckpointingLayer
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from training.model.transformers_internals import sdpa_attention_forward, sdpa_mask
 
 IMPLEMENTATION = "remoe_packed"
 MOST_QUERIES = 192

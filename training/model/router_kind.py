@@ -1,8 +1,9 @@
-"""What kind of router a family has, told by what a copy of it with random weights does; never by a list of names.
+"""What kind of router a family has, found out by what a copy of it does; never by a list of names.
 
-Every router of transformers gives (logits, weights of the chosen experts, their ids). Asked of the copy: on which of its
-parameters the logits depend (those train; correction biases only shift the choice and stay frozen), by which function
-logits become weights, and whether the largest logits are always the ones that are chosen.
+Every router of transformers gives (logits, weights of the chosen experts, their ids). A copy with random weights tells on
+which of its parameters the logits depend (those train; correction biases only shift the choice and stay frozen), by which
+function logits become weights, and whether the largest logits are always the ones that are chosen. A copy as it is tells
+the rest of how weights are made: a scale may be a weight itself.
 Letters: T tokens, E experts, K chosen.
 """
 
@@ -15,8 +16,28 @@ from torch.nn.functional import logsigmoid
 
 from configs.load import UserError
 
-PROBE_TOKENS = 128
+PROBE_TOKENS, SCALE_TOKENS = 128, 64
 TOLERANCE = 1e-4
+
+
+class Weighing(NamedTuple):
+    """How the mixing weights of chosen experts follow from the logits of all.
+
+    Attributes:
+        scoring: `softmax` over all experts, or `sigmoid` of each logit.
+        normalised: whether the scores of the chosen experts are divided by their sum.
+        scale: what comes out is multiplied by.
+    """
+
+    scoring: str
+    normalised: bool
+    scale: float = 1.0
+
+    def weights(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """The weights [T, K] of these experts."""
+        scores_TE = logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
+        scores_TK = scores_TE.gather(1, ids_TK)
+        return self.scale * (scores_TK / scores_TK.sum(-1, keepdim=True) if self.normalised else scores_TK)
 
 
 class RouterKind(NamedTuple):
@@ -26,11 +47,13 @@ class RouterKind(NamedTuple):
         scoring: `softmax` or `sigmoid` of the logits; P_t is proportional to it.
         trained: names of the parameters inside the router that the logits depend on.
         takes_largest: whether the experts with the largest logits are chosen, whatever biases or groups there are.
+        weighing: how weights follow from the logits, for any choice; None where that is not known (SparseMixer).
     """
 
     scoring: str
     trained: tuple[str, ...]
     takes_largest: bool
+    weighing: Weighing | None
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Float32 log scores, whose softmax over the experts is P_t."""
@@ -57,15 +80,30 @@ def kind_of(router: nn.Module, *, hidden_size: int) -> RouterKind:
     scoring = _scoring(logits_TE.float(), weights_TK.float(), ids_TK)
     if scoring is None:
         raise UserError(
-            f"{type(router).__name__} weighs experts neither by a softmax nor by a sigmoid of its logits: which "
-            "probabilities its objective should be made of is not known; such routers cannot be trained here"
+            f"{type(router).__name__} weighs experts neither by a softmax nor by a sigmoid of its logits: of which "
+            "probabilities an objective or a cache prior should be made is not known; use neither with this model"
         )
     largest_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices
     return RouterKind(
         scoring=scoring,
         trained=tuple(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None),
         takes_largest=bool((largest_TK.sort(-1).values == ids_TK.sort(-1).values).all()),
+        weighing=_weighing(copy.deepcopy(router).eval(), scoring, hidden_size),
     )
+
+
+@torch.no_grad()
+def _weighing(router: nn.Module, scoring: str, hidden_size: int) -> Weighing | None:
+    """How a router that scores in this way goes on, in its own precision and on its device; None if in no known way."""
+    draw = torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(SCALE_TOKENS, hidden_size, generator=draw).to(next(router.parameters()))
+    logits_TE, weights_TK, ids_TK = router.forward(hidden_TH)
+    for normalised in (False, True):
+        plain_TK = Weighing(scoring, normalised).weights(logits_TE.float(), ids_TK)
+        scale = float(weights_TK.float().sum() / plain_TK.sum())
+        if torch.allclose(weights_TK.float(), scale * plain_TK, rtol=2e-2, atol=1e-4):
+            return Weighing(scoring, normalised, scale)
+    return None
 
 
 def _randomised(router: nn.Module) -> nn.Module:
@@ -74,7 +112,7 @@ def _randomised(router: nn.Module) -> nn.Module:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in [*probe.parameters(), *probe.buffers()]:
-            if tensor.is_floating_point():
+            if tensor.is_floating_point() and tensor.dim() > 0:  # a scalar is no weight of an expert
                 tensor.copy_(torch.randn(tensor.shape, generator=draw) / max(1, tensor.shape[-1] ** 0.5))
     return probe.requires_grad_(True)
 

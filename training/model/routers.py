@@ -1,7 +1,7 @@
 """The routers seam: find every router of a mixture-of-experts model and observe what it does in a forward pass.
 
-Found through transformers' own interface (`_can_record_outputs["router_logits"]` names the router class), never by a
-list of families; what kind they are of is told by `router_kind.py`. Losses, traces and metrics all eat `Routing`.
+They are found through transformers' own interface, which names the class of the routers, never by a list of families;
+`router_kind.py` says of what kind they are. Losses, traces and metrics are all computed from `Routing`.
 Letters: B batch, S sequence, E experts, K chosen, D hidden.
 """
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from configs.load import UserError
 from training.model.router_kind import RouterKind, kind_of
+from training.model.transformers_internals import router_class
 
 
 class Routing(NamedTuple):
@@ -40,9 +41,10 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     Raises:
         UserError: the model has no routers.
     """
-    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
-    router_class = getattr(recorded, "target_class", recorded)
-    found = {name: m for name, m in model.named_modules() if router_class is not None and isinstance(m, router_class)}
+    wanted = router_class(model)
+    found = {
+        name: module for name, module in model.named_modules() if wanted is not None and isinstance(module, wanted)
+    }
     if not found:
         raise UserError(
             f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "

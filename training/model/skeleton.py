@@ -12,39 +12,37 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from configs.load import UserError
 from training.model.host_memory import spare_memory
+from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, causal_lm_class, load_slices, read_config
 from training.model.routers import find_routers
-
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+from training.model.transformers_internals import (
+    LoadStateDictConfig,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 
 
 def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
-    """The model of a folder's config.json without weights: all of it on the meta device.
+    """The model of a folder's config.json without weights: all of it is on the meta device.
 
     Raises:
         UserError: the configuration is missing or unknown, or the model has no routers.
     """
+    config = read_config(folder)
+    causal_lm_class(folder, config)
+    if dtype == "auto":  # as transformers decides
+        dtype = config.dtype or _stored_dtype(_lazy_slices(Path(folder)))
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"model type {config.model_type!r} is no causal language model of transformers")
-        if dtype == "auto":  # as transformers decides
-            dtype = config.dtype or _stored_dtype(_lazy_slices(Path(folder)))
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"model {folder} cannot be loaded: {error}") from error
     find_routers(model)
     return model
@@ -74,7 +72,6 @@ class LayerwiseCheckpoint:
         self._folder = folder
         self._slices = _lazy_slices(Path(folder))
         empty = empty_model(folder, dtype=dtype)
-        self._model_class: Any = type(empty)
         self._config, self._dtype = empty.config, empty.dtype
         self._transforms: Any = get_model_conversion_mapping(empty)
         renamings = [entry for entry in self._transforms if isinstance(entry, WeightRenaming)]
@@ -92,23 +89,11 @@ class LayerwiseCheckpoint:
         Raises:
             UserError: weights are missing or of another shape.
         """
-        state: dict[str, Any] = {
-            key: _StaysOnMeta(part.get_shape()) if self._is_filled_later(self._target[key]) else part
+        slices = {
+            key: StaysOnMeta(part.get_shape()) if self._is_filled_later(self._target[key]) else part
             for key, part in self._slices.items()
         }
-        try:
-            loaded: Any = self._model_class.from_pretrained(
-                None, config=self._config, state_dict=state, dtype=self._dtype, output_loading_info=True
-            )
-        except RuntimeError as error:  # how transformers reports shapes that differ, and experts that are missing
-            raise UserError(f"{self._folder}: the weights do not fit config.json: {error}") from error
-        model: PreTrainedModel = loaded[0]
-        info = loaded[1]
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"]))
-            raise UserError(f"{self._folder}: the checkpoint lacks {missing}; copy the model again")
-        model.config.name_or_path = self._folder
-        return model
+        return load_slices(self._folder, slices, config=self._config, dtype=self._dtype)
 
     def fill(self, model: PreTrainedModel, layer: str) -> None:
         """Load all of one decoder layer but its routers; what is loaded is frozen.
@@ -160,22 +145,9 @@ def _lazy_slices(folder: Path) -> Mapping[str, Any]:
 
 
 def _stored_dtype(slices: Mapping[str, Any]) -> torch.dtype:
-    """Of the first tensor in floating point."""
-    found = (FLOATS.get(part.get_dtype()) for part in slices.values())
+    """The precision of the first tensor in floating point."""
+    found = (TORCH_DTYPES.get(part.get_dtype()) for part in slices.values())
     return next((dtype for dtype in found if dtype is not None), torch.float32)
-
-
-class _StaysOnMeta:
-    """What transformers' loader needs of a lazy slice; loading it gives a meta tensor, whatever device is asked for."""
-
-    def __init__(self, shape: Iterable[int]) -> None:
-        self._shape = tuple(shape)
-
-    def __getitem__(self, _: Any) -> "_StaysOnMeta":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(self._shape, dtype=dtype, device="meta")
 
 
 def expert_modules(module: nn.Module) -> list[nn.Module]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from configs.load import UserError
+from training.model.transformers_internals import unset_hf_deepspeed_config
 
 REPLICATED, FSDP2, ZERO3 = "replicated", "fsdp2", "zero3"
 NVME = "nvme"

@@ -6,6 +6,7 @@ then serves the request and says how that went: `served`, or `refused` and why.
 
 import json
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,29 +18,47 @@ from evaluation.engine.memory.process import private_bytes
 from evaluation.engine.options import EngineOptions
 
 
-def main(trial: dict[str, Any]) -> None:
-    """`trial`: model_dir, memory_budget, context_tokens, batch, new_tokens, seed, threads."""
-    torch.set_num_threads(trial["threads"])
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What one process is to do."""
+
+    model_dir: str
+    memory_budget: int  # bytes
+    batch: int
+    context_tokens: int  # of each sequence, the new ones included
+    new_tokens: int
+    seed: int  # of the prompts
+    threads: int
+
+
+def main(trial: Trial) -> None:
+    """Say what is held, wait for the limit, serve the request, say how it went."""
+    torch.set_num_threads(trial.threads)
     transformers.utils.logging.disable_progress_bar()
     _say(private_bytes=private_bytes())
     sys.stdin.readline()
-    batch, context, new = (trial[key] for key in ("batch", "context_tokens", "new_tokens"))
     try:
-        with load(
-            trial["model_dir"], EngineOptions(memory_budget=trial["memory_budget"], context_tokens=batch * context)
-        ) as (
-            model,
-            engine,
-        ):
-            assert engine.division is not None
-            vocabulary = model.config.get_text_config().vocab_size
-            draw = torch.Generator().manual_seed(trial["seed"])
-            ids_BT = torch.randint(vocabulary, (batch, context - new), generator=draw)
-            generate: Any = model.generate
-            generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, min_new_tokens=new)
-            _say(outcome="served", slots=engine.division.slots)
+        _say(outcome="served", slots=_serve(trial))
     except UserError as error:
         _say(outcome="refused", why=str(error))
+
+
+def _serve(trial: Trial) -> int:
+    """Generate from random prompts under the budget; returns the slots that it bought."""
+    options = EngineOptions(memory_budget=trial.memory_budget, context_tokens=trial.batch * trial.context_tokens)
+    with load(trial.model_dir, options) as (model, engine):
+        assert engine.division is not None
+        vocabulary = model.config.get_text_config().vocab_size
+        draw = torch.Generator().manual_seed(trial.seed)
+        ids_BT = torch.randint(vocabulary, (trial.batch, trial.context_tokens - trial.new_tokens), generator=draw)
+        generate: Any = model.generate
+        generate(
+            input_ids=ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            max_new_tokens=trial.new_tokens,
+            min_new_tokens=trial.new_tokens,
+        )
+        return engine.division.slots
 
 
 def _say(**values: Any) -> None:
@@ -47,4 +66,4 @@ def _say(**values: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(Trial(**json.loads(sys.argv[1])))

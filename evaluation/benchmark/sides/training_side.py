@@ -40,7 +40,7 @@ than the product), and how long."""
 
 
 @dataclass
-class Order:
+class TrainingOrder:
     """What one process is to do."""
 
     side: str  # `OURS`, or a stock experts_implementation, trained by transformers' Trainer
@@ -62,7 +62,7 @@ class Measured:
     attn_implementation: str  # transformers' name
 
 
-def main(order: Order) -> None:
+def main(order: TrainingOrder) -> None:
     """Load, train, print the figures as one line of JSON."""
     torch.set_num_threads(order.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -112,7 +112,7 @@ def _our_steps(run: Run) -> tuple[list[float], list[float]]:
 
 def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
     """The same by transformers' Trainer: same rows in the same order, same optimizer settings; the task loss alone."""
-    args, clock = run.args, _Clock()
+    args, clock = run.args, _StepClock()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             output_dir=folder, max_steps=args.max_steps, seed=args.seed, learning_rate=args.learning_rate,
@@ -129,7 +129,7 @@ def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
     return clock.seconds, clock.losses
 
 
-class _Clock(TrainerCallback):
+class _StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.began = 0.0
         self.seconds: list[float] = []
@@ -213,4 +213,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda _: main(Order(**json.loads(sys.argv[1])))))
+    sys.exit(run_command(lambda _: main(TrainingOrder(**json.loads(sys.argv[1])))))

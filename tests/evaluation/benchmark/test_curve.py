@@ -2,12 +2,12 @@
 
 import pytest
 
-from evaluation.benchmark.curve import SHAPES, Shape, drifting_trace, main
+from evaluation.benchmark.curve import SHAPES, TraceShape, drifting_trace, main
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 
 
 def test_neighbouring_tokens_share_experts_more_than_by_chance() -> None:
-    trace = drifting_trace(Shape(2, 32, 4), tokens=400, seed=0)
+    trace = drifting_trace(TraceShape(2, 32, 4), tokens=400, seed=0)
     assert trace.expert_ids.shape == (400, 2, 4)
     assert 2 * 4 / 32 < reuse_rate_per_layer(trace).mean() < 0.6
 

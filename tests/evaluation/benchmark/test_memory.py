@@ -11,6 +11,7 @@ from configs.load import UserError
 from evaluation.benchmark import memory as bench_memory
 from evaluation.benchmark.memory import Outcome, main, one_trial
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
+from evaluation.benchmark.sides.memory_trial import Trial
 
 Checkpoint = Callable[..., Path]
 MEBIBYTE = 2**20
@@ -24,11 +25,12 @@ def hierarchy() -> Hierarchy:
     return found
 
 
-def trial(folder: Path, **changed: Any) -> dict[str, Any]:
-    return {
+def trial(folder: Path, **changed: Any) -> Trial:
+    usual = {
         "model_dir": str(folder), "batch": 2, "context_tokens": 20, "new_tokens": 4, "memory_budget": 200 * MEBIBYTE,
-        "seed": 0, "threads": 1, **changed,
+        "seed": 0, "threads": 1,
     }  # fmt: skip
+    return Trial(**{**usual, **changed})
 
 
 @pytest.mark.slow
@@ -79,9 +81,9 @@ def test_a_broken_budget_ends_the_command_with_an_error_and_the_result_is_writte
 ) -> None:
     outcomes = iter([("refused", 0), ("served", 102 * MEBIBYTE), ("served", 105 * MEBIBYTE)])
 
-    def pretended(wanted: dict[str, Any], _: Hierarchy) -> Outcome:
+    def pretended(wanted: Trial, _: Hierarchy) -> Outcome:
         name, peak = next(outcomes)
-        return Outcome(100 * MEBIBYTE, wanted["context_tokens"], wanted["batch"], name, 0, peak)
+        return Outcome(100 * MEBIBYTE, wanted.context_tokens, wanted.batch, name, 0, peak)
 
     monkeypatch.setattr(bench_memory, "one_trial", pretended)
     output = tmp_path / "memory.json"
@@ -99,6 +101,9 @@ def test_a_model_that_fits_no_budget_ends_the_search(
 
 
 def test_senseless_numbers_are_refused(checkpoint: Checkpoint) -> None:
-    for flags, words in ((["--trials", "0"], "at least 1"), (["--most-tokens", "5"], "at least 96")):
+    for flags, words in (
+        (["--trials", "0"], "--trials is 0; write at least 1"),
+        (["--most-tokens", "5"], "at least 96"),
+    ):
         with pytest.raises(UserError, match=words):
             main(["--model", str(checkpoint()), *flags])

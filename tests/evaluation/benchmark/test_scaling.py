@@ -1,7 +1,6 @@
 """Several processes beside one: same rows in every step, and mistakes end with their message."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,30 @@ def test_sides_take_turns_on_the_same_rows_and_the_median_ratio_is_told(
     """The processes are made up: one is as fast as 100 tokens a second, two are 1.5, 1.9 and 1.7 times that."""
     asked = []
 
-    def made_up(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        values = yaml.safe_load(Path(command[3]).read_text(encoding="utf-8"))
-        several = "--accelerate-config" in command
-        if several:
-            assert json.loads(Path(command[5]).read_text(encoding="utf-8"))["num_processes"] == 2
-        assert env["OMP_NUM_THREADS"] == "1"
-        asked.append((1 + several, values["per_device_train_batch_size"]))
-        speed = [150, 190, 170][sum(n == 2 for n, _ in asked) - 1] if several else 100
-        lines = [{"time/tokens_per_second": 1}] * bench_scaling.WARM_UP + [{"time/tokens_per_second": speed}] * 3
-        Path(values["output_dir"]).mkdir()
-        (Path(values["output_dir"]) / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-        return subprocess.CompletedProcess(command, 0, "", "")
+    class MadeUp:
+        last_words = ""
 
-    monkeypatch.setattr(subprocess, "run", made_up)
+        def __init__(self, module: str, path: str, *launcher: str, environment: dict[str, str]) -> None:
+            assert (module, environment) == ("training.train", {"OMP_NUM_THREADS": "1"})
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if launcher:
+                assert launcher[0] == "--accelerate-config"
+                assert json.loads(Path(launcher[1]).read_text(encoding="utf-8"))["num_processes"] == 2
+            asked.append((1 + bool(launcher), values["per_device_train_batch_size"]))
+            speed = [150, 190, 170][sum(n == 2 for n, _ in asked) - 1] if launcher else 100
+            lines = [{"time/tokens_per_second": 1}] * bench_scaling.WARM_UP + [{"time/tokens_per_second": speed}] * 3
+            Path(values["output_dir"]).mkdir()
+            (Path(values["output_dir"]) / "metrics.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+
+        def __enter__(self) -> "MadeUp":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(bench_scaling, "Child", MadeUp)
     main([config, "--repeats", "3", "--steps", "8"])
     assert asked == [(1, 4), (2, 2), (2, 2), (1, 4), (1, 4), (2, 2)]
     assert "2 processes / 1: 1.70 x (1.50 to 1.90)" in capsys.readouterr().out
@@ -50,7 +59,7 @@ def test_sides_take_turns_on_the_same_rows_and_the_median_ratio_is_told(
 def test_a_batch_that_cannot_be_shared_out_is_refused(config: str) -> None:
     with pytest.raises(UserError, match="=4 is that of the one process and must be a multiple of --processes 3"):
         main([config, "--processes", "3"])
-    with pytest.raises(UserError, match="--steps 5: write at least 2, 1 and 6"):
+    with pytest.raises(UserError, match="--steps is 5; write at least 6"):
         main([config, "--steps", "5"])
 
 

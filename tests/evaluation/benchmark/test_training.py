@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.benchmark.sides.training_side import READY, Measured
-from evaluation.benchmark.training import _Side, compare, main, table
+from evaluation.benchmark.training import compare, loaded, main, table
 
 
 def measured(seconds: float, peak: int) -> Measured:
@@ -61,7 +61,7 @@ def test_a_side_that_ends_before_its_last_step_is_named(
     ends_early.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(ends_early))
     with (
-        _Side("eager", train_args(max_steps=2), tmp_path, 1) as side,
+        loaded("eager", train_args(max_steps=2), threads=1) as side,
         pytest.raises(UserError, match="side eager ended with exit code 0: nothing on standard error"),
     ):
         side.take_step()

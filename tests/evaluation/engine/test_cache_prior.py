@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from configs.load import UserError
-from evaluation.engine.cache_prior import Preference, Weighing, _weighing
+from evaluation.engine.cache_prior import Preference, attach_cache_prior
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
+from training.model.router_kind import Weighing
+from training.model.routers import find_routers
 
 Checkpoint = Callable[..., Path]
 
@@ -40,7 +42,8 @@ def test_strength_0_changes_nothing_and_a_strong_prior_saves_reads(checkpoint: C
 def preference(
     strength: float, keep: int, resident: list[int], *, is_decode: bool = True, normalised: bool = False
 ) -> Preference:
-    return Preference(Weighing(normalised), lambda: resident, lambda: is_decode, strength=strength, keep=keep)
+    weighing = Weighing("softmax", normalised)
+    return Preference(weighing, lambda: resident, lambda: is_decode, strength=strength, keep=keep)
 
 
 Z = torch.tensor([[4.0, 3.0, 2.0, 1.5, 0.0, -4.0]])  # spread 8
@@ -80,25 +83,41 @@ def test_the_spread_is_the_mean_over_the_tokens_so_far() -> None:
     assert routed(hook)[0] == [0, 1, 2], "the mean spread is 2, the bonus 0.2, the gap 0.5"
 
 
-class Router(torch.nn.Module):
-    """Chooses 3 of 6 experts; `weigh` makes weights of the logits and the choice."""
-
-    def __init__(self, weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.gate, self.weigh = torch.nn.Linear(8, 6), weigh
-
-    def forward(self, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = self.gate(hidden_TH)
-        ids = logits.topk(3).indices
-        return logits, self.weigh(logits, ids), ids
+def changed_routers(model: Any, change: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    for router in find_routers(model).values():
+        router.forward = lambda hidden_TH, forward=router.forward: change(*forward(hidden_TH))
 
 
-@pytest.mark.parametrize("weighing", [Weighing(False), Weighing(True), Weighing(True, 2.5), Weighing(False, 16.0)])
-def test_how_a_router_weighs_is_found_out(weighing: Weighing) -> None:
-    found = _weighing(Router(weighing.weights), 8)
-    assert (found.normalised, found.scale) == (weighing.normalised, pytest.approx(weighing.scale))
+@torch.no_grad()
+def test_a_sigmoid_router_prefers_residents_too(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("olmoe")
+    changed_routers(model, lambda z_TE, _, ids_TK: (z_TE, z_TE.sigmoid().gather(1, ids_TK), ids_TK))
+    attach_cache_prior(model, strength=10.0, keep=0, resident=lambda _: [2, 5], is_decode=lambda: True)
+    for router in find_routers(model).values():
+        logits_TE, weights_TK, ids_TK = router(torch.randn(7, 16, generator=torch.Generator().manual_seed(3)))
+        assert {tuple(sorted(ids)) for ids in ids_TK.tolist()} == {(2, 5)}
+        torch.testing.assert_close(weights_TK, logits_TE.sigmoid().gather(1, ids_TK))
 
 
-def test_weights_of_an_unknown_kind_are_refused() -> None:
-    with pytest.raises(UserError, match="Router weighs experts in a way a cache prior does not know"):
-        _weighing(Router(lambda logits, ids: logits.sigmoid().gather(1, ids)), 8)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda z, w, ids: (z, w.sqrt(), ids), "Router weighs experts neither by a softmax nor by a sigmoid"),
+        (lambda z, w, ids: (z, w + w.mean(), ids), "Router weighs experts neither by a softmax nor by a sigmoid"),
+        (
+            lambda z, _, ids: (z, (z.gather(1, ids).softmax(-1)) * z.abs().sum(-1, keepdim=True), ids),
+            "Router weighs experts in a way that a cache prior does not know",
+        ),
+        (
+            lambda z, w, ids: (z, z.softmax(-1).gather(1, (ids + 1) % 8), (ids + 1) % 8),
+            "Router chooses experts in a way that a cache prior does not know",
+        ),
+    ],
+)
+def test_routers_that_choose_or_weigh_in_other_ways_are_refused(
+    change: Any, words: str, tiny_model: Callable[..., Any]
+) -> None:
+    model = tiny_model("olmoe")
+    changed_routers(model, change)
+    with pytest.raises(UserError, match=words):
+        attach_cache_prior(model, strength=0.1, keep=1, resident=lambda _: [], is_decode=lambda: True)

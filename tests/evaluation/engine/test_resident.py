@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine.resident import experts_modules, load_resident, read_config
+from evaluation.engine.resident import experts_modules, load_resident
 from evaluation.engine.store.experts import ExpertStore
+from training.model.lazy_weights import read_config
 
 Checkpoint = Callable[..., Path]
 

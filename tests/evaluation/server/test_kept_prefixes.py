@@ -7,9 +7,9 @@ import pytest
 from transformers import Gemma2Config
 
 from configs.load import UserError
-from evaluation.engine.resident import read_config
 from evaluation.server.application import _keeps_prefixes, parser
 from tests.evaluation.server.running import Plain, serve
+from training.model.lazy_weights import read_config
 
 
 def test_a_conversation_that_goes_on_computes_only_what_is_new(chat_model: Path) -> None:

@@ -1,0 +1,74 @@
+"""Everything that the product takes from inside transformers (5.23): what is private there, or may change with any release.
+
+No other file of the product imports these modules or reads these attributes, so that a new release is met in one place.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _batched_linear,
+    _default_apply_gate,
+    _grouped_linear,
+    grouped_mm_experts_forward,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig
+
+__all__ = [
+    "GradientCheckpointingLayer",
+    "LoadStateDictConfig",
+    "WeightConverter",
+    "WeightRenaming",
+    "applies_plain_gate",
+    "batched_linear",
+    "convert_and_load_state_dict_in_model",
+    "get_model_conversion_mapping",
+    "grouped_linear",
+    "grouped_mm_experts_forward",
+    "is_expert_parallel",
+    "register_experts_function",
+    "rename_source_key",
+    "revert_weight_conversion",
+    "router_class",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "unset_hf_deepspeed_config",
+]
+
+batched_linear, grouped_linear = _batched_linear, _grouped_linear
+
+
+def router_class(model: PreTrainedModel) -> type[nn.Module] | None:
+    """The class of the modules whose outputs transformers records as `router_logits`."""
+    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    return getattr(recorded, "target_class", recorded)
+
+
+def register_experts_function(name: str, function: Callable[..., Tensor]) -> None:
+    """Make `name` an experts implementation; doing it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(name, function)
+
+
+def is_expert_parallel(experts: Any) -> bool:
+    """Whether the experts of one layer lie on several devices."""
+    return bool(experts._is_expert_parallel)
+
+
+def applies_plain_gate(experts: Any) -> bool:
+    """Whether the activation is act(gate) * up, gate in the first half."""
+    return getattr(type(experts), "_apply_gate", None) is _default_apply_gate

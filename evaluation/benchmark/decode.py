@@ -1,4 +1,4 @@
-"""`remoe bench`: decode speed under a memory limit, beside peers and beside what the machine can do.
+"""Decode speed under a memory limit, beside peers and beside what the machine can do.
 
 Every side runs in a process of its own, the sides take turns in every repeat, and a side that fails is reported.
 """
@@ -113,7 +113,7 @@ def benchmark(options: DecodeBenchmark) -> None:
 
 
 def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, list[str]]:
-    """Where processes can be limited, and what to say about it.
+    """The place where processes can be limited, and notes on it.
 
     Raises:
         UserError: a limit was asked for where none can be set.
@@ -132,7 +132,7 @@ def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, list[str
 
 
 def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], list[str]]:
-    """For every repeat a cold leg, a warm leg with another text, and the long prompt; and what had to be left out."""
+    """A cold leg, a warm leg with another text and the long prompt for every repeat; and notes on what was left out."""
     tokenizer = load_tokenizer(model_dir)
     context = int(read_config(model_dir).get_text_config().max_position_embeddings)
     new_tokens, repeats = options.max_new_tokens, options.repeats
@@ -182,7 +182,7 @@ def _contenders(model_dir: str, options: DecodeBenchmark, hierarchy: Hierarchy |
 
 
 def _words(text: str) -> list[str]:
-    """What stands between commas."""
+    """The words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
@@ -227,7 +227,7 @@ def _turn(
 
 
 def _legs_of(contender: Contender, legs: Sequence[Leg], against_new_tokens: int | None) -> list[Leg]:
-    """The long prompt only for the sides its bound is made of; fewer tokens for slow opponents if so asked."""
+    """The legs of one side: the long prompt is for those its bound is made of; slow opponents may decode fewer tokens."""
     side = contender.order.side
     kept = [leg for leg in legs if leg.name != LONG or side in LONG_SIDES]
     if side in LONG_SIDES or against_new_tokens is None:

@@ -1,4 +1,4 @@
-"""`remoe bench training`: our trainer beside transformers' own, on the same rows, training the same routers.
+"""Our trainer beside transformers' own, on the same rows, training the same routers.
 
 Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
 machine changes from one second to the next. The opponent computes the task loss alone, with each
@@ -134,7 +134,7 @@ class _Side:
         self.wait()
 
     def measured(self) -> Measured:
-        """What the process said at its end."""
+        """The figures that the process printed at its end."""
         return Measured(**json.loads(self._last))
 
     def wait(self) -> None:

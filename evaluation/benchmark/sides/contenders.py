@@ -1,4 +1,4 @@
-"""Who takes part: our engine at each cache size, and the opponents with what each needs prepared."""
+"""The contenders: our engine at each cache size, and opponents with all that they need prepared."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.benchmark.memory_group import Hierarchy
 from evaluation.benchmark.order import COLD, Leg, Order
-from evaluation.benchmark.processes import SideRun, run_side
+from evaluation.benchmark.processes import run_side
 from evaluation.engine.memory.process import total_memory_bytes
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.gguf_file import write_gguf
@@ -33,7 +33,7 @@ class Contender:
 def our_contenders(
     base: Order, *, caches: Sequence[str], budgets: Sequence[str], prefetches: Sequence[int], limit_bytes: int | None
 ) -> list[Contender]:
-    """Our engine, once for each size of the expert cache and for each memory budget, with each reading ahead."""
+    """Our engine, once for each size of the expert cache and each memory budget, with each number to read ahead."""
     orders = {f"remoe {cache}": replace(base, side="remoe", expert_cache=cache) for cache in caches}
     orders |= {f"remoe {size} for all": replace(base, side="remoe", memory_budget=size) for size in budgets}
     return [
@@ -44,10 +44,10 @@ def our_contenders(
 
 
 def parse_opponents(text: str) -> list[str]:
-    """Names from `accelerate,llamacpp`; empty: nobody.
+    """The names in `accelerate,llamacpp`; an empty text names nobody.
 
     Raises:
-        UserError: an unknown one.
+        UserError: a name is unknown.
     """
     named = [name.strip() for name in text.split(",") if name.strip()]
     for name in named:
@@ -57,10 +57,20 @@ def parse_opponents(text: str) -> list[str]:
 
 
 def opponent(
-    name: str, base: Order, *, work_dir: Path, gguf: Path, ours: Order, hierarchy: Hierarchy | None,
-    limit_bytes: int | None, timeout_seconds: float,
-) -> Contender:  # fmt: skip
-    """Prepare one opponent: a GGUF, or how much accelerate can hold without being killed (without a limit: as `ours`)."""
+    name: str,
+    base: Order,
+    *,
+    work_dir: Path,
+    gguf: Path,
+    ours: Order,
+    hierarchy: Hierarchy | None,
+    limit_bytes: int | None,
+    timeout_seconds: float,
+) -> Contender:
+    """Prepare one opponent: write its GGUF, or find out how much accelerate can hold under the limit without being killed.
+
+    Without a limit accelerate holds as much as `ours`.
+    """
     if name in UNLIMITED:
         return Contender(name, replace(base, side=name), None)
     if name == "llamacpp":
@@ -73,7 +83,7 @@ def opponent(
 
 
 def _resident_bytes(ours: Order) -> int:
-    """What our engine's memory buys a side that keeps weights and nothing else."""
+    """Bytes of weights that our engine's memory could hold, for a side that keeps weights and nothing else."""
     if ours.memory_budget is not None:
         return parse_size(ours.memory_budget, whole_bytes=total_memory_bytes())
     store = ExpertStore(ours.model_dir)
@@ -95,17 +105,18 @@ def _llamacpp(base: Order, gguf: Path, limit_bytes: int | None) -> Contender:
 def _accelerate_that_fits(
     name: str, order: Order, hierarchy: Hierarchy | None, limit_bytes: int, timeout_seconds: float
 ) -> Contender:
-    """With as many weights in memory as the limit lets it survive a few tokens with, found by trying."""
-    tried: list[SideRun] = []
+    """accelerate with as many weights in memory as it can hold and yet survive a few tokens; found by trying."""
     for resident_bytes in dict.fromkeys(max(0, limit_bytes - margin) for margin in (*ACCELERATE_MARGINS, limit_bytes)):
         probed = replace(order, resident_bytes=resident_bytes)
         trial = replace(probed, legs=[Leg(COLD, [1] * 8, PROBE_TOKENS)])
-        tried.append(
-            run_side(
-                trial, contender=name, repeat=-1, hierarchy=hierarchy, limit_bytes=limit_bytes,
-                timeout_seconds=timeout_seconds,
-            )
-        )  # fmt: skip
-        if tried[-1].failure is None:
+        run = run_side(
+            trial,
+            contender=name,
+            repeat=-1,
+            hierarchy=hierarchy,
+            limit_bytes=limit_bytes,
+            timeout_seconds=timeout_seconds,
+        )
+        if run.failure is None:
             return Contender(name, probed, limit_bytes)
-    return Contender(name, order, limit_bytes, unable=f"also with all experts on disk: {tried[-1].failure}")
+    return Contender(name, order, limit_bytes, unable=f"also with all experts on disk: {run.failure}")

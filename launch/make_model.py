@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs.checks import at_least
 from configs.command import parse
-from configs.files import write_json
+from configs.files import folder_aside, write_json
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
@@ -75,18 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"output {output} exists already; name a new folder, or remove it first")
     tokenizer = load_tokenizer(str(EMBEDDED / "tokenizer"))
     recipe = _recipe(command, len(tokenizer))
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with folder_aside(output) as aside:
         _check_room(aside, weight_bytes(recipe.shape, recipe.dtype))
         made = write_checkpoint(aside, recipe, tokenizer)
         made["measured"] = measure(aside, tokenizer, new_tokens=command.check_tokens)
         write_json(aside / "made.json", made)
         (aside / "README.md").write_text(_readme(made), encoding="utf-8")
-        aside.replace(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     _print(output, made)
 
 

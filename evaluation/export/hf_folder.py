@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
 from evaluation.engine.store.shards import StoredTensor, read_index
@@ -59,10 +60,8 @@ def write_folder(
     Raises:
         OSError: the disk is full, for example; nothing is left behind.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     changed = {place.shard.name for place in stored.values()}
-    try:
-        aside.mkdir()
+    with folder_aside(output) as aside:
         for path in sorted(model_dir.iterdir()):
             if not path.is_file() or path.suffix in OTHER_WEIGHTS or path.name == "README.md":
                 continue
@@ -73,9 +72,6 @@ def write_folder(
         for name, place in stored.items():
             _write_over(aside / place.shard.name, place, routers[name])
         (aside / "README.md").write_text(model_card(model_dir, about), encoding="utf-8")
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ read-ahead included; `rchar` is what read calls returned, from the device or fro
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
@@ -71,6 +71,3 @@ class LegResult:
     decode_io: dict[str, int]
     bytes_read_per_token: float | None
     engine: dict[str, Any] | None = None  # hit rates, misses, EOR: what only a paged engine knows
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)

@@ -34,7 +34,7 @@ Runs = Mapping[str, Sequence[Measured]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBenchmark:
-    """Tokens per second and memory of router fine-tuning, beside transformers' Trainer.
+    """Measure tokens per second and memory of router fine-tuning, beside transformers' Trainer.
 
     All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
     Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an

@@ -37,7 +37,6 @@ def register() -> None:
     register_experts_function(IMPLEMENTATION, frozen_experts_forward)
 
 
-@torch.compiler.disable  # how many rows an expert gets is known only when it runs
 def frozen_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:

@@ -38,7 +38,6 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-@torch.compiler.disable  # where documents begin is known only when it runs
 def packed_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

@@ -18,7 +18,7 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import DecodeResult, decode
 from evaluation.engine.loading import load
 from evaluation.engine.memory.process import peak_rss_bytes
-from evaluation.report.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
+from evaluation.report.numbers import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from launch.engine_flags import EngineFlags, router_weights
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder

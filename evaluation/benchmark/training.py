@@ -1,4 +1,4 @@
-"""`remoe bench-train`: our trainer beside transformers' own, on the same rows, training the same routers.
+"""`remoe bench training`: our trainer beside transformers' own, on the same rows, training the same routers.
 
 Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
 machine changes from one second to the next. The opponent computes the task loss alone, with each

@@ -17,6 +17,10 @@ PASSING_SHARE = 8
 """One slot in so many is added for experts that do not stay, so that several of them are read at once."""
 
 
+class BudgetTooSmall(UserError):
+    """A memory budget under which the model does not work; the message ends with the smallest that works."""
+
+
 class ContextTooLong(UserError):
     """A request needs more memory than a budget leaves."""
 
@@ -105,7 +109,8 @@ def divide(
         ahead_slots: for experts that are read ahead.
 
     Raises:
-        UserError: it is too small; names the smallest that works.
+        BudgetTooSmall: the message names the smallest that works.
+        UserError: no context at all.
     """
     if context_tokens < 1:
         raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
@@ -124,7 +129,7 @@ def divide(
     while slots >= demand.top_k and total_bytes(slots) > whole_bytes:
         slots -= 1
     if slots < demand.top_k:
-        raise UserError(
+        raise BudgetTooSmall(
             f"a memory budget of {readable(whole_bytes)} is too small: the model without its experts takes "
             f"{readable(resident_bytes)}, {context_tokens} tokens of context {readable(kv_bytes + activation_bytes)}, and "
             f"{demand.top_k} experts{' of every layer' if pools > 1 else ''} must fit beside them; the smallest that works "

@@ -73,10 +73,10 @@ def test_what_fits_is_told_beforehand(
 ) -> None:
     free(2**30)
     check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
-    total = sum(p.nbytes for p in load_pretrained(str(model_dir("qwen2_moe"))).parameters()) / 2**20
+    total = sum(p.nbytes for p in load_pretrained(str(model_dir("qwen2_moe"))).parameters()) / 2**10
     said = capsys.readouterr().out
-    assert f"weights: {total:.3g} MiB in float32, of it experts" in said
-    assert f"each process will hold {total:.3g} MiB on its cpu (activations come on top)" in said
+    assert f"weights: {total:.3g} KiB in float32, of it experts" in said
+    assert f"each process will hold {total:.3g} KiB on its cpu (activations come on top)" in said
 
 
 def test_what_does_not_fit_is_refused_with_the_launcher_that_does(

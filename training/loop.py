@@ -138,14 +138,14 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
     if not torch.isfinite(share.loss):
         raise UserError(
             f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
-            f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+            f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto resumes from the last save"
         )
     share.loss.backward()
     return share
 
 
 def _outputs(run: Run, batch: Batch) -> Tensor:
-    """Last hidden states where the loss takes them through the head itself, logits otherwise."""
+    """The last hidden states where the loss takes them through the head itself, logits otherwise."""
     inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
     with run.accelerator.autocast():
         outputs: Tensor = run.model.base_model(**inputs)[0] if run.head else run.model(**inputs).logits
@@ -161,7 +161,7 @@ def _under_autocast(head: Head, accelerator: Accelerator) -> Head:
 
 
 def _add_up_gradients(run: Run) -> None:
-    """Every process has its shares of the objective; what trains is small, so one exchange after the last is enough."""
+    """Add the processes' gradients up; what trains is small, so one exchange after the last micro-batch is enough."""
     if run.accelerator.num_processes == 1:
         return
     tensors = list(run.trained.values())
@@ -186,13 +186,13 @@ def _clip(run: Run) -> float:
     if bad or not math.isfinite(norm):
         raise UserError(
             f"gradient of {bad[0] if bad else 'all tensors together'} is not finite at step {run.step + 1}: stopped before "
-            "the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+            "the step. Lower learning_rate; resume_from_checkpoint=auto resumes from the last save"
         )
     return norm
 
 
 def _record_gradients(run: Run) -> None:
-    """At step 1: every trained tensor has a finite, non-zero gradient and nothing else has any."""
+    """Check at step 1 that every trained tensor has a finite, non-zero gradient and nothing else any; write it down."""
     norms = proof.check_gradients(run.model, run.trained)
     if run.accelerator.is_main_process:
         update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})

@@ -100,7 +100,7 @@ def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
     """The observer of the model's routers, which keeps the original ones where the objective may compare with them.
 
     Raises:
-        UserError: soft misses were asked for, and what routers choose cannot be told by their logits.
+        UserError: soft misses were asked for, and the routers do not always choose the largest logits.
     """
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
     if args.miss_coef and not observer.kind.takes_largest:

@@ -165,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(train_args: Arguments) ->
     args = train_args()
     train(args)
     before = {path: path.read_bytes() for path in Path(args.output_dir).rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="already holds a run; write resume_from_checkpoint=auto to go on with it"):
+    with pytest.raises(UserError, match="already holds a run; write resume_from_checkpoint=auto to resume it"):
         train(args)
     assert before == {path: path.read_bytes() for path in Path(args.output_dir).rglob("*") if path.is_file()}
 

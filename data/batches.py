@@ -27,13 +27,12 @@ class DataArguments:
     dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
     dataset_split: str = "train"  # split of `dataset_name`
     train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
-    domains: list[str] = field(
-        default_factory=lambda: ["prose", "code", "glosses", "puzzles"]
-    )  # parts of `embedded` to read
+    # parts of `embedded` that are read
+    domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])
     max_length: int = 512  # tokens in a packed row
     # leave out rows that hold neither text nor a chat, and say how many; otherwise they are refused
     skip_bad_rows: bool = False
-    assistant_only_loss: bool = False  # in chats, learn only what the assistant says; the rest is read
+    assistant_only_loss: bool = False  # of chats, predict only what the assistant says; the rest is read, not learnt
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.corpus import DOMAINS
 from data.pieces import spread_pieces
+from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
@@ -33,22 +34,7 @@ from evaluation.engine.sessions.plan import plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from evaluation.results import (
-    BASE,
-    ArmResults,
-    LruCurves,
-    Measured,
-    ModelFacts,
-    Plan,
-    Replay,
-    Reproduction,
-    Results,
-    Routing,
-    Run,
-    TooSmall,
-    naming_the_place,
-)
-from evaluation.results import LruCurve as Curve
+from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
@@ -115,7 +101,7 @@ class Arm:
     candidates: list[Candidate]
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmall]:
+def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
     """What becomes of every memory budget, each divided and tried in a process of its own.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
@@ -134,16 +120,20 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmal
         return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]
 
 
-def _divided(budget: str, dividing: Future[dict[str, Any]]) -> Plan | TooSmall:
+def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
     try:
-        return Plan.model_validate(dividing.result())
+        return results.Plan.model_validate(dividing.result())
     except BudgetTooSmall as error:
-        return TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
+        return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
 
 
 def evaluate(
-    model: str, arms: Mapping[str, Arm], args: EvaluationArguments, *, plans: Sequence[Plan | TooSmall] | None = None
-) -> Measured:
+    model: str,
+    arms: Mapping[str, Arm],
+    args: EvaluationArguments,
+    *,
+    plans: Sequence[results.Plan | results.TooSmall] | None = None,
+) -> results.Measured:
     """Measure the base and every candidate.
 
     Args:
@@ -175,32 +165,34 @@ def evaluate(
         load = machine_load(before, processor_times())
         for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
             run.decode = rows
-        return Measured(
+        return results.Measured(
             model=facts,
-            plans=[divided for divided in plans if isinstance(divided, Plan)],
-            budgets_too_small=[refused for refused in plans if isinstance(refused, TooSmall)],
+            plans=[divided for divided in plans if isinstance(divided, results.Plan)],
+            budgets_too_small=[refused for refused in plans if isinstance(refused, results.TooSmall)],
             arms=found,
             machine_load=load,
         )
 
 
-def assemble(measured: Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]) -> Results:
+def assemble(
+    measured: results.Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]
+) -> results.Results:
     """Add what someone needs to measure the same again."""
-    reproduce = Reproduction(
+    reproduce = results.Reproduction(
         command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
     )
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Results(created=created, reproduce=reproduce, **dict(measured))
+    return results.Results(created=created, reproduce=reproduce, **dict(measured))
 
 
 def _measure_arms(
     model_dir: str, arms: Mapping[str, Arm], routers: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
     tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, device: torch.device,
-) -> dict[str, ArmResults]:  # fmt: skip
+) -> dict[str, results.ArmResults]:  # fmt: skip
     """All but the decode. One model is measured with the routers of each candidate in turn, first with its own."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
     base, base_scores = _measure(model, tokenizer, args, name=BASE)
-    found = {BASE: ArmResults(objective=None, coefficients={}, runs=[base])}
+    found = {BASE: results.ArmResults(objective=None, coefficients={}, runs=[base])}
     for name, arm in arms.items():
         runs = []
         for candidate, weights in zip(arm.candidates, routers[name], strict=True):
@@ -209,33 +201,33 @@ def _measure_arms(
             run.seed, run.history = candidate.seed, candidate.history
             run.difference = differences(base_scores, scores)
             runs.append(run)
-        found[name] = ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
+        found[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
     return found
 
 
 def _measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
-) -> tuple[Run, dict[str, TaskScores]]:
+) -> tuple[results.Run, dict[str, TaskScores]]:
     """Quality, routing and replay of one model, and the scores of its items."""
     scores = run_tasks(model, tokenizer, args.quality)
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
     per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
-    run = Run(
+    run = results.Run(
         seed=None,
         history=[],
         quality=summarize(scores),
         difference=None,
-        routing=Routing(**routing_summary(trace), nll=nll),
+        routing=results.Routing(**routing_summary(trace), nll=nll),
         replay=_replays(trace, per_layer, args.replay),
-        lru_curves=LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
         decode=None,
     )
     return run, scores
 
 
-def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[Replay]:
+def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
     """The trace through every chosen policy and size; LRU is read off its curve."""
     requests = requests_of(trace)
     replays = [
@@ -250,8 +242,8 @@ def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[
     return [_replay_row(result, optimum=belady.get(result.slots)) for result in replays]
 
 
-def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
-    return Replay(
+def _replay_row(result: ReplayResult, *, optimum: int | None) -> results.Replay:
+    return results.Replay(
         policy=result.policy,
         cache_scope="per_layer",
         slots=result.slots,
@@ -265,8 +257,8 @@ def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
     )
 
 
-def _at_every_size(curve: LruCurve) -> Curve:
-    return Curve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
+def _at_every_size(curve: LruCurve) -> results.LruCurve:
+    return results.LruCurve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
 
 
 def _pieces_of_text(
@@ -278,13 +270,13 @@ def _pieces_of_text(
     )
 
 
-def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelFacts:
+def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> results.ModelFacts:
     """Counted without any weights: on the meta device, and from the headers of the shards."""
     model, store = empty_model(model_dir, dtype="auto"), ExpertStore(model_dir)
     routers = find_routers(model)
     router: Any = next(iter(routers.values()))
     dtype = compute_dtype(args.decode.dtype, config=model.config, store=store)
-    return ModelFacts(
+    return results.ModelFacts(
         name=name,
         n_parameters=model.num_parameters(),
         layers=len(routers),

@@ -13,7 +13,7 @@ from evaluation.engine.cache.counts import CacheCounts
 from evaluation.engine.cache.pool import ExpertCache
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
 from evaluation.engine.cache_prior import attach_cache_prior
-from evaluation.engine.device import CPU
+from evaluation.engine.device import Device
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
@@ -50,6 +50,7 @@ class Engine:
         cache: ExpertCache,
         demand: Demand,
         dtype: torch.dtype,
+        device: Device,
         division: Division | None,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, dtype, cache, division
@@ -65,7 +66,7 @@ class Engine:
             dtype,
             passing=passing_slots(cache.total_slots, reader.reads_in_flight),
             ahead=SLOTS_PER_GUESS * options.prefetch,
-            device=model.device,
+            device=device,
         )
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
@@ -106,7 +107,7 @@ class Engine:
             attach(experts, PagedLayer(self._pager, position))
         register()
         model.set_experts_implementation(IMPLEMENTATION)
-        if model.device.type != CPU.type:  # what `generate` (5.23) does to `grouped_mm` there, it shall do to us
+        if self._memory.device.decodes_in_batches:  # what `generate` does to `grouped_mm` there, it shall do to us
             model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment]
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
         model.base_model.register_forward_hook(self._end_call)

@@ -12,7 +12,7 @@ from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import ExpertCache
-from evaluation.engine.device import CPU, find_device
+from evaluation.engine.device import device_at, find_device, is_host
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
@@ -46,13 +46,14 @@ def load(
     Raises:
         UserError: nothing to page, damaged shards, a cache too small for one token in one layer, no such device.
     """
-    device = find_device(options.device)
+    where = find_device(options.device)
     if options.memory_budget is not None:
-        if device.type != CPU.type:
+        if not is_host(where):
             raise UserError(
                 f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
             )
         bound_kernel_caches()
+    device = device_at(where)
     config, store = read_config(model_dir), ExpertStore(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     demand = _demand(store, config=config, dtype=dtype)
@@ -70,12 +71,18 @@ def load(
             warn_below_cliff(slots, demand, scope=options.cache_scope, policy=options.cache_policy)
         make_policy = ONLINE[options.cache_policy]
         cache = ExpertCache(slots, demand.layers, scope=options.cache_scope, make_policy=make_policy)
-        yield (
+        engine = Engine(
             model,
-            Engine(
-                model, options, store=store, reader=reader, cache=cache, demand=demand, dtype=dtype, division=division
-            ),
+            options,
+            store=store,
+            reader=reader,
+            cache=cache,
+            demand=demand,
+            dtype=dtype,
+            device=device,
+            division=division,
         )
+        yield model, engine
 
 
 def _slots_of_cache(options: EngineOptions, demand: Demand) -> int:

@@ -7,9 +7,8 @@ Experts are handed in one after the other, in whatever order they land.
 Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate, then up).
 """
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
@@ -18,20 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.engine.cache.policies import Key
-from evaluation.engine.device import CPU
 from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
 from training.model.transformers_internals import batched_linear
 
-VECTOR = 64
-"""Numbers that torch's element-wise loops take at once: two registers of 512 bits, in 16-bit precision."""
 COMBINED_TOKENS = 64
 """Tokens whose weighted rows exist at once, in the wider precision of the weights."""
-THREAD_GRAIN = 32768
-"""Numbers below which torch does not give an element-wise operation to several threads (at::internal::GRAIN_SIZE)."""
 
 
 class Products(Protocol):
-    """What is asked of either."""
+    """What the pager asks of either way to compute."""
 
     def whole(self, key: Key, slot: int) -> None:
         """Everything that can be done with this expert, which lies in this slot until the next one is handed in."""
@@ -48,23 +42,15 @@ class GroupedProducts:
         self._activation: Any = self._experts._apply_gate
         self._rows = _Rows.of(expert_ids_TK)
         hidden_RH = hidden_TH[self._rows.order_R // expert_ids_TK.shape[1]].to(memory.dtype)
-        self.memory, self._hidden_RH = memory, hidden_RH
+        self.memory, self._multiply, self._hidden_RH = memory, memory.device.multiply, hidden_RH
         self._fill = memory.filled_rows if torch.get_num_threads() == memory.filled_for_threads else NOT_FILLED
         self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
         self._out_RH = torch.empty_like(hidden_RH)
 
     def rows_are_independent(self) -> bool:
-        """Whether the activation gives a row the same bits alone as in the matrix of all rows.
-
-        Its vectorised loop leaves the rest of a run of numbers to a scalar one that rounds differently (silu in fp32),
-        and a run ends where the matrix or a thread's share of it does. Without such rests every row stands alone, and
-        on an accelerator, which has no such loop.
-        """
-        if self._out_RH.device.type != CPU.type:
-            return True
-        columns = self.memory.gate_up_columns // 2
+        """Whether the activation gives a row the same bits alone as in the matrix of all rows."""
         counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
-        return all(_share_of_a_thread(rows * columns) % VECTOR == 0 for rows in counts) and columns % VECTOR == 0
+        return self.memory.device.rows_are_independent(counts, self.memory.gate_up_columns // 2)
 
     def whole(self, key: Key, slot: int) -> None:
         """Everything for the rows of this expert, which lies in this slot."""
@@ -78,7 +64,7 @@ class GroupedProducts:
             self._up(self._rows.of_expert[expert], expert, slot)
 
     def activate(self) -> None:
-        """The activation over the matrix of all rows; rows that are not computed yet give rubbish."""
+        """The activation over the matrix of all rows; what it makes of rows that are not computed yet is not read."""
         self._activated_RI = self._activation(self._gate_up_RJ)
 
     def down(self, placed: Mapping[Key, int]) -> None:
@@ -99,12 +85,14 @@ class GroupedProducts:
 
     def _up(self, part: slice, expert: int, slot: int) -> None:
         matrix = self.memory.gate_up_HJ(slot)
-        out = _product(self._hidden_RH[part], matrix, out=self._gate_up_RJ[part], sizes=self._fill["gate_up"])
+        out = self._multiply(self._hidden_RH[part], matrix, out=self._gate_up_RJ[part], sizes=self._fill["gate_up"])
         if self._experts.has_bias:
             out.add_(self._experts.gate_up_proj_bias[expert])
 
     def _down(self, part: slice, expert: int, slot: int, activated_RI: Tensor) -> None:
-        out = _product(activated_RI, self.memory.down_IH(slot), out=self._out_RH[part], sizes=self._fill["down"])
+        out = self.memory.device.multiply(
+            activated_RI, self.memory.down_IH(slot), out=self._out_RH[part], sizes=self._fill["down"]
+        )
         self.memory.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
@@ -150,31 +138,8 @@ class BatchedProducts:
         return out
 
 
-def _product(rows: Tensor, weight: Tensor, *, out: Tensor, sizes: Sequence[int]) -> Tensor:
-    """`rows @ weight` into `out`, which it returns, by the kernel that the resident model's products go through.
-
-    `sizes`: how many rows to compute with, see `filled_rows.py`.
-    """
-    count = len(rows)
-    if out.device.type == CPU.type:
-        size = sizes[count] if count < len(sizes) else count
-        if size == count:
-            return torch.mm(rows, weight, out=out)
-        filled = rows.new_zeros(size, rows.shape[1])
-        filled[:count] = rows
-        return out.copy_(torch.mm(filled, weight)[:count])
-    end = torch.full((1,), count, dtype=torch.int32, device=out.device)
-    return out.copy_(torch.nn.functional.grouped_mm(rows, weight[None], offs=end))
-
-
 def _weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
     return (rows_RH * weights_TK.reshape(-1, 1)).view(*weights_TK.shape, -1).sum(dim=1)
-
-
-def _share_of_a_thread(numbers: int) -> int:
-    """How many of a matrix's numbers torch gives to one thread in an element-wise operation (ATen/Parallel.h)."""
-    threads = min(torch.get_num_threads(), math.ceil(numbers / THREAD_GRAIN))
-    return math.ceil(numbers / threads)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
-from evaluation.engine.device import CPU
-from evaluation.engine.store.expert_format import ALIGN_BYTES
+from evaluation.engine.device import Device
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
 
@@ -35,9 +34,8 @@ def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: 
 
 
 def load_resident(
-    model_dir: str | Path, store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype,
-    device: torch.device = CPU,
-) -> PreTrainedModel:  # fmt: skip
+    model_dir: str | Path, store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype, device: Device
+) -> PreTrainedModel:
     """The model in evaluation mode, on `device` but for its experts, which are on the meta device.
 
     Raises:
@@ -50,23 +48,11 @@ def load_resident(
     return model
 
 
-def _copy_out_of_files(model: PreTrainedModel, device: torch.device) -> None:
+def _copy_out_of_files(model: PreTrainedModel, device: Device) -> None:
     """transformers maps weights from the shards: a file that is cut later would take the process with it (SIGBUS)."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.is_meta:
-            continue
-        if device.type != CPU.type:
-            tensor.data = tensor.data.to(device)
-        elif tensor.is_contiguous():
-            tensor.data = _copy_with_alignment(tensor.data)
-
-
-def _copy_with_alignment(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that starts as far off a 64-byte boundary: last bits of products depend on it."""
-    memory = torch.empty(tensor.nbytes + ALIGN_BYTES, dtype=torch.uint8)
-    start = (tensor.data_ptr() - memory.data_ptr()) % ALIGN_BYTES
-    copy = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return copy.copy_(tensor)
+        if not tensor.is_meta:
+            tensor.data = device.resident(tensor.data)
 
 
 def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[int, nn.Module]]:

@@ -3,18 +3,15 @@
 What a record is, `store/expert_format.py` says. Axes: H hidden, I intermediate, J = 2 I (gate and up).
 """
 
-import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
-import numpy as np
 import torch
 
-from evaluation.engine.device import CPU
+from evaluation.engine.device import Block, Device, Host
 from evaluation.engine.filled_rows import filled_rows
-from evaluation.engine.staging import Staging
 from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads
 from evaluation.engine.store.experts import ExpertStore, Extent
-from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
 from evaluation.engine.store.reader import Bytes, Span
 from training.model.lazy_weights import TORCH_DTYPES
 
@@ -29,25 +26,32 @@ class SlotMemory:
     there.
 
     Attributes:
+        device: where products are computed.
         passing_slots: numbers of the slots for experts that do not stay, after those of the cache.
         ahead_slots: those for experts that are read ahead, after these.
         converts: whether what is read must be copied before it can be used.
-        filled_rows: of `gate_up` and `down`, how many rows to compute products with, see `filled_rows.py`; with so many
-            threads as `filled_for_threads`.
+        filled_rows: of `gate_up` and `down`, how many rows to compute products with, see `filled_rows.py`; holds while torch
+            has `filled_for_threads` threads.
     """
 
     def __init__(
-        self, store: ExpertStore, slots: int, dtype: torch.dtype, *, passing: int = 1, ahead: int = 0,
-        device: torch.device = CPU,
-    ) -> None:  # fmt: skip
-        stored, on_cpu = TORCH_DTYPES[store.format.dtype], device.type == CPU.type
-        self._store, self.dtype, self.converts = store, dtype, stored != dtype or not on_cpu
+        self,
+        store: ExpertStore,
+        slots: int,
+        dtype: torch.dtype,
+        *,
+        passing: int = 1,
+        ahead: int = 0,
+        device: Device | None = None,
+    ) -> None:
+        stored, self.device = TORCH_DTYPES[store.format.dtype], device or Host()
+        self._store, self.dtype = store, dtype
+        self.converts = stored != dtype or not self.device.reads_into_slots
         staying = slots + (1 if self.converts else passing + ahead)
-        self._records = _Records(store, dtype, staying, device=device)
+        self._records = _Records(store, dtype, staying, self.device.allocate)
         self._landing = self._records
         if self.converts:
-            self._landing = _Records(store, stored, passing + ahead, pinned=not on_cpu)
-        self._staging = Staging(device)
+            self._landing = _Records(store, stored, passing + ahead, self.device.allocate_landing)
         self.passing_slots = range(slots, slots + passing)
         self.ahead_slots = range(slots + passing, slots + passing + ahead)
         self._first_landing = slots if self.converts else 0
@@ -83,7 +87,7 @@ class SlotMemory:
     def spans(self, slot: int, layer_id: int, expert: int, roles: Sequence[str] | None = None) -> list[Span]:
         """Where in `slot` an expert, or some of its matrices, goes; if precisions differ, a passing slot is meant."""
         extents = self._store.extents(layer_id, expert, roles)
-        self._staging.wait(slot)
+        self.device.wait(slot)
         leads = NO_LEADS if self.converts else self._store.leads(layer_id, expert)
         return self._landing.spans(slot - self._first_landing, extents, leads)
 
@@ -101,33 +105,29 @@ class SlotMemory:
         slot, place = self.passing_slots.start if into is None else into, passing_slot - self._first_landing
         matrices = [m for m in MATRICES if roles is None or set(roles).intersection(self._store.format.roles_of(m))]
         pairs = [(self._records.matrix(slot, role), self._landing.matrix(place, role)) for role in matrices]
-        self._staging.copy(pairs, passing_slot=passing_slot, slot=slot)
+        self.device.copy_in(pairs, passing_slot=passing_slot, slot=slot)
         return slot
 
     def used(self, slot: int) -> None:
         """The products that were asked for last are with the expert in `slot`."""
-        self._staging.used(slot)
+        self.device.used(slot)
 
 
 class _Records:
     """Raw records and the matrices in them as views."""
 
-    def __init__(
-        self, store: ExpertStore, dtype: torch.dtype, slots: int, *, device: torch.device = CPU, pinned: bool = False
-    ) -> None:
+    def __init__(self, store: ExpertStore, dtype: torch.dtype, slots: int, allocate: Callable[[int], Block]) -> None:
         self._dtype, self._record = dtype, store.record(dtype.itemsize)
         self.record_bytes = self._record.total_bytes
         self.total_bytes = slots * self.record_bytes
+        self._raw, self._release = allocate(self.total_bytes)
         self.leads = [NO_LEADS] * slots
         self._place = list(range(slots))  # of each slot
         self._matrices: dict[tuple[int, str, Leads], torch.Tensor] = {}  # views, which take longer to make than to use
-        if device.type != CPU.type or pinned:
-            self._raw = torch.empty(self.total_bytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-        else:
-            self._map = huge_pages(self.total_bytes)
-            self._raw = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8, count=self.total_bytes))
-        if device.type == CPU.type:
-            self._memory: Bytes = self._raw.numpy()
+
+    @cached_property
+    def _memory(self) -> Bytes:
+        return self._raw.numpy()
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
@@ -145,12 +145,9 @@ class _Records:
         self.leads[one], self.leads[other] = self.leads[other], self.leads[one]
 
     def release(self, slot: int) -> None:
-        """Whole pages only: what a slot shares with its neighbours stays."""
+        """Give the memory of a slot back, but for pages that it shares with its neighbours."""
         place = self._place[slot]
-        start = -(-place * self.record_bytes // PAGE_BYTES) * PAGE_BYTES
-        end = (place + 1) * self.record_bytes // PAGE_BYTES * PAGE_BYTES
-        if end > start:
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+        self._release(place * self.record_bytes, (place + 1) * self.record_bytes)
 
     def spans(self, slot: int, extents: Sequence[Extent], leads: Leads) -> list[Span]:
         """Each extent as one span, or as several if what is adjacent in the file is not so in a record."""

@@ -8,13 +8,11 @@ import mmap
 
 PAGE_BYTES = 4096
 """What `O_DIRECT` wants file offsets and addresses to be multiples of, on every file system."""
-
-
 HUGE_BYTES = 2**21
 
 
 def huge_pages(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory for so many bytes, or more; a page costs memory once it is touched.
+    """Zeroed memory of this many bytes, or more; a page costs memory once it is touched.
 
     Linux (6.9 and later) starts a map where a huge page may start only if it is as long as some of them.
     """
@@ -23,3 +21,10 @@ def huge_pages(size_bytes: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def give_back(memory: mmap.mmap, start: int, end: int) -> None:
+    """Give the whole pages between two bytes back to the system: what they share with their neighbours stays."""
+    start, end = -(-start // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+    if end > start:
+        memory.madvise(mmap.MADV_DONTNEED, start, end - start)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from evaluation.engine.device import Host
 from evaluation.engine.filled_rows import LARGEST_MATRIX, SIZES, _tried, filled_rows, is_compiled, order_showing
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.products import _product
 
 large = pytest.mark.skipif(not is_compiled(torch.bfloat16), reason="takes minutes where torch multiplies by itself")
 
@@ -39,7 +39,7 @@ def test_filling_up_keeps_every_bit_of_every_number_of_rows(inner: int, columns:
     for count in range(1, len(rows_MK) + 1):
         out = torch.empty(count, columns, dtype=torch.bfloat16)
         assert torch.equal(
-            _product(rows_MK[:count], weight_KN, out=out, sizes=sizes), torch.mm(rows_MK[:count], weight_KN)
+            Host().multiply(rows_MK[:count], weight_KN, out=out, sizes=sizes), torch.mm(rows_MK[:count], weight_KN)
         )
 
 

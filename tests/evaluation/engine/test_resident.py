@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
+from evaluation.engine.device import Host
 from evaluation.engine.resident import experts_modules, load_resident
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import read_config
@@ -23,7 +24,7 @@ Checkpoint = Callable[..., Path]
 def test_residents_are_what_from_pretrained_makes(checkpoint: Checkpoint, family: str, dtype: str) -> None:
     folder, compute = checkpoint(family), getattr(torch, dtype)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=compute)
-    model = load_resident(folder, ExpertStore(folder), config=read_config(folder), dtype=compute)
+    model = load_resident(folder, ExpertStore(folder), config=read_config(folder), dtype=compute, device=Host())
     found, expected = dict(model.named_parameters()), dict(plain.named_parameters())
     assert found.keys() == expected.keys()
     for name, parameter in expected.items():
@@ -61,7 +62,7 @@ with torch.no_grad(), load({str(folder)!r}, EngineOptions("100%")) as (model, _)
 def test_experts_of_another_form_are_refused(checkpoint: Checkpoint, flag: str, value: bool) -> None:
     folder = checkpoint("olmoe")
     store = ExpertStore(folder)
-    model = load_resident(folder, store, config=read_config(folder), dtype=torch.bfloat16)
+    model = load_resident(folder, store, config=read_config(folder), dtype=torch.bfloat16, device=Host())
     setattr(model.model.layers[1].mlp.experts, flag, value)
     with pytest.raises(UserError, match=f"layers.1.mlp.experts has {flag} other than {not value}"):
         experts_modules(model, store)

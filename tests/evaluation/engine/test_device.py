@@ -1,4 +1,4 @@
-"""Copies into slots: their order where they run beside the products, and the accelerator itself where there is one."""
+"""What is done differently on an accelerator: the order of copies beside products, and the device itself where there is one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
+from evaluation.engine.device import CPU, Accelerator, Host, device_at
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.staging import Staging
 from tests.conftest import needs_gpu
 
 Checkpoint = Callable[..., Path]
@@ -50,25 +50,52 @@ def test_copies_products_and_reads_wait_for_each_other(monkeypatch: pytest.Monke
     copies, products = Recorded("copies", log), Recorded("products", log)
     monkeypatch.setattr(torch, "Stream", lambda device: copies)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda: products)
-    staging = Staging(torch.device("cuda"))
+    device = Accelerator(CPU)  # whose memory stands in for an accelerator's
+    assert log == []
+    block = device.allocate(64)
+    assert (block.raw.dtype, block.raw.shape) == (torch.uint8, (64,))
     assert log == ["copies waits for products 1"], "before that the slots' memory may be in use"
     log.clear()
     into, source = torch.zeros(2), torch.ones(2)
 
-    staging.wait(7)
+    device.wait(7)
     assert log == [], "nothing was copied out of it yet"
-    staging.copy([(into, source)], passing_slot=7, slot=3)
+    device.copy_in([(into, source)], passing_slot=7, slot=3)
     assert torch.equal(into, source)
     assert log == ["on copies", "off copies", "products waits for copies 1"]
-    staging.used(3)
+    device.used(3)
     log.clear()
-    staging.copy([(into, source)], passing_slot=8, slot=3)
+    device.copy_in([(into, source)], passing_slot=8, slot=3)
     assert log == ["on copies", "copies waits for products 2", "off copies", "products waits for copies 2"]
     log.clear()
-    staging.wait(7)
-    staging.wait(8)
-    staging.wait(8)
+    device.wait(7)
+    device.wait(8)
+    device.wait(8)
     assert log == ["host waits for copies 1", "host waits for copies 2"], "each once"
+
+
+def test_only_the_processor_is_the_host() -> None:
+    assert isinstance(device_at(torch.device("cpu:0")), Host)
+    assert not isinstance(Host(), Accelerator)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_both_multiply(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    draw = torch.Generator().manual_seed(rows)
+    rows_MK, weight_KN = (torch.randn(shape, generator=draw).bfloat16() for shape in ((rows, 32), (32, 16)))
+    expected = torch.mm(rows_MK, weight_KN)
+    monkeypatch.setattr(torch, "Stream", lambda device: None)
+    for device in (Host(), Accelerator(CPU)):
+        out = torch.empty(rows, 16, dtype=torch.bfloat16)
+        assert device.multiply(rows_MK, weight_KN, out=out, sizes=()) is out
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("columns", "counts", "independent"), [(64, {1, 5}, True), (48, {4}, False), (48, {1, 4}, False)]
+)
+def test_rows_stand_alone_where_vectors_leave_no_rest(columns: int, counts: set[int], independent: bool) -> None:
+    assert Host().rows_are_independent(counts, columns) == independent
 
 
 @needs_gpu

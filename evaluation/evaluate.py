@@ -122,7 +122,7 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
 
 def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
     try:
-        return results.Plan.model_validate(dividing.result())
+        return results.Plan.model_validate({**dividing.result(), "memory_budget": budget})
     except BudgetTooSmall as error:
         return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
 

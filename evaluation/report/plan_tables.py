@@ -3,7 +3,7 @@
 from functools import partial
 
 from evaluation.report import summary
-from evaluation.report.numbers import CHANGE, COUNT, MILLISECONDS, MISSING, PLAIN, bytes_text, data_size
+from evaluation.report.numbers import CHANGE, COUNT, MILLISECONDS, MISSING, PLAIN, bytes_text
 from evaluation.report.summary import Number, seed_mean
 from evaluation.report.tables import Table
 from evaluation.results import Plan, Results, Run
@@ -96,5 +96,6 @@ def _all_experts(results: Results) -> Number:
 
 
 def _name(plan: Plan) -> str:
-    budget = plan.division.budget_bytes
-    return data_size(budget).text(budget)
+    """The budget's size, on a second line what was asked for if that was in parts of something."""
+    size, asked = bytes_text(plan.division.budget_bytes), plan.memory_budget or ""
+    return f"{size}\n{asked}" if "%" in asked or "smallest" in asked else size

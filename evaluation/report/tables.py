@@ -53,7 +53,10 @@ def headline_table(results: Results) -> Table:
     if budget is not None:
         at = f"at {_budget(results, budget)}"
         header += [f"bytes / token\n{at}", f"TPOT\n{at}"]
-        note += f" TPOT: median, least to most, change. LRU misses are replayed; bytes and times are of real decoding (cache: {decode_policy(results)})."
+        note += (
+            " TPOT: median, least to most, change. LRU misses are replayed; bytes and times are of real decoding (cache: "
+            f"{decode_policy(results)})."
+        )
         note += f" {machine_sentence(results)}"
     rows = [_headline_row(results, arm, sizes, budget) for arm in results.arms]
     return Table("Headline", header, rows, note.rstrip(), marked=summary.verdict(results).best)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.corpus import DOMAINS
 from data.pieces import spread_pieces
+from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
@@ -33,22 +34,7 @@ from evaluation.engine.sessions.plan import plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from evaluation.results import (
-    BASE,
-    ArmResults,
-    LruCurves,
-    Measured,
-    ModelFacts,
-    Plan,
-    Replay,
-    Reproduction,
-    Results,
-    Routing,
-    Run,
-    TooSmall,
-    naming_the_place,
-)
-from evaluation.results import LruCurve as Curve
+from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
@@ -129,7 +115,7 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
     return Arm(about[0]["objective"], coefficients(about[0]["config"]), candidates)
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmall]:
+def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
     """What becomes of every memory budget, each divided and tried in a process of its own.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
@@ -148,11 +134,11 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmal
         return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]
 
 
-def _divided(budget: str, dividing: Future[dict[str, Any]]) -> Plan | TooSmall:
+def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
     try:
-        return Plan.model_validate(dividing.result())
+        return results.Plan.model_validate({**dividing.result(), "memory_budget": budget})
     except BudgetTooSmall as error:
-        return TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
+        return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
 
 
 def evaluate(
@@ -160,9 +146,9 @@ def evaluate(
     arms: Iterable[tuple[str, Arm]],
     args: EvaluationArguments,
     *,
-    plans: Sequence[Plan | TooSmall] | None = None,
-    found: Callable[[str, Run], None] = lambda _, __: None,
-) -> Measured:
+    plans: Sequence[results.Plan | results.TooSmall] | None = None,
+    found: Callable[[str, results.Run], None] = lambda _, __: None,
+) -> results.Measured:
     """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
@@ -185,11 +171,11 @@ def evaluate(
         measure = partial(_measure_arm, model_dir, tokenizer=tokenizer, args=args, device=device)
         untouched = Arm("", {}, [Candidate({}, None, [])])
         runs, (base_scores,) = measure(untouched, found=partial(found, BASE))
-        results = {BASE: ArmResults(objective=None, coefficients={}, runs=runs)}
+        measured = {BASE: results.ArmResults(objective=None, coefficients={}, runs=runs)}
         sides = [*untouched.candidates]
         for name, arm in arms:
             runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
-            results[name] = ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
+            measured[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
             sides += arm.candidates
         before = processor_times()
         decoded = decode_in_turns(
@@ -197,20 +183,24 @@ def evaluate(
             token_demand_bytes=facts.token_demand_bytes or 0, device=device,
         )  # fmt: skip
         busy = machine_load(before, processor_times())
-        for run, rows in zip((run for of_arm in results.values() for run in of_arm.runs), decoded, strict=True):
+        for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
             run.decode = rows
-        divided = [plan for plan in plans if isinstance(plan, Plan)]
-        too_small = [plan for plan in plans if isinstance(plan, TooSmall)]
-        return Measured(model=facts, plans=divided, budgets_too_small=too_small, arms=results, machine_load=busy)
+        divided = [plan for plan in plans if isinstance(plan, results.Plan)]
+        too_small = [plan for plan in plans if isinstance(plan, results.TooSmall)]
+        return results.Measured(
+            model=facts, plans=divided, budgets_too_small=too_small, arms=measured, machine_load=busy
+        )
 
 
-def assemble(measured: Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]) -> Results:
+def assemble(
+    measured: results.Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]
+) -> results.Results:
     """Add what someone needs to measure the same again."""
-    reproduce = Reproduction(
+    reproduce = results.Reproduction(
         command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
     )
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Results(created=created, reproduce=reproduce, **dict(measured))
+    return results.Results(created=created, reproduce=reproduce, **dict(measured))
 
 
 def _measure_arm(
@@ -220,9 +210,9 @@ def _measure_arm(
     tokenizer: PreTrainedTokenizerBase,
     args: EvaluationArguments,
     device: torch.device,
-    found: Callable[[Run], None],
+    found: Callable[[results.Run], None],
     base_scores: dict[str, TaskScores] | None = None,
-) -> tuple[list[Run], list[dict[str, TaskScores]]]:
+) -> tuple[list[results.Run], list[dict[str, TaskScores]]]:
     """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
     runs, scores = [], []
@@ -242,25 +232,25 @@ def _measure_arm(
 
 def _routed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, candidate: Candidate
-) -> Run:
+) -> results.Run:
     """Routing and replay of one model; its quality is not known yet."""
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace")
     per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
-    return Run(
+    return results.Run(
         seed=candidate.seed,
         history=candidate.history,
         quality=None,
         difference=None,
-        routing=Routing(**routing_summary(trace), nll=nll),
+        routing=results.Routing(**routing_summary(trace), nll=nll),
         replay=_replays(trace, per_layer, args.replay),
-        lru_curves=LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
         decode=None,
     )
 
 
-def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[Replay]:
+def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
     """The trace through every chosen policy and size; LRU is read off its curve."""
     requests = requests_of(trace)
     replays = [
@@ -275,8 +265,8 @@ def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[
     return [_replay_row(result, optimum=belady.get(result.slots)) for result in replays]
 
 
-def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
-    return Replay(
+def _replay_row(result: ReplayResult, *, optimum: int | None) -> results.Replay:
+    return results.Replay(
         policy=result.policy,
         cache_scope="per_layer",
         slots=result.slots,
@@ -290,8 +280,8 @@ def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
     )
 
 
-def _at_every_size(curve: LruCurve) -> Curve:
-    return Curve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
+def _at_every_size(curve: LruCurve) -> results.LruCurve:
+    return results.LruCurve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
 
 
 def _pieces_of_text(
@@ -303,13 +293,13 @@ def _pieces_of_text(
     )
 
 
-def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelFacts:
+def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> results.ModelFacts:
     """Counted without any weights: on the meta device, and from the headers of the shards."""
     model, store = empty_model(model_dir, dtype="auto"), ExpertStore(model_dir)
     routers = find_routers(model)
     router: Any = next(iter(routers.values()))
     dtype = compute_dtype(args.decode.dtype, config=model.config, store=store)
-    return ModelFacts(
+    return results.ModelFacts(
         name=name,
         n_parameters=model.num_parameters(),
         layers=len(routers),

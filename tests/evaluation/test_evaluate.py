@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.load import UserError, load
-from evaluation.engine import load as load_paged
+from evaluation.engine.loading import load as load_paged
+from evaluation.engine.options import EngineOptions
 from evaluation.evaluate import EvaluationArguments, _model_facts, coefficients, divide_budgets, evaluate
 from evaluation.results import ModelFacts, Plan, TooSmall
 from tests.conftest import needs_gpu
@@ -62,12 +63,12 @@ def budgets(*sizes: str) -> EvaluationArguments:
 
 @pytest.mark.filterwarnings("ignore")  # a process that starts Python anew
 def test_a_budget_that_is_too_small_is_a_finding_and_the_others_are_divided() -> None:
-    small, enough = divide_budgets(MODEL, budgets("1MiB", "60MiB"))
+    small, enough = divide_budgets(MODEL, budgets("1MiB", "smallest + 50%"))
     assert isinstance(small, TooSmall)
     assert small.memory_budget == "1MiB"
     assert re.fullmatch(r"the smallest that works is \d\d(\.\d)?MiB", small.too_small)
     assert isinstance(enough, Plan)
-    assert enough.division.budget_bytes == 60 * 2**20
+    assert enough.memory_budget == "smallest + 50%"
     assert 4 <= enough.division.slots <= 128
 
 
@@ -81,7 +82,7 @@ def test_facts_of_the_model_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("evaluation.evaluate.load_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     facts = _model_facts("a name", MODEL, load(EvaluationArguments, None, []))
     model = load_pretrained(MODEL)
-    with load_paged(MODEL, "100%") as (_, engine):
+    with load_paged(MODEL, EngineOptions("100%")) as (_, engine):
         sizes = engine.expert_bytes, engine.token_demand_bytes
     assert facts == ModelFacts(
         name="a name", n_parameters=model.num_parameters(), layers=4, experts=32, top_k=4, expert_bytes=sizes[0],

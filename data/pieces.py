@@ -1,24 +1,29 @@
-"""Real prompts: the beginnings of documents of the shipped corpus, in the tokens of the model that is measured."""
+"""Real text of a wanted length: pieces of the shipped corpus, in the tokens of the model that is measured."""
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
+from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
+
+TOKEN_CHARACTERS = 20  # no tokenizer has more to a token on average
 
 
 def document_beginnings(
     tokenizer: PreTrainedTokenizerBase, split: str, *, tokens: int, count: int, domains: Sequence[str] = DOMAINS
 ) -> list[list[int]]:
-    """`count` token lists of `tokens` ids, the domains in turn, from documents that are at least so long.
+    """`count` prompts of `tokens` ids: beginnings of the first documents that are long enough, the domains in turn.
 
     Raises:
         UserError: there are fewer such documents.
     """
-    by_domain = {domain: _beginnings(tokenizer, split, domain, tokens, -(-count // len(domains))) for domain in domains}
-    longest = max(map(len, by_domain.values()))
-    in_turn = [rows[i] for i in range(longest) for rows in by_domain.values() if i < len(rows)]
+    per_domain = -(-count // len(domains))
+    by_domain = [_beginnings(tokenizer, split, domain, tokens, per_domain) for domain in domains]
+    in_turn = [rows[i] for i in range(per_domain) for rows in by_domain if i < len(rows)]
     if len(in_turn) < count:
         raise UserError(
             f"the {split} split has only {len(in_turn)} documents to offer with {tokens} tokens of this tokenizer, "
@@ -34,9 +39,41 @@ def _beginnings(
     for document in read_corpus(split, [domain]):
         if len(found) == count:
             break
-        ids = tokenizer(document.text[: 20 * tokens], verbose=False)[
-            "input_ids"
-        ]  # no token is 20 characters on average
+        ids = tokenizer(document.text[: TOKEN_CHARACTERS * tokens], verbose=False)["input_ids"]
         if len(ids) >= tokens:
             found.append(list(ids[:tokens]))
     return found
+
+
+def spread_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    domains: Sequence[str],
+    *,
+    tokens: int,
+    at_least: int,
+    every: int,
+    per_domain: int,
+) -> list[npt.NDArray[np.integer]]:
+    """Pieces of tokenized documents, `per_domain` of each domain, evenly over its part of the split.
+
+    Args:
+        tokens: the length of a piece; one that ends with its document may be shorter.
+        at_least: tokens that a document must still have where a piece begins.
+        every: a document's pieces begin at multiples of this.
+
+    Raises:
+        UserError: a domain has fewer pieces.
+    """
+    chosen = []
+    for domain in domains:
+        documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
+        pieces = [
+            document[at : at + tokens] for document in documents for at in range(0, len(document) - at_least + 1, every)
+        ]
+        if len(pieces) < per_domain:
+            raise UserError(
+                f"{split} has {len(pieces)} pieces of {tokens} tokens in {domain}, {per_domain} were asked for"
+            )
+        chosen += [pieces[number * len(pieces) // per_domain] for number in range(per_domain)]
+    return chosen

@@ -3,21 +3,29 @@
 Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.greedy import DecodeResult, decode, greedy
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
+from evaluation.results import Decode, HitRate
+from evaluation.turns import in_turn
 from training.model.loading import load_pretrained
-from training.run_folder import router_delta
+from training.model.routers import copy_into_routers, router_parameters
+
+Answer = TypeVar("Answer")
+Routers = Mapping[str, Tensor]
+"""Parameter name -> weight of every router."""
 
 
 @dataclass
@@ -40,79 +48,84 @@ class DecodeArguments:
 
 def decode_in_turns(
     model_dir: str,
-    sides: Sequence[Mapping[str, Tensor] | None],
+    sides: Sequence[Routers | None],
     prompts: Sequence[np.ndarray],
     args: DecodeArguments,
     *,
+    token_demand_bytes: int,
     device: torch.device,
-) -> list[list[dict[str, Any]]]:
+) -> list[list[Decode]]:
     """Decode every prompt greedily, cold, at every budget; for each side one row of measurements a budget.
 
-    At a budget the sides take turns, every second repeat backwards, so that a machine that becomes slower or quicker
-    favours none of them. `tokens_equal_resident` says whether the tokens were those of the same model with all experts
-    in memory.
+    All sides decode a prompt one after another before the next prompt, every second time in reverse, so that a machine
+    that becomes slower or quicker favours none of them. `tokens_equal_resident` says whether the tokens were those of
+    the same model with all experts in memory.
 
     Args:
-        sides: the router weights of each, None for the base's.
+        sides: the routers of each, None for the base's own.
+        token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
     """
-    references = [_resident_tokens(model_dir, weights, prompts, args, device) for weights in sides]
-    demand_bytes = expert_sizes(model_dir, dtype=args.dtype)["token_demand_bytes"]
-    rows: list[list[dict[str, Any]]] = [[] for _ in sides]
-    progress = tqdm(total=len(args.demands) * args.repeats * len(sides), desc="decode", unit="turn")
+    references = _resident_tokens(model_dir, sides, prompts, args, device)
+    rows: list[list[Decode]] = [[] for _ in sides]
+    progress = tqdm(total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt")
     for demands in args.demands:
-        decoded: list[list[DecodeResult]] = [[] for _ in sides]
-        pool = {}
         options = EngineOptions(
-            expert_cache=int(demands * demand_bytes),
+            expert_cache=int(demands * token_demand_bytes),
             cache_policy=args.cache_policy,
             cache_scope=args.cache_scope,
             dtype=args.dtype,
             device=str(device),
             warn=False,  # the report says what a small budget does
         )
-        for repeat in range(args.repeats):
-            for side in range(len(sides))[:: -1 if repeat % 2 else 1]:
-                with load(model_dir, options, router_delta=sides[side]) as (model, engine):
-                    decoded[side] += [
-                        decode(model, engine, prompt_ids=p.tolist(), max_new_tokens=args.max_new_tokens)
-                        for p in prompts
-                    ]
-                    pool = {
-                        "demands": demands,
-                        "repeats": args.repeats,
-                        "expert_cache_bytes": engine.pool_bytes,
-                        "token_demand_bytes": engine.token_demand_bytes,
-                    }
+        with load(model_dir, options) as (model, engine):
+
+            def answer(prompt_ids: list[int]) -> DecodeResult:
                 progress.update()
+                return decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=args.max_new_tokens)
+
+            decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
+            settings: dict[str, Any] = {
+                "demands": demands, "expert_cache_bytes": engine.pool_bytes, "token_demand_bytes": token_demand_bytes,
+                "cache_policy": args.cache_policy, "cache_scope": args.cache_scope, "repeats": args.repeats,
+            }  # fmt: skip
         for results, reference, own_rows in zip(decoded, references, rows, strict=True):
             equal = [result.token_ids for result in results] == reference * args.repeats
             measured = _measured(results, n_prompts=len(prompts))
-            own_rows.append({**pool, **measured, "tokens_equal_resident": equal})
+            own_rows.append(Decode(**settings, **measured, tokens_equal_resident=equal))
     progress.close()
     return rows
 
 
-def expert_sizes(model_dir: str, *, dtype: str = "auto") -> dict[str, int]:
-    """`expert_bytes` on disk and `token_demand_bytes` in the cache."""
-    with load(model_dir, EngineOptions(expert_cache="100%", dtype=dtype)) as (_, engine):
-        return {"expert_bytes": engine.expert_bytes, "token_demand_bytes": engine.token_demand_bytes}
-
-
 def _resident_tokens(
     model_dir: str,
-    weights: Mapping[str, Tensor] | None,
+    sides: Sequence[Routers | None],
     prompts: Sequence[np.ndarray],
     args: DecodeArguments,
     device: torch.device,
-) -> list[list[int]]:
+) -> list[list[list[int]]]:
+    """What each side decodes with all experts in memory."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    if weights is not None:
-        router_delta.apply(model, weights)
-    return [greedy(model, prompt.tolist(), max_new_tokens=args.max_new_tokens) for prompt in prompts]
+    answer = partial(greedy, model, max_new_tokens=args.max_new_tokens)
+    return _answers(model, sides, prompts, answer, repeats=1)
+
+
+def _answers(
+    model: PreTrainedModel, sides: Sequence[Routers | None], prompts: Sequence[np.ndarray],
+    answer: Callable[[list[int]], Answer], *, repeats: int,
+) -> list[list[Answer]]:  # fmt: skip
+    """What the model answers with the routers of every side: for each side all prompts, then all of the next repeat."""
+    original = {name: weight.detach().clone() for name, weight in router_parameters(model).items()}
+    answers: list[list[Answer]] = [[] for _ in sides]
+    for repeat in range(repeats):
+        for number, prompt in enumerate(prompts):
+            for side in in_turn(range(len(sides)), repeat + number):
+                copy_into_routers(model, sides[side] or original)
+                answers[side].append(answer(prompt.tolist()))
+    return answers
 
 
 def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, Any]:
-    """Ratios of counters, means of times over all repeats; names as in vLLM where it has one."""
+    """Ratios of counters, times of every turn and their means; names as in vLLM where it has one."""
     hits = {
         phase: _ratio(
             sum(r.stats.accesses_by_phase[phase] - r.stats.misses_by_phase[phase] for r in results),
@@ -121,11 +134,12 @@ def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, A
         for phase in ("prefill", "decode")
     }
     decoded = sum(r.stats.tokens["decode"] for r in results)
+    times = {name: [getattr(r.timing, name) for r in results] for name in ("ttft_ms", "tpot_ms")}
     return {
-        "hit_rate": hits,
+        "hit_rate": HitRate(**hits),
         "bytes_read_per_token": _ratio(sum(r.stats.bytes_read_by_phase["decode"] for r in results), decoded),
-        "mean_ttft_ms": _mean([r.timing.ttft_ms for r in results]),
-        "mean_tpot_ms": _mean([r.timing.tpot_ms for r in results]),
+        **times,
+        **{f"mean_{name}": _mean(values) for name, values in times.items()},
         "output_throughput": _mean([r.timing.output_throughput for r in results]),
         "n_prompts": n_prompts,
         "n_tokens": sum(len(result.token_ids) for result in results[:n_prompts]),

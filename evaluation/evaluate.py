@@ -1,37 +1,59 @@
-"""`remoe evaluate`: quality, routing, cache replay and decode of a base model and of router deltas for it.
+"""The whole measurement: quality, routing, cache replay and decode of a base model and of router deltas for it.
 
-`evaluate` is what `remoe run` calls too: one results dictionary, whose layout `evaluation/report/markdown.py` shows.
+`results.py` says what comes of it. Nothing is trained and nothing is written here.
 """
 
 import json
 import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.load import UserError
-from data.batches import tokenize
-from data.corpus import DOMAINS, read_corpus
-from evaluation.decode import DecodeArguments, decode_in_turns, expert_sizes
-from evaluation.engine.cache.curve import lru_curve
-from evaluation.engine.cache.replay import lru_per_layer, replay, requests_of
+from data.corpus import DOMAINS
+from data.pieces import spread_pieces
+from evaluation.decode import DecodeArguments, decode_in_turns
+from evaluation.engine.cache.curve import LruCurve, lru_curve
+from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
 from evaluation.engine.cache.reuse import routing_summary
+from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.device import find_device
+from evaluation.engine.memory.demand import budget_bytes
+from evaluation.engine.memory.division import BudgetTooSmall
+from evaluation.engine.resident import compute_dtype
 from evaluation.engine.sessions.plan import plan
-from evaluation.machine import machine_facts
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
+from evaluation.results import (
+    BASE,
+    ArmResults,
+    LruCurves,
+    Measured,
+    ModelFacts,
+    Plan,
+    Replay,
+    Reproduction,
+    Results,
+    Routing,
+    Run,
+    TooSmall,
+    naming_the_place,
+)
+from evaluation.results import LruCurve as Curve
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
-from training.model.routers import find_routers
+from training.model.routers import copy_into_routers, find_routers
+from training.model.skeleton import empty_model
+from training.objective.objective import ObjectiveArguments
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
 
@@ -51,8 +73,7 @@ class ReplayArguments:
     """Which caches are simulated on the trace."""
 
     policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "fifo", "belady"])
-    cache_scope: str = "per_layer"
-    slots: list[int] = field(default_factory=lambda: [4, 6, 8, 12, 16, 24, 32])
+    slots: list[int] = field(default_factory=lambda: [4, 6, 8, 12, 16, 24, 32])  # of each layer
 
 
 @dataclass
@@ -94,25 +115,35 @@ class Arm:
     candidates: list[Candidate]
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[dict[str, Any]]:
-    """The plan of every memory budget, each made in a process of its own.
+def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmall]:
+    """What becomes of every memory budget, each divided and tried in a process of its own.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
     this needs `if __name__ == "__main__":`, as with anything that starts Python anew.
 
     Raises:
-        UserError: a budget is too small, or the device is not there.
+        UserError: a budget is no size, or the device is not there.
     """
     find_device(args.device)
+    budgets = args.plan.memory_budgets
+    for budget in budgets:
+        budget_bytes(budget, smallest_bytes=1)
     divided = partial(plan, local_folder(model), context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
-        return [process.submit(divided, memory_budget=budget).result() for budget in args.plan.memory_budgets]
+        return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]
+
+
+def _divided(budget: str, dividing: Future[dict[str, Any]]) -> Plan | TooSmall:
+    try:
+        return Plan.model_validate(dividing.result())
+    except BudgetTooSmall as error:
+        return TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
 
 
 def evaluate(
-    model: str, arms: Mapping[str, Arm], args: EvaluationArguments, *, plans: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:
+    model: str, arms: Mapping[str, Arm], args: EvaluationArguments, *, plans: Sequence[Plan | TooSmall] | None = None
+) -> Measured:
     """Measure the base and every candidate.
 
     Args:
@@ -122,116 +153,147 @@ def evaluate(
         UserError: see the parts; a delta that belongs to another base is found before anything is measured.
     """
     model_dir = local_folder(model)
-    find_device(args.device)  # before anything is measured
+    device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    weights = {id(c): router_delta.load_for(model_dir, c.router_delta) for arm in arms.values() for c in arm.candidates}
+    routers = {
+        name: [router_delta.load_for(model_dir, candidate.router_delta) for candidate in arm.candidates]
+        for name, arm in arms.items()
+    }
     plans = divide_budgets(model, args) if plans is None else plans
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(
         tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split
     )
-    base, base_scores = _measure(model_dir, None, tokenizer, args, name="base")
-    results: dict[str, Any] = {"base": {"objective": None, "coefficients": {}, "runs": [base]}}
+    with naming_the_place("what was measured"):
+        facts = _model_facts(model, model_dir, args)
+        found = _measure_arms(model_dir, arms, routers, tokenizer, args, device=device)
+        before = processor_times()
+        decoded = decode_in_turns(
+            model_dir, [None, *(weights for of_arm in routers.values() for weights in of_arm)], prompts, args.decode,
+            token_demand_bytes=facts.token_demand_bytes or 0, device=device,
+        )  # fmt: skip
+        load = machine_load(before, processor_times())
+        for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
+            run.decode = rows
+        return Measured(
+            model=facts,
+            plans=[divided for divided in plans if isinstance(divided, Plan)],
+            budgets_too_small=[refused for refused in plans if isinstance(refused, TooSmall)],
+            arms=found,
+            machine_load=load,
+        )
+
+
+def assemble(measured: Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]) -> Results:
+    """Add what someone needs to measure the same again."""
+    reproduce = Reproduction(
+        command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
+    )
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return Results(created=created, reproduce=reproduce, **dict(measured))
+
+
+def _measure_arms(
+    model_dir: str, arms: Mapping[str, Arm], routers: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
+    tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, device: torch.device,
+) -> dict[str, ArmResults]:  # fmt: skip
+    """All but the decode. One model is measured with the routers of each candidate in turn, first with its own."""
+    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
+    base, base_scores = _measure(model, tokenizer, args, name=BASE)
+    found = {BASE: ArmResults(objective=None, coefficients={}, runs=[base])}
     for name, arm in arms.items():
         runs = []
-        for candidate in arm.candidates:
-            measured, scores = _measure(model_dir, weights[id(candidate)], tokenizer, args, name=name)
-            runs.append(
-                {**measured, "seed": candidate.seed, "history": candidate.history,
-                 "difference": differences(base_scores, scores)}
-            )  # fmt: skip
-        results[name] = {"objective": arm.objective, "coefficients": arm.coefficients, "runs": runs}
-    measured_runs = [measured for arm in results.values() for measured in arm["runs"]]
-    routers = [None, *(weights[id(candidate)] for arm in arms.values() for candidate in arm.candidates)]
-    decoded = decode_in_turns(model_dir, routers, prompts, args.decode, device=find_device(args.device))
-    for measured, rows in zip(measured_runs, decoded, strict=True):
-        measured["decode"] = rows
-    facts = {"name": model, **_model_facts(model_dir, args)}
-    return {"format_version": 1, "model": facts, "plans": plans, "arms": results}
-
-
-def assemble(results: dict[str, Any], *, command: str, config: Any, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """Add what someone needs to measure the same again."""
-    reproduce = {
-        "command": command, "commit": code_commit(), "config": config, "machine": machine_facts(), "seconds": dict(seconds)
-    }  # fmt: skip
-    return {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "reproduce": reproduce, **results}
+        for candidate, weights in zip(arm.candidates, routers[name], strict=True):
+            copy_into_routers(model, weights)
+            run, scores = _measure(model, tokenizer, args, name=name)
+            run.seed, run.history = candidate.seed, candidate.history
+            run.difference = differences(base_scores, scores)
+            runs.append(run)
+        found[name] = ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
+    return found
 
 
 def _measure(
-    model_dir: str, weights: Mapping[str, Tensor] | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *,
-    name: str,
-) -> tuple[dict[str, Any], dict[str, TaskScores]]:  # fmt: skip
-    model = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device))
-    if weights is not None:
-        router_delta.apply(model, weights)
-    scores = run_tasks(model, tokenizer, args.quality)
-    routed = _routing(model, tokenizer, args, name=name)
-    return {"seed": None, "history": [], "quality": summarize(scores), "difference": None, **routed}, scores
-
-
-def _routing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
-) -> dict[str, Any]:
-    """Summary of the teacher-forced trace, LRU at every size, and its replay through every chosen policy and size."""
+) -> tuple[Run, dict[str, TaskScores]]:
+    """Quality, routing and replay of one model, and the scores of its items."""
+    scores = run_tasks(model, tokenizer, args.quality)
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
+    per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
+    run = Run(
+        seed=None,
+        history=[],
+        quality=summarize(scores),
+        difference=None,
+        routing=Routing(**routing_summary(trace), nll=nll),
+        replay=_replays(trace, per_layer, args.replay),
+        lru_curves=LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        decode=None,
+    )
+    return run, scores
+
+
+def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[Replay]:
+    """The trace through every chosen policy and size; LRU is read off its curve."""
     requests = requests_of(trace)
-    sizes = [slots for slots in args.replay.slots if trace.top_k <= slots <= trace.num_experts]
-    scope, curve = args.replay.cache_scope, lru_curve(trace, cache_scope="per_layer")
     replays = [
         lru_per_layer(trace, curve, slots=slots)
-        if (policy, scope) == ("lru", "per_layer")
-        else replay(trace, policy=policy, cache_scope=scope, slots=slots, requests=requests)
-        for policy in args.replay.policies
-        for slots in sizes
+        if policy == "lru"
+        else replay(trace, policy=policy, cache_scope="per_layer", slots=slots, requests=requests)
+        for policy in args.policies
+        for slots in args.slots
+        if trace.top_k <= slots <= trace.num_experts
     ]
-    belady = {r.slots: r.misses for r in replays if r.policy == "belady"}
-    rows = [
-        {
-            "policy": r.policy, "cache_scope": r.cache_scope, "slots": r.slots, "accesses": r.accesses, "misses": r.misses,
-            "hit_rate": r.hit_rate, "first_touches": r.first_touches,
-            "misses_without_first_touches": r.misses - r.first_touches,
-            "misses_per_layer": [layer.misses for layer in r.by_layer],
-            "policy_regret": r.misses / belady[r.slots] if belady.get(r.slots) else None,
-        }
-        for r in replays
-    ]  # fmt: skip
-    curves = {"per_layer": curve, "global": lru_curve(trace, cache_scope="global")}
-    every_size = {
-        name: {"accesses": int(one.accesses.sum()), "misses": one.misses.sum(axis=(0, 1)).tolist()}
-        for name, one in curves.items()
-    }
-    return {"routing": {**routing_summary(trace), "nll": nll}, "replay": rows, "lru_curves": every_size}
+    belady = {result.slots: result.misses for result in replays if result.policy == "belady"}
+    return [_replay_row(result, optimum=belady.get(result.slots)) for result in replays]
+
+
+def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
+    return Replay(
+        policy=result.policy,
+        cache_scope="per_layer",
+        slots=result.slots,
+        accesses=result.accesses,
+        misses=result.misses,
+        hit_rate=result.hit_rate,
+        first_touches=result.first_touches,
+        misses_without_first_touches=result.misses - result.first_touches,
+        misses_per_layer=[layer.misses for layer in result.by_layer],
+        policy_regret=result.misses / optimum if optimum else None,
+    )
+
+
+def _at_every_size(curve: LruCurve) -> Curve:
+    return Curve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
 
 
 def _pieces_of_text(
     tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
 ) -> list[np.ndarray]:
-    """The first `length` tokens of documents that have as many, `per_domain` of each domain, evenly over the split."""
-    pieces = []
-    for domain in domains:
-        documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
-        starts = [
-            document[at : at + length] for document in documents for at in range(0, len(document) - length, 4 * length)
-        ]
-        if len(starts) < per_domain:
-            raise UserError(
-                f"{split} has {len(starts)} pieces of {length} tokens in {domain}, {per_domain} were asked for"
-            )
-        pieces += [starts[index * len(starts) // per_domain] for index in range(per_domain)]
-    return pieces
+    """Pieces of `length` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
+    return spread_pieces(
+        tokenizer, split, domains, tokens=length, at_least=length + 1, every=4 * length, per_domain=per_domain
+    )
 
 
-def _model_facts(model_dir: str, args: EvaluationArguments) -> dict[str, Any]:
-    model = load_pretrained(model_dir)
-    router: Any = next(iter(find_routers(model).values()))
-    return {
-        "n_parameters": model.num_parameters(), "layers": len(find_routers(model)),
-        "experts": int(router.num_experts), "top_k": int(router.top_k), "dtype": str(model.dtype).removeprefix("torch."),
-        **expert_sizes(model_dir, dtype=args.decode.dtype),
-    }  # fmt: skip
+def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelFacts:
+    """Counted without any weights: on the meta device, and from the headers of the shards."""
+    model, store = empty_model(model_dir, dtype="auto"), ExpertStore(model_dir)
+    routers = find_routers(model)
+    router: Any = next(iter(routers.values()))
+    dtype = compute_dtype(args.decode.dtype, config=model.config, store=store)
+    return ModelFacts(
+        name=name,
+        n_parameters=model.num_parameters(),
+        layers=len(routers),
+        experts=int(router.num_experts),
+        top_k=int(router.top_k),
+        expert_bytes=store.format.expert_bytes,
+        token_demand_bytes=len(routers) * int(router.top_k) * store.record(dtype.itemsize).total_bytes,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
@@ -241,7 +303,6 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def coefficients(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a training config that says how strongly which term counts."""
-    return {key: value for key, value in config.items() if key.endswith("_coef")} | {
-        "cache_slots": config["cache_slots"]
-    }
+    """The part of a training config that says which terms count, how strongly and with which settings."""
+    settings = {field.name for field in fields(ObjectiveArguments)} - {"objective"}
+    return {key: value for key, value in config.items() if key in settings}

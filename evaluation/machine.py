@@ -1,12 +1,15 @@
-"""What machine and which versions a result was measured with."""
+"""What machine and which versions a result was measured with, and how busy the machine was with other things."""
 
 import platform
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from evaluation.results import MachineLoad
 
 
 def machine_facts() -> dict[str, Any]:
@@ -34,4 +37,39 @@ def _cpu_model() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+@dataclass(frozen=True)
+class ProcessorTimes:
+    """Seconds of all processors since the machine started, and of this process and its ended children; the load now."""
+
+    total: float
+    idle: float
+    stolen: float  # by the hypervisor, where it says so
+    own: float
+    load_average: float  # over the last minute
+
+
+def processor_times() -> ProcessorTimes:
+    """The counters now."""
+    times, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
+    return ProcessorTimes(
+        total=sum(seconds for name, seconds in times.items() if not name.startswith("guest")),  # user has guests in it
+        idle=times["idle"] + times.get("iowait", 0.0),
+        stolen=times.get("steal", 0.0),
+        own=own.user + own.system + own.children_user + own.children_system,
+        load_average=psutil.getloadavg()[0],
+    )
+
+
+def machine_load(before: ProcessorTimes, after: ProcessorTimes) -> MachineLoad:
+    """How much of the processors' time between two readings others had."""
+    total, stolen = after.total - before.total, after.stolen - before.stolen
+    others = total - (after.idle - before.idle) - stolen - (after.own - before.own)
+    return MachineLoad(
+        load_average_before=before.load_average,
+        load_average_after=after.load_average,
+        stolen_share=stolen / total if total else 0.0,
+        others_share=max(0.0, others / total) if total else 0.0,  # clocks may disagree by a tick
     )

@@ -17,6 +17,15 @@ from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError
+from evaluation.results import (
+    MEAN,
+    Difference,
+    DomainPerplexity,
+    PerplexityDifference,
+    Quality,
+    TaskDifference,
+    TaskValue,
+)
 
 PERPLEXITY = "perplexity_"  # prefix of the tasks that measure a domain's perplexity
 RESAMPLES = 2000
@@ -109,29 +118,27 @@ def _scores(
     return TaskScores(task, metric, values, chance=float(np.mean(1 / np.array(choices))) if choices else 0.0)
 
 
-def summarize(scores: Mapping[str, TaskScores]) -> dict[str, Any]:
-    """Per task value, standard error, items and chance level; per domain perplexity; mean perplexity over domains.
-
-    The mean is geometric: exp of the domains' mean cross entropy per token.
-    """
-    tasks, perplexity = {}, {}
+def summarize(scores: Mapping[str, TaskScores]) -> Quality:
+    """The value of every task with its standard error, every domain's perplexity, and their geometric mean."""
+    tasks, perplexity, logs = {}, {}, []
     for name, task in scores.items():
+        n = len(task.values)
         if task.measures_perplexity:
-            perplexity[name.removeprefix(PERPLEXITY)] = {
-                "perplexity": float(np.exp(-task.values.sum() / _tokens(task).sum())),
-                "word_perplexity": float(np.exp(-task.values.sum() / _words(task).sum())),
-                "n": len(task.values),
-            }
+            per_token = float(np.exp(-task.values.sum() / _tokens(task).sum()))
+            logs.append(np.log(per_token))
+            perplexity[name.removeprefix(PERPLEXITY)] = DomainPerplexity(
+                perplexity=per_token,
+                word_perplexity=float(np.exp(-task.values.sum() / _words(task).sum())),
+                n=n,
+            )
         else:
-            tasks[name] = {
-                "metric": task.metric, "value": float(task.values.mean()), "stderr": float(stats.sem(task.values)),
-                "n": len(task.values), "chance": task.chance,
-            }  # fmt: skip
-    logs = [np.log(domain["perplexity"]) for domain in perplexity.values()]
-    return {"tasks": tasks, "perplexity": perplexity, "mean_perplexity": float(np.exp(np.mean(logs))) if logs else None}
+            stderr = float(stats.sem(task.values)) if n > 1 else None
+            value = float(task.values.mean())
+            tasks[name] = TaskValue(metric=task.metric, value=value, stderr=stderr, n=n, chance=task.chance)
+    return Quality(tasks=tasks, perplexity=perplexity, mean_perplexity=float(np.exp(np.mean(logs))) if logs else None)
 
 
-def differences(base: Mapping[str, TaskScores], tuned: Mapping[str, TaskScores]) -> dict[str, Any]:
+def differences(base: Mapping[str, TaskScores], tuned: Mapping[str, TaskScores]) -> Difference:
     """Tuned minus base with paired 95 % intervals: tasks in their metric, perplexity per token as a relative change."""
     draw = np.random.default_rng(0)
     tasks, perplexity, resampled, points = {}, {}, [], []
@@ -144,16 +151,17 @@ def differences(base: Mapping[str, TaskScores], tuned: Mapping[str, TaskScores])
         else:
             tasks[name] = _paired(before.values, tuned[name].values)
     if points:
-        perplexity["mean"] = _relative(float(np.mean(points)), np.mean(resampled, axis=0))
-    return {"tasks": tasks, "perplexity": perplexity}
+        perplexity[MEAN] = _relative(float(np.mean(points)), np.mean(resampled, axis=0))
+    return Difference(tasks=tasks, perplexity=perplexity)
 
 
-def _paired(before: Array, after: Array) -> dict[str, float]:
-    """Mean difference and its t interval."""
-    change = after - before
-    half = float(stats.sem(change) * stats.t.ppf((1 + CONFIDENCE) / 2, len(change) - 1)) if len(change) > 1 else 0.0
-    mean = float(change.mean())
-    return {"difference": mean, "low": mean - half, "high": mean + half}
+def _paired(before: Array, after: Array) -> TaskDifference:
+    """Mean difference and its t interval; a single item has no interval."""
+    change, mean = after - before, float((after - before).mean())
+    if len(change) < 2:
+        return TaskDifference(difference=mean, low=None, high=None)
+    half = float(stats.sem(change) * stats.t.ppf((1 + CONFIDENCE) / 2, len(change) - 1))
+    return TaskDifference(difference=mean, low=mean - half, high=mean + half)
 
 
 def _log_ratio(before: TaskScores, after: TaskScores, draw: np.random.Generator) -> tuple[float, Array]:
@@ -163,9 +171,9 @@ def _log_ratio(before: TaskScores, after: TaskScores, draw: np.random.Generator)
     return float(loss.sum() / tokens.sum()), loss[picks].sum(1) / tokens[picks].sum(1)
 
 
-def _relative(point: float, samples: Array) -> dict[str, float]:
+def _relative(point: float, samples: Array) -> PerplexityDifference:
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"relative": float(np.expm1(point)), "low": float(np.expm1(low)), "high": float(np.expm1(high))}
+    return PerplexityDifference(relative=float(np.expm1(point)), low=float(np.expm1(low)), high=float(np.expm1(high)))
 
 
 def _tokens(task: TaskScores) -> Array:

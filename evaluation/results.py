@@ -1,130 +1,265 @@
-"""What `results.json` holds, and the check that a file really holds it before anything is drawn from it.
+"""What `results.json` holds, as models that are checked when they are built and when a file is read.
 
-The writer of the file is not here; this is the contract the report reads by. A key the report needs must be there, a
-value that was not measured is null, and every number is finite. Keys beyond these are kept and ignored.
+A key the report needs must be there, a value that was not measured is null, and every number is finite. Keys beyond these
+are kept and ignored. Who measures is `evaluate.py`; who presents is `report/`.
 """
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from configs.load import UserError
 
 FORMAT_VERSION = 1
 BASE = "base"  # the arm that is the untouched model
-
-Results = Mapping[str, Any]
-Run = Mapping[str, Any]
+MEAN = "mean"  # key of the mean over domains among the perplexity differences
 
 
-@dataclass(frozen=True)
-class Nullable:
-    """Null, or what `of` says."""
+class Part(BaseModel):
+    """An object of `results.json`."""
 
-    of: Any
-
-
-@dataclass(frozen=True)
-class Each:
-    """An object with any keys, each value as `of` says."""
-
-    of: Any
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
-# float: a finite number or null; str: text or null; object: anything; [x]: a list of x; {...}: these keys.
-_INTERVAL = {"low": float, "high": float}
-_QUALITY = {
-    "tasks": Each({"metric": str, "value": float, "stderr": float, "n": float, "chance": float}),
-    "perplexity": Each({"word_perplexity": float, "n": float}),
-    "mean_perplexity": float,
-}
-_DIFFERENCE = {
-    "tasks": Each({"difference": float, **_INTERVAL}),
-    "perplexity": Each({"relative": float, **_INTERVAL}),
-}
-_ROUTING = {
-    "n_tokens": float,
-    "reuse_rate_mean": float,
-    "reuse_rate_per_layer": [float],
-    "chance_reuse_rate": float,
-    "load_entropy_per_layer": [float],
-    "load_cv_per_layer": [float],
-    "dead_experts_per_layer": [float],
-    "nll": float,
-}
-_REPLAY = {
-    "policy": str,
-    "cache_scope": str,
-    "slots": float,
-    "accesses": float,
-    "misses": float,
-    "misses_without_first_touches": float,
-    "policy_regret": float,
-}
-_LRU_CURVE = {"accesses": float, "misses": [float]}  # with 0, 1, ... slots of each layer, or of the one pool
-_PLAN = {
-    "division": {
-        "budget_bytes": float,
-        "resident_bytes": float,
-        "buffer_bytes": float,
-        "kv_bytes": float,
-        "activation_bytes": float,
-        "expert_cache_bytes": float,
-        "context_tokens": float,
-        "slots": float,
-    },
-    "read_bandwidth": {"bytes_per_second": float},
-    "measured": {"compute_ms": float},
-}
-_DECODE = {
-    "expert_cache_bytes": float,
-    "demands": float,
-    "hit_rate": {"prefill": float, "decode": float},
-    "bytes_read_per_token": float,
-    "mean_ttft_ms": float,
-    "mean_tpot_ms": float,
-    "output_throughput": float,
-    "n_prompts": float,
-    "n_tokens": float,
-}
-_RUN = {
-    "seed": float,
-    "history": Nullable([Each(object)]),
-    "quality": Nullable(_QUALITY),
-    "difference": Nullable(_DIFFERENCE),
-    "routing": Nullable(_ROUTING),
-    "replay": Nullable([_REPLAY]),
-    "lru_curves": Nullable({"per_layer": _LRU_CURVE, "global": _LRU_CURVE}),
-    "decode": Nullable([_DECODE]),
-}
-_RESULTS = {
-    "created": str,
-    "reproduce": {
-        "command": str,
-        "commit": str,
-        "config": Each(object),
-        "machine": Each(object),
-        "seconds": Each(float),
-    },
-    "model": {
-        "name": str,
-        "n_parameters": float,
-        "layers": float,
-        "experts": float,
-        "top_k": float,
-        "expert_bytes": float,
-        "token_demand_bytes": float,
-        "dtype": str,
-    },
-    "plans": [_PLAN],
-    "arms": Each({"objective": str, "coefficients": Each(object), "runs": [_RUN]}),
-}
+class TaskValue(Part):
+    """One task: the mean of its metric over `n` items."""
+
+    metric: str | None
+    value: float | None
+    stderr: float | None
+    n: int | None
+    chance: float | None
 
 
-def read_results(path: str | Path) -> dict[str, Any]:
+class DomainPerplexity(Part):
+    """One domain's perplexity, per token and per word."""
+
+    perplexity: float | None = None
+    word_perplexity: float | None
+    n: int | None
+
+
+class Quality(Part):
+    """What the model can do; `mean_perplexity` is the geometric mean over domains, per token."""
+
+    tasks: dict[str, TaskValue]
+    perplexity: dict[str, DomainPerplexity]
+    mean_perplexity: float | None
+
+
+class TaskDifference(Part):
+    """Tuned minus base in the task's metric, with its paired 95 % interval."""
+
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class PerplexityDifference(Part):
+    """Relative change of a perplexity per token, with its paired 95 % interval."""
+
+    relative: float | None
+    low: float | None
+    high: float | None
+
+
+class Difference(Part):
+    """Tuned against base; the key `MEAN` of `perplexity` is the mean over domains."""
+
+    tasks: dict[str, TaskDifference]
+    perplexity: dict[str, PerplexityDifference]
+
+
+class Routing(Part):
+    """Which experts the traced text chose."""
+
+    n_tokens: int | None
+    reuse_rate_mean: float | None
+    reuse_rate_per_layer: list[float | None]
+    chance_reuse_rate: float | None
+    load_entropy_per_layer: list[float | None]
+    load_cv_per_layer: list[float | None]
+    dead_experts_per_layer: list[int | None]
+    nll: float | None  # nats per token
+
+
+class Replay(Part):
+    """The trace replayed through one cache per layer, of one policy and size."""
+
+    policy: str
+    cache_scope: Literal["per_layer"]
+    slots: int
+    accesses: int | None
+    misses: int | None
+    misses_without_first_touches: int | None
+    policy_regret: float | None  # misses / Belady's misses at the same size
+    hit_rate: float | None = None
+    first_touches: int | None = None
+    misses_per_layer: list[int] = Field(default_factory=list)
+
+
+class LruCurve(Part):
+    """Misses of LRU with 0, 1, ... slots of each layer, or of the one pool of all layers."""
+
+    accesses: int | None
+    misses: list[int]
+
+
+class LruCurves(Part):
+    """LRU at every size."""
+
+    per_layer: LruCurve
+    shared: LruCurve = Field(alias="global")
+
+
+class HitRate(Part):
+    """Hits per access, by phase."""
+
+    prefill: float | None
+    decode: float | None
+
+
+class Decode(Part):
+    """Real prompts decoded with one size of expert cache.
+
+    `ttft_ms` and `tpot_ms` are of every turn: all prompts of the first repeat, then all of the next. Runs of the same
+    results have the same order, so equal places were measured side by side.
+    """
+
+    expert_cache_bytes: int
+    cache_policy: str | None = None
+    cache_scope: str | None = None
+    demands: float | None  # how many tokens' experts the cache holds
+    token_demand_bytes: int | None = None
+    hit_rate: HitRate
+    bytes_read_per_token: float | None
+    ttft_ms: list[float | None] | None = None
+    tpot_ms: list[float | None] | None = None
+    mean_ttft_ms: float | None
+    mean_tpot_ms: float | None
+    output_throughput: float | None
+    n_prompts: int | None
+    n_tokens: int | None
+    repeats: int | None = None
+    tokens_equal_resident: bool | None = None
+
+
+class Run(Part):
+    """One model: the base, or an arm trained with one seed."""
+
+    seed: int | None
+    history: list[dict[str, Any]] | None
+    quality: Quality | None
+    difference: Difference | None
+    routing: Routing | None
+    replay: list[Replay] | None
+    lru_curves: LruCurves | None
+    decode: list[Decode] | None
+
+
+class ArmResults(Part):
+    """Runs of one objective that differ in their seed only."""
+
+    objective: str | None
+    coefficients: dict[str, Any]
+    runs: list[Run] = Field(min_length=1)
+
+
+class Division(Part):
+    """What a memory budget becomes."""
+
+    budget_bytes: int
+    resident_bytes: int | None
+    buffer_bytes: int | None
+    kv_bytes: int | None
+    activation_bytes: int | None
+    expert_cache_bytes: int | None
+    context_tokens: int | None
+    slots: int
+
+
+class ReadBandwidth(Part):
+    """What the disk gave."""
+
+    bytes_per_second: float
+
+
+class PlanTimes(Part):
+    """What a short request took under a budget."""
+
+    compute_ms: float | None  # per token
+
+
+class Plan(Part):
+    """A memory budget, divided and tried."""
+
+    division: Division
+    read_bandwidth: ReadBandwidth
+    measured: PlanTimes
+
+
+class TooSmall(Part):
+    """A memory budget under which the model does not work."""
+
+    memory_budget: str  # as it was asked for
+    too_small: str  # which one would work
+
+
+class ModelFacts(Part):
+    """The base model."""
+
+    name: str | None
+    n_parameters: int | None
+    layers: int | None  # those with experts
+    experts: int | None  # of a layer
+    top_k: int | None
+    expert_bytes: int | None  # as stored
+    token_demand_bytes: int | None  # in the expert cache
+    dtype: str | None
+
+
+class MachineLoad(Part):
+    """How busy the machine was with other things while models were decoded; see `machine.py`."""
+
+    load_average_before: float
+    load_average_after: float
+    stolen_share: float  # of all processors' time: taken by the hypervisor
+    others_share: float  # by other processes
+
+
+class Measured(Part):
+    """What an evaluation found."""
+
+    format_version: int = FORMAT_VERSION
+    model: ModelFacts
+    plans: list[Plan]
+    budgets_too_small: list[TooSmall] = Field(default_factory=list)
+    arms: dict[str, ArmResults]
+    machine_load: MachineLoad | None = None
+
+
+class Reproduction(Part):
+    """What someone needs to measure the same again."""
+
+    command: str | None
+    commit: str | None
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    seconds: dict[str, float | None]
+
+
+class Results(Measured):
+    """`results.json`."""
+
+    created: str | None
+    reproduce: Reproduction
+
+
+def read_results(path: str | Path) -> Results:
     """The checked content of a results file.
 
     Raises:
@@ -144,12 +279,15 @@ def read_results(path: str | Path) -> dict[str, Any]:
             f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
             "it may be cut off: write it again with `remoe run`"
         ) from error
-    check_results(content, source=str(path))
-    return dict(content)
+    return checked_results(content, source=str(path))
 
 
-def check_results(content: Any, *, source: str = "results") -> None:
-    """Raises `UserError`, naming the place, unless `content` is what the report reads."""
+def checked_results(content: Any, *, source: str = "results") -> Results:
+    """Nested JSON as results.
+
+    Raises:
+        UserError: it is not what the report reads; names the place.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{source} must hold one JSON object, found {_kind(content)}")
     version = content.get("format_version")
@@ -157,46 +295,44 @@ def check_results(content: Any, *, source: str = "results") -> None:
         raise UserError(
             f"{source}: format_version is {version!r}, this report reads {FORMAT_VERSION}; run `remoe run` again"
         )
-    _check(content, _RESULTS, source, "")
-    arms = content["arms"]
-    if BASE not in arms:
+    with naming_the_place(source):
+        results = Results.model_validate(content)
+    if BASE not in results.arms:
         raise UserError(f"{source}: arms has no {BASE!r}, the untouched model that all others are compared with")
-    for name, arm in arms.items():
-        if not arm["runs"]:
-            raise UserError(f"{source}: arms.{name}.runs is empty; leave out an arm that was not run")
+    return results
 
 
-def _check(value: Any, spec: Any, source: str, where: str) -> None:
-    if isinstance(spec, Nullable):
-        if value is not None:
-            _check(value, spec.of, source, where)
-    elif spec is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise _wrong(source, where, "a finite number, or null if it was not measured", value)
-    elif spec is str:
-        if value is not None and not isinstance(value, str):
-            raise _wrong(source, where, "text or null", value)
-    elif isinstance(spec, list):
-        if not isinstance(value, list):
-            raise _wrong(source, where, "a list", value)
-        for i, item in enumerate(value):
-            _check(item, spec[0], source, f"{where}[{i}]")
-    elif isinstance(spec, Each | dict):
-        if not isinstance(value, dict):
-            raise _wrong(source, where, "an object", value)
-        fields = spec if isinstance(spec, dict) else dict.fromkeys(value, spec.of)
-        for key, below in fields.items():
-            inside = f"{where}.{key}" if where else str(key)
-            if key not in value:
-                raise UserError(f"{source}: {inside} is missing; write null if it was not measured")
-            _check(value[key], below, source, inside)
-    else:
-        assert spec is object, f"unknown spec {spec!r}"
+@contextmanager
+def naming_the_place(source: str) -> Iterator[None]:
+    """What is built inside and is not as it should be becomes a `UserError` that says where, in `source`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(f"{source}: {_in_words(error)}") from error
 
 
-def _wrong(source: str, where: str, wanted: str, value: Any) -> UserError:
-    return UserError(f"{source}: {where} must be {wanted}, found {_kind(value)}")
+WANTED = {
+    "finite_number": "a finite number, or null if it was not measured",
+    "float_type": "a finite number, or null if it was not measured",
+    "int_type": "a whole number, or null if it was not measured",
+    "string_type": "text or null",
+    "bool_type": "true, false or null",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+"""What pydantic misses, by its names for errors, in our words."""
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "missing":
+        return f"{place} is missing; write null if it was not measured"
+    if first["type"] == "too_short":
+        return f"{place} is empty; leave out an arm that was not run"
+    return f"{place} must be {WANTED.get(first['type'], first['msg'])}, found {_kind(first['input'])}"
 
 
 def _kind(value: Any) -> str:

@@ -1,9 +1,7 @@
 """`remoe generate`: greedy text from a checkpoint whose experts stay on disk, with everything measured."""
 
-import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run
+from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
 from evaluation.engine.cache.trace_formats import check_extension, write_trace
@@ -20,44 +18,57 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import DecodeResult, decode
 from evaluation.engine.loading import load
 from evaluation.engine.memory.process import peak_rss_bytes
-from evaluation.report.wording import MILLISECONDS, PERCENT, PLAIN, bytes_text
-from launch.engine_flags import add_engine_flags, engine_options, router_weights
+from evaluation.report.numbers import MILLISECONDS, PERCENT, PLAIN, bytes_text
+from launch.engine_flags import EngineFlags, router_weights
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
-EXAMPLE = """example:
-  remoe generate --model data/embedded/model --expert-cache 2MiB --prompt "The sea was" --max-new-tokens 64 \\
-      --output generated.json
-"""
+
+@dataclass(frozen=True)
+class Generate:
+    """Greedy text from a mixture-of-experts checkpoint whose experts stay on disk.
+
+    The tokens are those of plain transformers, within the memory that you give.
+
+    examples:
+      remoe generate --model data/embedded/model --expert-cache 2MiB --prompt "The sea was"
+      remoe generate --model DIR --memory-budget 8GiB --prompt-file prompt.txt --max-new-tokens 200 --output generated.json
+    """
+
+    model: str  # folder with safetensors weights, or hub name
+    engine: EngineFlags
+    prompt: str | None = None  # the prompt itself
+    prompt_file: str | None = None  # or a UTF-8 text file that holds it
+    max_new_tokens: int = 64  # stop after that many tokens
+    router_delta: str | None = None  # folder with tuned routers for exactly this model
+    output: str | None = None  # JSON file for tokens and measurements
+    route_trace: str | None = None  # file for the routing of this run (.safetensors, .npz or .csv), for `remoe replay`
+    seed: int = 0  # of torch; greedy decoding itself draws nothing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, load, decode one prompt, write the JSON and the trace, print the text and a table."""
-    arguments = _parser().parse_args(argv)
-    output = prepare(arguments.output) if arguments.output else None
-    trace_path = prepare(arguments.route_trace) if arguments.route_trace else None
+    """Load, decode one prompt, write the JSON and the trace, print the text and a table."""
+    command = parse(Generate, argv, prog="remoe generate")
+    output = prepare(command.output) if command.output else None
+    trace_path = prepare(command.route_trace) if command.route_trace else None
     if trace_path:
         check_extension(trace_path)
-    prompt = _prompt(arguments)
-    model_dir = local_folder(arguments.model)
-    torch.manual_seed(arguments.seed)
+    prompt = _prompt(command)
+    model_dir = local_folder(command.model)
+    torch.manual_seed(command.seed)
     transformers.utils.logging.disable_progress_bar()
     read_config(model_dir)  # a folder without a model is named before its tokenizer is missed
     tokenizer = load_tokenizer(model_dir)
     prompt_ids = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
-        raise UserError(f"the tokenizer of {arguments.model} makes no tokens of the prompt; is tokenizer.json there?")
-    options = engine_options(
-        arguments,
-        context_tokens=len(prompt_ids) + max(1, arguments.max_new_tokens),
-        record_trace=trace_path is not None,
-        cache_prior=arguments.cache_prior,
-        cache_prior_keep=arguments.cache_prior_keep,
+        raise UserError(f"the tokenizer of {command.model} makes no tokens of the prompt; is tokenizer.json there?")
+    options = command.engine.with_(
+        context_tokens=len(prompt_ids) + max(1, command.max_new_tokens), record_trace=trace_path is not None
     )
-    with load(model_dir, options, router_delta=router_weights(arguments, model_dir)) as (model, engine):
-        result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=arguments.max_new_tokens)
+    with load(model_dir, options, router_delta=router_weights(model_dir, command.router_delta)) as (model, engine):
+        result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=command.max_new_tokens)
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
-        report = {**result_json(result, engine), "text": text, "config": _resolved(arguments, engine, model)}
+        report = {**result_json(result, engine), "text": text, "config": _resolved(command, engine, model)}
         if trace_path:
             write_trace(engine.trace(), trace_path)
     if output:
@@ -89,10 +100,11 @@ def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict[str, Any]:
+def _resolved(command: Generate, engine: Engine, model: Any) -> dict[str, Any]:
     """Every flag as given, and what became of it."""
     return {
-        **vars(arguments),
+        **{key: value for key, value in asdict(command).items() if key != "engine"},
+        **asdict(command.engine),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "expert_cache_bytes": engine.pool_bytes,
         "division": None if engine.division is None else asdict(engine.division),
@@ -107,8 +119,11 @@ def _resolved(arguments: argparse.Namespace, engine: Engine, model: Any) -> dict
     }
 
 
-def _prompt(arguments: argparse.Namespace) -> str:
-    prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(Path(arguments.prompt_file))
+def _prompt(command: Generate) -> str:
+    if (command.prompt is None) == (command.prompt_file is None):
+        raise UserError("write exactly one of --prompt (the text itself) and --prompt-file (a file that holds it)")
+    prompt = command.prompt if command.prompt_file is None else _read_prompt(Path(command.prompt_file))
+    assert prompt is not None, "one of the two was given"
     if not prompt.strip():
         raise UserError("the prompt is empty; write some text after --prompt or into the prompt file")
     if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
@@ -144,44 +159,3 @@ def _print(report: dict[str, Any]) -> None:
     }.items():
         table.add_row(name, value)
     console.print(table)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe generate",
-        description="Greedy text from a mixture-of-experts checkpoint whose experts stay on disk: the tokens of plain "
-        "transformers, within the expert memory you give it.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_engine_flags(parser)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 text file that holds the prompt")
-    parser.add_argument("--max-new-tokens", type=int, required=True, metavar="N", help="stop after N tokens")
-    parser.add_argument("--output", metavar="JSON", help="where to write tokens and measurements")
-    parser.add_argument(
-        "--cache-prior",
-        type=float,
-        metavar="LAMBDA",
-        help="CHANGES THE TEXT: while decoding, routers prefer experts that are in the cache, by LAMBDA times the spread "
-        "of their logits; 0.1 is mild (arXiv 2412.00099)",
-    )
-    parser.add_argument(
-        "--cache-prior-keep",
-        type=int,
-        default=1,
-        metavar="J",
-        help="the router's own J best experts are preferred as much (default 1)",
-    )
-    parser.add_argument(
-        "--route-trace",
-        metavar="PATH",
-        help="write the routing of this run, for `remoe replay`, as .safetensors, .npz or .csv",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of torch; greedy decoding itself draws nothing")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

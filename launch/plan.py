@@ -20,7 +20,7 @@ from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.plan import plan
 from evaluation.engine.sessions.workload import read_requests
-from evaluation.report.wording import bytes_text
+from evaluation.report.numbers import bytes_text
 from training.model.loading import load_tokenizer, local_folder
 
 EXAMPLE = """examples:

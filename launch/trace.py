@@ -13,7 +13,7 @@ from evaluation.engine.cache.trace_formats import check_extension, write_trace
 from evaluation.engine.device import find_device
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
-from training.run_folder import router_delta
+from training.run_folder.router_delta import load_for
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parse(Trace, argv, prog="remoe trace")
     output, text = prepare(command.output), read_text(command.text_file)
     check_extension(output)
-    model = load_pretrained(command.model, dtype=command.dtype, device=find_device(command.device))
-    if command.router_delta is not None:
-        router_delta.apply(model, router_delta.load_for(local_folder(command.model), command.router_delta))
+    delta = load_for(local_folder(command.model), command.router_delta) if command.router_delta else None
+    model = load_pretrained(command.model, dtype=command.dtype, device=find_device(command.device), router_delta=delta)
     documents = tokenize([text], load_tokenizer(command.model))
     trace, nll = teacher_forced_trace(model, documents, max_length=command.max_length, progress="trace")
     write_trace(trace, output)

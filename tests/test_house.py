@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store"),
     ENGINE: ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", f"{ENGINE}.memory", "training.model"),
     f"{ENGINE}.sessions": ("configs", ENGINE, "training.model"),
-    "evaluation.report": ("configs", "evaluation.results"),
+    "evaluation.report": ("configs", "evaluation.results", "evaluation.turns"),
     "evaluation.server": ("configs", ENGINE, "training.model"),
     "evaluation.export": ("configs", f"{ENGINE}.store", "training"),
     "evaluation.benchmark": (

@@ -7,7 +7,7 @@ from transformers import SchedulerType
 
 from data.batches import DataArguments
 from training.model.loading import ModelArguments
-from training.objective.objective import ObjectiveArguments
+from training.objective.terms import ObjectiveArguments
 
 
 @dataclass

@@ -23,7 +23,7 @@ MATRIX, MATRICES = 1024, 64  # 128 MiB in 16-bit precision
 
 
 @dataclass(frozen=True)
-class ReadBandwidth:
+class DiskRate:
     """Bytes per second of random reads of `read_bytes` each, by how many are in flight; past the page cache or not."""
 
     read_bytes: int
@@ -35,9 +35,9 @@ class ReadBandwidth:
         return max(self.by_depth.values())
 
 
-def read_bandwidth(
+def disk_rate(
     files: Sequence[Path], read_bytes: int, *, depths: Sequence[int] = DEPTHS, seconds: float = SECONDS
-) -> ReadBandwidth:
+) -> DiskRate:
     """Measure on files that are there already. Where O_DIRECT is refused, through the page cache, and it says so."""
     length = -(-read_bytes // PAGE_BYTES) * PAGE_BYTES
     direct = takes_direct_reads(files[0])
@@ -47,7 +47,7 @@ def read_bandwidth(
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return ReadBandwidth(length, direct, by_depth)
+    return DiskRate(length, direct, by_depth)
 
 
 def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -> float:

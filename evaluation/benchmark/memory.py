@@ -27,7 +27,7 @@ from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hiera
 from evaluation.benchmark.processes import Child
 from evaluation.benchmark.sides.memory_trial import Trial
 from evaluation.engine.store.experts import ExpertStore
-from evaluation.report.wording import bytes_text
+from evaluation.report.numbers import bytes_text
 from training.model.loading import local_folder
 
 MODULE = "evaluation.benchmark.sides.memory_trial"

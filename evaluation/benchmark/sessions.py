@@ -28,7 +28,7 @@ from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.controller import MemoryController
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS, Conversations
 from evaluation.engine.sessions.workload import SHARES, ChatRequest, run_once, serve_all, splits
-from evaluation.report.wording import bytes_text
+from evaluation.report.numbers import bytes_text
 from evaluation.turns import in_turn
 from training.model.loading import load_tokenizer, local_folder
 

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.report.wording import MILLISECONDS, MISSING, PERCENT, PLAIN, RATE, Unit, data_size
+from evaluation.report.numbers import MILLISECONDS, MISSING, PERCENT, PLAIN, RATE, Unit, data_size
 
 RATIO = Unit(digits=2, suffix="×")
 GIGABYTES = Unit(scale=1e-9, digits=2, suffix="\N{NO-BREAK SPACE}GB/s")

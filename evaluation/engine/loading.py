@@ -16,8 +16,7 @@ from evaluation.engine.device import device_at, find_device, is_host
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
-from evaluation.engine.memory.needs import Needs, needs_of
-from evaluation.engine.memory.process import private_bytes, total_memory_bytes
+from evaluation.engine.memory.needs import Needs, needs_of, resident_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
@@ -25,6 +24,7 @@ from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
 from training.model.lazy_weights import read_config
+from training.model.routers import copy_into_routers
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
@@ -53,7 +53,7 @@ def load(
                 f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
             )
         bound_kernel_caches()
-    device, before_bytes = device_at(where), private_bytes()
+    device = device_at(where)
     config, store = read_config(model_dir), ExpertStore(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     demand = _demand(store, config=config, dtype=dtype)
@@ -61,8 +61,9 @@ def load(
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
-        copy_into_routers(model, router_delta or {})
-        held_bytes = max(private_bytes() - before_bytes, _tensor_bytes(model))
+        if router_delta:
+            copy_into_routers(model, router_delta)
+        held_bytes = _resident_bytes(model, store)
         needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.format.intermediate)
         division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
         slots = division.slots if division else slots
@@ -99,7 +100,7 @@ def _division(
     if options.memory_budget is None:
         return None
     return divide(
-        parse_size(options.memory_budget, whole_bytes=total_memory_bytes()),
+        options.memory_budget,
         demand=demand,
         needs=needs,
         resident_bytes=resident_bytes,
@@ -112,10 +113,13 @@ def _division(
     )
 
 
-def _tensor_bytes(model: PreTrainedModel) -> int:
-    """What the residents take at least: memory that was freed before and is used again does not show as growth."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.nbytes for tensor in tensors if not tensor.is_meta)
+def _resident_bytes(model: PreTrainedModel, store: ExpertStore) -> int:
+    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+    return resident_bytes(
+        weight_bytes=sum(tensor.nbytes for tensor in weights),
+        modules=sum(1 for _ in model.modules()),
+        stored_tensors=store.stored_tensors,
+    )
 
 
 def bound_kernel_caches() -> None:
@@ -125,26 +129,6 @@ def bound_kernel_caches() -> None:
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KERNELS))
-
-
-def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite parameters by name, in memory; the checkpoint's file is mapped privately and stays as it is.
-
-    Raises:
-        UserError: a name the model does not have or that is an expert's, or another shape.
-    """
-    parameters = dict(model.named_parameters())
-    for name, weight in router_delta.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.is_meta:
-            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
-        if parameter.shape != weight.shape:
-            raise UserError(
-                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(parameter.shape)}; "
-                "use the model it was made for"
-            )
-        with torch.no_grad():
-            parameter.copy_(weight.to(parameter.dtype))
 
 
 def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:

@@ -6,8 +6,10 @@ Only what needs no model is checked here; `load` checks the rest.
 from dataclasses import dataclass
 
 from configs.load import UserError
+from configs.sizes import parse_size
 from evaluation.engine.cache.policies import DEFAULT, ONLINE
 from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.memory.demand import budget_bytes
 
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
@@ -23,7 +25,8 @@ class EngineOptions:
 
     # memory for experts alone: 512KiB, 2MiB, 25% of all experts, or bytes; room for some that do not stay comes on top
     expert_cache: int | str | None = None
-    # memory for everything instead: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB or 25% of the machine
+    # memory for everything instead: weights, experts, KV cache, activations, buffers; 512MiB, 8GiB,
+    # 25% of the machine, or `smallest + 10%`, which is in parts of the smallest that works
     memory_budget: int | str | None = None
     # under a memory budget: tokens with room for keys and values of their own, over all sequences of a batch; a longer
     # context takes slots from the experts, and is refused when they have none left to give
@@ -66,6 +69,10 @@ class EngineOptions:
             raise UserError(
                 "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
             )
+        if self.expert_cache is not None:
+            parse_size(self.expert_cache, what="expert cache", whole_bytes=1)
+        if self.memory_budget is not None:
+            budget_bytes(self.memory_budget, smallest_bytes=1)
         if self.prefetch < 0:
             raise UserError(
                 f"prefetch is {self.prefetch}; write how many experts of a layer to read ahead, or 0 for none"

@@ -1,4 +1,4 @@
-"""How all figures of the report look: style, one colour and marker per arm, lines with spread, legend, SVG text.
+"""How all figures of the report look: style, one colour and marker per arm, lines with spread, legend, SVG and PNG.
 
 The palette is Okabe and Ito's, safe for colour-blind readers. Text stays text in the SVG, so it can be searched and
 takes the page's font. Matplotlib's global settings are not touched.
@@ -7,6 +7,7 @@ takes the page's font. Matplotlib's global settings are not touched.
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,11 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from evaluation.report.summary import Spread, runs_of
+from configs.files import prepare, writing_aside
+from evaluation.report.summary import SeedMean, all_runs, runs_of
 from evaluation.results import BASE, Results
 
-KNOWN_COLOURS = {BASE: "#4d4d4d", "ce_only": "#009e73", "remoe": "#d55e00", "cache": "#0072b2"}
-OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
+KNOWN_COLOURS = {
+    BASE: "#4d4d4d", "ce_only": "#009e73", "remoe": "#d55e00", "cache": "#0072b2", "cache_miss": "#cc79a7"
+}  # fmt: skip
+OTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
 MARKERS = "osD^vPX<>"
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -44,17 +48,18 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 WIDTH_INCHES = 10.8
+PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
 
 
 def colours(results: Results) -> dict[str, str]:
     """The colour of every arm."""
-    others = [arm for arm in results["arms"] if arm not in KNOWN_COLOURS]
+    others = [arm for arm in results.arms if arm not in KNOWN_COLOURS]
     given = {arm: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, arm in enumerate(others)}
-    return {arm: KNOWN_COLOURS.get(arm) or given[arm] for arm in results["arms"]}
+    return {arm: KNOWN_COLOURS.get(arm) or given[arm] for arm in results.arms}
 
 
-def line(axes: Axes, xs: Sequence[float], values: Sequence[Spread | None], *, scale: float, **look: Any) -> None:
+def line(axes: Axes, xs: Sequence[float], values: Sequence[SeedMean | None], *, scale: float, **look: Any) -> None:
     """The means, with a band of one standard deviation where there are seeds; what was not measured is skipped."""
     measured = [(x, value) for x, value in zip(xs, values, strict=True) if value is not None]
     at, means = [x for x, _ in measured], [scale * value.mean for _, value in measured]
@@ -89,6 +94,7 @@ def legend(
 
 
 def looks_of(results: Results) -> dict[str, dict[str, Any]]:
+    """Colour and marker of every arm, as matplotlib's keywords."""
     looks: dict[str, dict[str, Any]] = {
         arm: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
         for i, (arm, colour) in enumerate(colours(results).items())
@@ -103,7 +109,8 @@ def _label(results: Results, arm: str) -> str:
 
 
 def has_seeds(results: Results) -> bool:
-    return any(len(runs_of(results, arm)) > 1 for arm in results["arms"])
+    """Whether an arm has more than one."""
+    return len(all_runs(results)) > len(results.arms)
 
 
 def band(results: Results) -> list[tuple[Patch, str]]:
@@ -113,15 +120,24 @@ def band(results: Results) -> list[tuple[Patch, str]]:
 
 def svg_of(draw: Callable[[Figure], None], *, height_inches: float, label: str) -> str:
     """Draw into a figure of its own and give its SVG element, ready to stand in a page."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
-        figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
-        draw(figure)
-        text = io.StringIO()
-        figure.savefig(
-            text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+    text = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    _save(draw, text, size=(WIDTH_INCHES, height_inches), salt=label, format="svg", transparent=True, metadata=metadata)
     svg = text.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # group names repeat from figure to figure
     return re.sub(
         r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1
     )
+
+
+def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: float) -> None:
+    """Draw into a picture for a page 700 pixels wide, at twice that resolution."""
+    with writing_aside(prepare(path)) as aside:
+        _save(draw, aside, size=(PNG_WIDTH_INCHES, height_inches), salt="", format="png", dpi=200, facecolor="white")
+
+
+def _save(draw: Callable[[Figure], None], target: Any, *, size: tuple[float, float], salt: str, **how: Any) -> None:
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(target, **how)

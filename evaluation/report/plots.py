@@ -1,7 +1,8 @@
 """The report's figures, each a function from results to inline SVG text, or None where nothing was measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,33 +10,53 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from evaluation.report.drawing import SEEDS, band, colours, from_zero, has_seeds, legend, line, looks_of, svg_of
+from configs.load import UserError
+from evaluation.report.drawing import (
+    SEEDS,
+    band,
+    colours,
+    from_zero,
+    has_seeds,
+    legend,
+    line,
+    looks_of,
+    svg_of,
+    write_png,
+)
+from evaluation.report.numbers import data_size, demands_text
 from evaluation.report.summary import (
-    MEAN,
     PERPLEXITY_LIMIT,
-    Spread,
-    budgets,
-    change,
-    decode_value,
+    Change,
+    FrontierPoint,
+    SeedMean,
+    decode_budgets,
+    decode_rows,
+    decoded,
+    domain_names,
     frontier,
     frontier_budgets,
-    layers_of,
+    layer_means,
     lru_miss_rate,
     lru_sizes,
-    measure,
     miss_rate,
-    names,
-    pick,
+    perplexity_change,
     replay_sizes,
+    routed,
     runs_of,
-    spread,
+    seed_mean,
+    task_change,
+    task_names,
     tuned_arms,
+    turn_times,
 )
-from evaluation.report.wording import LIMIT_TEXT, data_size, demands_text
-from evaluation.results import BASE, Results, Run
+from evaluation.report.wording import LIMIT_TEXT
+from evaluation.results import BASE, MEAN, Results, Run
+from evaluation.turns import extent
 
 SMOOTHING = 5  # records in the moving average of the training curves
 DASHED: dict[str, Any] = {"linestyle": (0, (4, 2.5)), "marker": "", "linewidth": 1.2, "alpha": 0.75}
+LIMIT: dict[str, Any] = {"color": "#aa3333", "linestyle": ":", "linewidth": 1.3}
+CHANCE: dict[str, Any] = {"color": "#222222", "linestyle": ":", "linewidth": 1.3}
 
 
 def miss_rate_figure(results: Results) -> str | None:
@@ -48,71 +69,70 @@ def miss_rate_figure(results: Results) -> str | None:
         axes = figure.subplots()
         for arm, look in looks_of(results).items():
             runs = runs_of(results, arm)
-            lru = [spread(lru_miss_rate(run, size) for run in runs) for size in every_size]
+            lru = [seed_mean(lru_miss_rate(run, size) for run in runs) for size in every_size]
             line(axes, every_size, lru, scale=100, **{**look, "marker": ""})
             for policy, style in (("lru", {"linestyle": ""}), ("belady", DASHED)):
-                rates = [spread(miss_rate(run, size, policy=policy) for run in runs) for size in sizes]
+                rates = [seed_mean(miss_rate(run, size, policy=policy) for run in runs) for size in sizes]
                 line(axes, sizes, rates, scale=100, **{**look, **style})
         axes.set(xlabel="cache size C, expert slots per layer", ylabel="miss rate, % of accesses")
         from_zero(axes)
         axes.xaxis.set_major_locator(FixedLocator(sizes))
         dashed = Line2D([], [], color="#777777", **DASHED)
-        legend(
-            figure, results, list(results["arms"]), extra=[(dashed, "Belady's optimum, same colours"), *band(results)]
-        )
+        extra = [(dashed, "Belady's optimum, same colours"), *band(results)]
+        legend(figure, results, list(results.arms), extra=extra)
 
     return svg_of(draw, height_inches=4.4, label="Miss rate against cache size")
 
 
 def reuse_figure(results: Results) -> str | None:
     """Bars of the reuse rate per layer and their mean, with the chance level."""
-    arms = list(results["arms"])
-    layers = {
-        arm: layers_of([pick(run, "routing", "reuse_rate_per_layer") or [] for run in runs_of(results, arm)])
-        for arm in arms
-    }
+    layers = {arm: layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer) for arm in results.arms}
     n_layers = max(map(len, layers.values()))
     if not n_layers:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = 0.8 / len(arms)
-        for i, arm in enumerate(arms):
-            rates = [
-                *layers[arm],
-                *[None] * (n_layers - len(layers[arm])),
-                measure(results, arm, "routing", "reuse_rate_mean"),
-            ]
-            places = [group + (i - (len(arms) - 1) / 2) * width for group in [*range(n_layers), n_layers + 0.4]]
-            heights, errors = _means(rates), [math.nan if rate is None or not rate.sd else rate.sd for rate in rates]
-            axes.bar(places, heights, width * 0.92, color=colours(results)[arm])
-            if not all(map(math.isnan, errors)):
-                axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
-        chance = measure(results, BASE, "routing", "chance_reuse_rate")
+        for i, arm in enumerate(results.arms):
+            rates = [*layers[arm], *[None] * (n_layers - len(layers[arm]))]
+            rates.append(routed(results, arm, lambda routing: routing.reuse_rate_mean))
+            _bars(axes, rates, colours(results)[arm], shift=i - (len(layers) - 1) / 2, width=0.8 / len(layers))
+        chance = routed(results, BASE, lambda routing: routing.chance_reuse_rate)
         extra = []
         if chance is not None:
-            axes.axhline(chance.mean, color="#222222", linestyle=":", linewidth=1.3)
-            extra.append(
-                (Line2D([], [], color="#222222", linestyle=":", linewidth=1.3), f"chance, K / E = {chance.mean:.3g}")
-            )
-        shown = range(0, n_layers, math.ceil(n_layers / 24))
-        axes.set_xticks(
-            [*shown, n_layers + 0.4], [*(f"layer {i}" if n_layers <= 12 else str(i) for i in shown), "mean"]
-        )
-        axes.set(ylabel="expert reuse rate (EOR)", xlabel="" if n_layers <= 12 else "layer")
-        axes.grid(False, axis="x")
-        axes.tick_params(axis="x", length=0)
-        error = Line2D([], [], color="#222222", linestyle="", marker="|", markersize=9)
-        seeds = [(error, SEEDS)] if has_seeds(results) else []
-        legend(figure, results, arms, extra=[*extra, *seeds], as_bars=True)
+            axes.axhline(chance.mean, **CHANCE)
+            extra.append((Line2D([], [], **CHANCE), f"chance, K / E = {chance.mean:.3g}"))
+        if has_seeds(results):
+            extra.append((Line2D([], [], color="#222222", linestyle="", marker="|", markersize=9), SEEDS))
+        _name_layers(axes, n_layers)
+        legend(figure, results, list(results.arms), extra=extra, as_bars=True)
 
     return svg_of(draw, height_inches=3.6, label="Reuse rate per layer")
 
 
+def _bars(axes: Axes, rates: Sequence[SeedMean | None], colour: str, *, shift: float, width: float) -> None:
+    """One arm's bars, a group per layer and one set apart for the mean, with deviations where there are seeds."""
+    groups = [*range(len(rates) - 1), len(rates) - 0.6]
+    places = [group + shift * width for group in groups]
+    heights = [math.nan if rate is None else rate.mean for rate in rates]
+    errors = [math.nan if rate is None or not rate.sd else rate.sd for rate in rates]
+    axes.bar(places, heights, width * 0.92, color=colour)
+    if not all(map(math.isnan, errors)):
+        axes.errorbar(places, heights, yerr=errors, fmt="none", ecolor="#222222", elinewidth=1, capsize=2)
+
+
+def _name_layers(axes: Axes, n_layers: int) -> None:
+    shown = range(0, n_layers, math.ceil(n_layers / 24))
+    names = [f"layer {i}" if n_layers <= 12 else str(i) for i in shown]
+    axes.set_xticks([*shown, n_layers + 0.4], [*names, "mean"])
+    axes.set(ylabel="expert reuse rate (EOR)", xlabel="" if n_layers <= 12 else "layer")
+    axes.grid(False, axis="x")
+    axes.tick_params(axis="x", length=0)
+
+
 def training_figure(results: Results) -> str | None:
     """Cross entropy and reuse rate over the steps, lightly smoothed; one line per seed."""
-    arms = [arm for arm in results["arms"] if any(run["history"] for run in runs_of(results, arm))]
+    arms = [arm for arm in results.arms if any(run.history for run in runs_of(results, arm))]
     if not arms:
         return None
 
@@ -131,35 +151,67 @@ def training_figure(results: Results) -> str | None:
     return svg_of(draw, height_inches=3.4, label="Training curves")
 
 
+def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
+    """Steps and the centred moving average over `SMOOTHING` records, fewer at the ends."""
+    records = [
+        row for row in run.history or [] if row.get(key) is not None and row.get("train/global_step") is not None
+    ]
+    values = [float(row[key]) for row in records]
+    smooth = []
+    for i in range(len(values)):
+        window = values[max(0, i - SMOOTHING // 2) : i + SMOOTHING // 2 + 1]
+        smooth.append(sum(window) / len(window))
+    return [row["train/global_step"] for row in records], smooth
+
+
 def quality_figure(results: Results) -> str | None:
     """Forest plot: differences from base with intervals, tasks left, perplexities right."""
     arms = tuned_arms(results)
-    tasks = [task for task in names(results, "tasks") if any(change(results, arm, "tasks", task) for arm in arms)]
+    tasks = [task for task in task_names(results) if any(task_change(results, arm, task) for arm in arms)]
     domains = [
-        name
-        for name in [*names(results, "perplexity"), MEAN]
-        if any(change(results, arm, "perplexity", name) for arm in arms)
+        domain
+        for domain in [*domain_names(results), MEAN]
+        if any(perplexity_change(results, arm, domain) for arm in arms)
     ]
     if not tasks and not domains:
         return None
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 2)
-        for axes, kind, rows in zip(panels, ("tasks", "perplexity"), (tasks, domains), strict=True):
-            _forest(axes, results, kind, rows)
-        panels[0].set(title="tasks", xlabel="difference from base, percentage points (right is better)")
-        panels[1].set(title="perplexity", xlabel="change from base, % (left is better)")
-        limit = Line2D([], [], color="#aa3333", linestyle=":", linewidth=1.3)
+        left, right = figure.subplots(1, 2)
+        _forest(left, results, tasks, task_change)
+        _forest(right, results, domains, perplexity_change)
+        left.set(title="tasks", xlabel="difference from base, percentage points (right is better)")
+        right.set(title="perplexity", xlabel="change from base, % (left is better)")
         if domains:
-            panels[1].axvline(100 * PERPLEXITY_LIMIT, color="#aa3333", linestyle=":", linewidth=1.3)
+            right.axvline(100 * PERPLEXITY_LIMIT, **LIMIT)
         zero = Line2D([], [], color=colours(results)[BASE], linewidth=1.3)
-        extra = [(zero, "base, no difference"), (limit, f"limit of the mean, {LIMIT_TEXT}")]
+        extra = [(zero, "base, no difference"), (Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")]
         legend(figure, results, arms, extra=extra)
 
-    rows = max(len(tasks), len(domains))
-    return svg_of(
-        draw, height_inches=1.5 + rows * (0.22 + 0.15 * len(arms)), label="Quality differences with 95 % intervals"
-    )
+    height_inches = 1.5 + max(len(tasks), len(domains)) * (0.22 + 0.15 * len(arms))
+    return svg_of(draw, height_inches=height_inches, label="Quality differences with 95 % intervals")
+
+
+def _forest(
+    axes: Axes, results: Results, rows: Sequence[str], change: Callable[[Results, str, str], Change | None]
+) -> None:
+    arms, looks = tuned_arms(results), looks_of(results)
+    axes.axvline(0, color=colours(results)[BASE], linewidth=1.3)
+    for row, name in enumerate(rows):
+        for i, arm in enumerate(arms):
+            found, y = change(results, arm, name), row + (i - (len(arms) - 1) / 2) * 0.72 / len(arms)
+            if found is None:
+                continue
+            if found.low is not None and found.high is not None:
+                ends, colour = [100 * found.low, 100 * found.high], looks[arm]["color"]
+                axes.plot(ends, [y, y], color=colour, linewidth=1.6, solid_capstyle="butt")
+            axes.plot([100 * found.value.mean], [y], **looks[arm], linestyle="")
+    for edge in range(1, len(rows)):
+        axes.axhline(edge - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(rows)), ["mean" if name == MEAN else name.replace("_", " ") for name in rows])
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
 
 
 def frontier_figure(results: Results) -> str | None:
@@ -170,115 +222,111 @@ def frontier_figure(results: Results) -> str | None:
     sizes = frontier_budgets(results)
     if not sizes:
         return None
+    return svg_of(
+        lambda figure: _draw_frontier(figure, results, sizes),
+        height_inches=3.5,
+        label="Quality against bytes per token",
+    )
 
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-        for axes, size in zip(panels, sizes, strict=True):
-            points = frontier(results, size)
-            unit = data_size(max(point.bytes_per_token.mean for point in points.values()))
-            for arm, point in points.items():
-                look, cost = looks_of(results)[arm], point.cost
-                bounds = None if cost.low is None or cost.high is None else (cost.low, cost.high)
-                axes.errorbar(
-                    [unit.scale * point.bytes_per_token.mean], [100 * cost.spread.mean],
-                    xerr=None if not point.bytes_per_token.sd else [unit.scale * point.bytes_per_token.sd],
-                    yerr=None if bounds is None else [[100 * (cost.spread.mean - bounds[0])],
-                                                      [100 * (bounds[1] - cost.spread.mean)]],
-                    color=look["color"], marker=look["marker"], markersize=8 if arm == BASE else 6.5, linewidth=1.5,
-                    capsize=3, linestyle="",
-                )  # fmt: skip
-            axes.axhline(0, color=colours(results)[BASE], linewidth=0.9)
-            axes.axhline(100 * PERPLEXITY_LIMIT, color="#aa3333", linestyle=":", linewidth=1.3)
-            axes.margins(0.12, 0.12)
-            axes.set(
-                title=f"cache: {_budget_tick(size, results['model']['token_demand_bytes'])}".replace("\n", ", "),
-                xlabel=f"bytes read per token, {unit.suffix.strip()}",
-            )
-        panels[0].set_ylabel("change of mean perplexity, %")
-        limit = Line2D([], [], color="#aa3333", linestyle=":", linewidth=1.3)
-        legend(figure, results, list(results["arms"]), extra=[(limit, f"limit of the mean, {LIMIT_TEXT}")])
 
-    return svg_of(draw, height_inches=3.5, label="Quality against bytes per token")
+def write_frontier(results: Results, path: Path) -> None:
+    """The frontier of the two smallest cache sizes as a PNG, to stand in a README.
+
+    Raises:
+        UserError: no tuned arm was both decoded and compared with base.
+    """
+    sizes = frontier_budgets(results)[:2]
+    if not sizes:
+        raise UserError("these results have no frontier: no tuned arm was both decoded and compared with base")
+    write_png(lambda figure: _draw_frontier(figure, results, sizes), path, height_inches=3.4)
+
+
+def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> None:
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, size in zip(panels, sizes, strict=True):
+        points = frontier(results, size)
+        unit = data_size(max(point.bytes_per_token.mean for point in points.values()))
+        for arm, point in points.items():
+            _frontier_point(axes, point, scale=unit.scale, look=looks_of(results)[arm])
+        axes.axhline(0, color=colours(results)[BASE], linewidth=0.9)
+        axes.axhline(100 * PERPLEXITY_LIMIT, **LIMIT)
+        axes.margins(0.12, 0.12)
+        axes.set(
+            title=f"cache: {_budget_tick(size, results.model.token_demand_bytes)}".replace("\n", ", "),
+            xlabel=f"bytes read per token, {unit.suffix.strip()}",
+        )
+    panels[0].set_ylabel("change of mean perplexity, %")
+    legend(figure, results, list(results.arms), extra=[(Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")])
+
+
+def _frontier_point(axes: Axes, point: FrontierPoint, *, scale: float, look: dict[str, Any]) -> None:
+    read, cost = point.bytes_per_token, point.cost
+    middle, low, high = cost.value.mean, cost.low, cost.high
+    axes.errorbar(
+        [scale * read.mean],
+        [100 * middle],
+        xerr=[scale * read.sd] if read.sd else None,
+        yerr=None if low is None or high is None else [[100 * (middle - low)], [100 * (high - middle)]],
+        linestyle="",
+        capsize=3,
+        **{"markersize": 6.5, **look, "linewidth": 1.5},
+    )
 
 
 def decode_figure(results: Results) -> str | None:
-    """Bytes per token and time per output token at each budget."""
-    sizes = budgets(results)
-    if not sizes:
+    """Bytes per token, and time per output token from least to most, at each budget."""
+    if not decode_budgets(results):
         return None
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 2)
-        demand = results["model"]["token_demand_bytes"]
-        largest = max(
-            (value for arm in results["arms"] for value in _decoded(results, arm, "bytes_read_per_token")), default=None
-        )
-        unit = data_size(largest)
-        drawn = ((panels[0], "bytes_read_per_token", unit.scale, f"bytes read per token, {unit.suffix.strip()}"),
-                 (panels[1], "mean_tpot_ms", 1.0, "time per output token (TPOT), ms"))  # fmt: skip
-        for axes, key, scale, title in drawn:
-            for arm, look in looks_of(results).items():
-                values = [spread(decode_value(run, size, key) for run in runs_of(results, arm)) for size in sizes]
-                line(axes, sizes, values, scale=scale, **look)
-            axes.set_xscale("log", base=2)
-            axes.set(
-                title=title, xlabel="expert cache" + (", in demands of one token and in bytes" if demand else ", bytes")
-            )
-            from_zero(axes)
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_locator(FixedLocator(sizes))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _budget_tick(size, demand)))
-        legend(figure, results, list(results["arms"]), extra=band(results))
+        left, right = figure.subplots(1, 2)
+        _draw_bytes(left, results)
+        _draw_times(right, results)
+        for axes in (left, right):
+            _budget_axis(axes, results)
+        times = Line2D([], [], color="#777777", linestyle="", marker="|", markersize=11)
+        legend(figure, results, list(results.arms), extra=[*band(results), (times, "times: least to most")])
 
     return svg_of(draw, height_inches=3.7, label="Bytes per token and TPOT at each budget")
 
 
-def _forest(axes: Axes, results: Results, kind: str, rows: Sequence[str]) -> None:
-    arms, looks = tuned_arms(results), looks_of(results)
-    axes.axvline(0, color=colours(results)[BASE], linewidth=1.3)
-    for row, name in enumerate(rows):
-        for i, arm in enumerate(arms):
-            found = change(results, arm, kind, name)
-            if found is None:
-                continue
-            y = row + (i - (len(arms) - 1) / 2) * 0.72 / len(arms)
-            colour = looks[arm]["color"]
-            if found.low is not None and found.high is not None:
-                axes.plot(
-                    [100 * found.low, 100 * found.high], [y, y], color=colour, linewidth=1.6, solid_capstyle="butt"
-                )
-            axes.plot(
-                [100 * found.spread.mean], [y], color=colour, marker=looks[arm]["marker"], markersize=5.5, linestyle=""
-            )
-    for edge in range(1, len(rows)):
-        axes.axhline(edge - 0.5, color="#eeeeee", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(rows)), ["mean" if name == MEAN else name.replace("_", " ") for name in rows])
-    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
-    axes.grid(False, axis="y")
-    axes.tick_params(axis="y", length=0)
+def _draw_bytes(axes: Axes, results: Results) -> None:
+    unit = data_size(max((row.bytes_read_per_token or 0 for row in decode_rows(results)), default=0))
+    sizes = decode_budgets(results)
+    for arm, look in looks_of(results).items():
+        values = [decoded(results, arm, size, lambda row: row.bytes_read_per_token) for size in sizes]
+        line(axes, sizes, values, scale=unit.scale, **look)
+    axes.set(title=f"bytes read per token, {unit.suffix.strip()}")
 
 
-def _means(values: Sequence[Spread | None]) -> list[float]:
-    return [math.nan if value is None else value.mean for value in values]
+def _draw_times(axes: Axes, results: Results) -> None:
+    """Medians with their extent, arms side by side; means where turns were not kept."""
+    sizes, arms = decode_budgets(results), list(results.arms)
+    for i, (arm, look) in enumerate(looks_of(results).items()):
+        shifted = [size * 2 ** (0.08 * (i - (len(arms) - 1) / 2)) for size in sizes]
+        extents = [extent(turn_times(results, arm, size, "tpot_ms")) for size in sizes]
+        means = [decoded(results, arm, size, lambda row: row.mean_tpot_ms) for size in sizes]
+        middles = [
+            mean if found is None else SeedMean(found.median, None, 1)
+            for found, mean in zip(extents, means, strict=True)
+        ]
+        line(axes, shifted, middles, scale=1, **look)
+        for x, found in zip(shifted, extents, strict=True):
+            if found is not None:
+                axes.plot([x, x], [found.least, found.most], color=look["color"], linewidth=1.1, alpha=0.7)
+    axes.set(title="time per output token (TPOT), ms")
 
 
-def _decoded(results: Results, arm: str, key: str) -> list[float]:
-    return [row[key] for run in runs_of(results, arm) for row in run["decode"] or [] if row[key] is not None]
+def _budget_axis(axes: Axes, results: Results) -> None:
+    demand = results.model.token_demand_bytes
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="expert cache" + (", in demands of one token and in bytes" if demand else ", bytes"))
+    from_zero(axes)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(FixedLocator(decode_budgets(results)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _budget_tick(size, demand)))
 
 
 def _budget_tick(size: float, demand: float | None) -> str:
     text = data_size(size).text(size)
     return text if not demand else f"{demands_text(size / demand)}\n{text}"
-
-
-def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
-    """Steps and the centred moving average over `SMOOTHING` records, fewer at the ends."""
-    records = [
-        row for row in run["history"] or [] if row.get(key) is not None and row.get("train/global_step") is not None
-    ]
-    values = [float(row[key]) for row in records]
-    smooth = []
-    for i in range(len(values)):
-        window = values[max(0, i - SMOOTHING // 2) : i + SMOOTHING // 2 + 1]
-        smooth.append(sum(window) / len(window))
-    return [row["train/global_step"] for row in records], smooth

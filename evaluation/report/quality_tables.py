@@ -1,92 +1,108 @@
 """The report's tables on quality: absolute values, and differences from base with their intervals."""
 
-from typing import Any
+from collections.abc import Callable
 
+from evaluation.report.numbers import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit, bytes_text, data_size
 from evaluation.report.summary import (
-    MEAN,
-    change,
+    Change,
+    Number,
+    SeedMean,
+    all_runs,
+    domain_names,
     frontier,
     frontier_budgets,
-    measure,
-    names,
-    pick,
-    runs_of,
+    perplexity_change,
+    scored,
+    task_change,
+    task_names,
     tuned_arms,
 )
 from evaluation.report.tables import Table
-from evaluation.report.wording import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit, bytes_text, data_size
-from evaluation.results import Results
+from evaluation.results import MEAN, DomainPerplexity, Results, TaskValue
+
+MEAN_LABEL = "mean over domains"
 
 
 def values_table(results: Results) -> Table:
     """Absolute quality, one column per arm."""
-    arms = list(results["arms"])
-    rows = []
-    for task in names(results, "tasks"):
-        about = _about(results, "tasks", task)
-        cells = [_task_value(results, arm, task) for arm in arms]
-        chance = MISSING if about is None else RATE.text(about["chance"])
-        items = MISSING if about is None else COUNT.text(about["n"])
-        rows.append([task, str((about and about["metric"]) or MISSING), items, chance, *cells])
-    rows += _perplexity_rows(results, "perplexity", "perplexity per token")
-    means = [measure(results, arm, "quality", "mean_perplexity") for arm in arms]
+    arms = list(results.arms)
+    rows = [_task_row(results, task) for task in task_names(results)]
+    rows += _perplexity_rows(results, "perplexity per token", lambda domain: domain.perplexity)
+    means = [scored(results, arm, lambda quality: quality.mean_perplexity) for arm in arms]
     if any(means):
-        rows.append(["mean over domains", "perplexity per token", MISSING, MISSING, *map(PLAIN.spread, means)])
-    rows += _perplexity_rows(results, "word_perplexity", "perplexity per word")
+        rows.append([MEAN_LABEL, "perplexity per token", MISSING, MISSING, *map(PLAIN.over_seeds, means)])
+    rows += _perplexity_rows(results, "perplexity per word", lambda domain: domain.word_perplexity)
     note = (
         "In parentheses the standard error over the items of a task. Higher is better for tasks, lower for perplexity."
     )
     return Table("Absolute values", ["task or domain", "metric", "items", "chance", *arms], rows, note, text_columns=2)
 
 
-def _perplexity_rows(results: Results, key: str, metric: str) -> list[list[str]]:
+def _task_row(results: Results, task: str) -> list[str]:
+    about = next(
+        (run.quality.tasks[task] for run in all_runs(results) if run.quality and task in run.quality.tasks), None
+    )
+    cells = []
+    for arm in results.arms:
+        value = _task_mean(results, arm, task, lambda found: found.value)
+        error = _task_mean(results, arm, task, lambda found: found.stderr)
+        cells.append(RATE.over_seeds(value) + ("" if error is None else f" ({RATE.text(error.mean)})"))
+    if about is None:
+        return [task, MISSING, MISSING, MISSING, *cells]
+    return [task, about.metric or MISSING, COUNT.text(about.n), RATE.text(about.chance), *cells]
+
+
+def _task_mean(results: Results, arm: str, task: str, value_of: Callable[[TaskValue], Number]) -> SeedMean | None:
+    return scored(results, arm, lambda quality: value_of(quality.tasks[task]) if task in quality.tasks else None)
+
+
+def _perplexity_rows(results: Results, metric: str, value_of: Callable[[DomainPerplexity], Number]) -> list[list[str]]:
     rows = []
-    for domain in names(results, "perplexity"):
-        about = _about(results, "perplexity", domain)
-        found = [measure(results, arm, "quality", "perplexity", domain, key) for arm in results["arms"]]
+    for domain in domain_names(results):
+        entries = [run.quality.perplexity.get(domain) for run in all_runs(results) if run.quality]
+        items = next((entry.n for entry in entries if entry is not None), None)
+        found = [_domain_mean(results, arm, domain, value_of) for arm in results.arms]
         if any(found):
-            items = MISSING if about is None else COUNT.text(about["n"])
-            rows.append([domain, metric, items, MISSING, *map(PLAIN.spread, found)])
+            rows.append([domain, metric, COUNT.text(items), MISSING, *map(PLAIN.over_seeds, found)])
     return rows
 
 
-def _task_value(results: Results, arm: str, task: str) -> str:
-    value = measure(results, arm, "quality", "tasks", task, "value")
-    error = measure(results, arm, "quality", "tasks", task, "stderr")
-    return RATE.spread(value) + ("" if error is None else f" ({RATE.text(error.mean)})")
-
-
-def _about(results: Results, kind: str, name: str) -> dict[str, Any] | None:
-    entries = (pick(run, "quality", kind, name) for arm in results["arms"] for run in runs_of(results, arm))
-    return next((entry for entry in entries if entry is not None), None)
+def _domain_mean(
+    results: Results, arm: str, domain: str, value_of: Callable[[DomainPerplexity], Number]
+) -> SeedMean | None:
+    return scored(
+        results, arm, lambda quality: value_of(quality.perplexity[domain]) if domain in quality.perplexity else None
+    )
 
 
 def differences_table(results: Results) -> Table:
     """Tuned minus base, one column per tuned arm."""
     arms = tuned_arms(results)
     rows = [
-        ["task", name, *(_starred(results, arm, "tasks", name, POINTS) for arm in arms)]
-        for name in names(results, "tasks")
+        ["task", task, *(_starred(task_change(results, arm, task), POINTS) for arm in arms)]
+        for task in task_names(results)
+    ] + [
+        [
+            "perplexity",
+            MEAN_LABEL if domain == MEAN else domain,
+            *(_starred(perplexity_change(results, arm, domain), FINE_CHANGE) for arm in arms),
+        ]
+        for domain in [*domain_names(results), MEAN]
     ]
-    for name in [*names(results, "perplexity"), MEAN]:
-        label = "mean over domains" if name == MEAN else name
-        rows.append(["perplexity", label, *(_starred(results, arm, "perplexity", name, FINE_CHANGE) for arm in arms)])
     note = "pt: percentage points. A star marks an interval that excludes zero."
     return Table("Differences from base", ["kind", "name", *arms], rows if arms else [], note, text_columns=2)
 
 
-def _starred(results: Results, arm: str, kind: str, name: str, unit: Unit) -> str:
-    found = change(results, arm, kind, name)
+def _starred(found: Change | None, unit: Unit) -> str:
     return unit.change(found) + (" *" if found is not None and found.excludes_zero else "")
 
 
 def frontier_table(results: Results) -> Table:
     """What the frontier figure shows, one row per cache size and arm."""
+    header = ["expert cache", "arm", "bytes / token", "mean perplexity"]
     rows = [
         [data_size(size).text(size), arm, bytes_text(point.bytes_per_token), FINE_CHANGE.change(point.cost)]
         for size in frontier_budgets(results)
         for arm, point in frontier(results, size).items()
     ]
-    return Table(
-        "Price of reading less", ["expert cache", "arm", "bytes / token", "mean perplexity"], rows, text_columns=2
-    )
+    return Table("Price of reading less", header, rows, text_columns=2)

@@ -1,4 +1,4 @@
-"""The report's arithmetic: mean and spread over seeds, changes against base, which arm is best. No text, no pictures.
+"""The report's arithmetic: means over seeds, changes against base, which arm is best. No text, no pictures.
 
 What was not measured is None throughout and never counts as a number.
 """
@@ -6,21 +6,23 @@ What was not measured is None throughout and never counts as a number.
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-from evaluation.results import BASE, Results, Run
+from evaluation.results import BASE, MEAN, Decode, Difference, Quality, Replay, Results, Routing, Run
+from evaluation.turns import PairedRatio, paired_ratio
 
 PERPLEXITY_LIMIT = 0.01  # the best arm may cost at most this much mean perplexity, relative to base
-SCOPE = "per_layer"  # the cache scope of headline and figures, as in ReMoE (arXiv 2605.27081)
-MEAN = "mean"  # key of the mean over domains among the perplexity differences
+BUSY_SHARE = 0.1  # of the processors' time: if others take more of it, times say little
+Number = float | None
+Time = Literal["ttft_ms", "tpot_ms"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedMean:
     """Mean over the `n` seeds that were measured; `sd` is their sample standard deviation, None for a single seed."""
 
     mean: float
-    sd: float | None
+    sd: Number
     n: int
 
 
@@ -32,9 +34,9 @@ class Change:
     is at most the mean of their standard errors.
     """
 
-    spread: Spread
-    low: float | None
-    high: float | None
+    value: SeedMean
+    low: Number
+    high: Number
 
     @property
     def excludes_zero(self) -> bool:
@@ -49,130 +51,150 @@ class Verdict:
     closest: str | None
 
 
-def spread(values: Iterable[float | None]) -> Spread | None:
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What an arm reads per token with one expert cache, and what its mean perplexity costs against base."""
+
+    bytes_per_token: SeedMean
+    cost: Change
+
+
+# Over seeds
+
+
+def seed_mean(values: Iterable[Number]) -> SeedMean | None:
     """Mean and sample standard deviation of what was measured; None if nothing was."""
-    measured = [value for value in values if value is not None]
-    if not measured:
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    return Spread(statistics.fmean(measured), statistics.stdev(measured) if len(measured) > 1 else None, len(measured))
+    return SeedMean(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def relative(value: float | None, base: float | None) -> float | None:
+def place_means(values_by_run: Iterable[Sequence[Number]]) -> list[SeedMean | None]:
+    """The means over runs place by place, for example layer by layer; a run may have fewer places than another."""
+    runs = list(values_by_run)
+    places = max(map(len, runs), default=0)
+    return [seed_mean(values[place] for values in runs if place < len(values)) for place in range(places)]
+
+
+def relative_change(value: Number, base: Number) -> Number:
     """(value - base) / base; None where either is unknown or base is 0."""
     return None if value is None or not base else (value - base) / base
 
 
-def pick(node: Any, *path: str) -> Any:
-    """The value at `path`, None where a step of it was not measured."""
-    for key in path:
-        node = None if node is None else node.get(key)
-    return node
+def runs_of(results: Results, arm: str) -> list[Run]:
+    return results.arms[arm].runs
 
 
-def runs_of(results: Results, arm: str) -> Sequence[Run]:
-    runs: Sequence[Run] = results["arms"][arm]["runs"]
-    return runs
+def all_runs(results: Results) -> list[Run]:
+    return [run for arm in results.arms.values() for run in arm.runs]
 
 
 def tuned_arms(results: Results) -> list[str]:
-    return [arm for arm in results["arms"] if arm != BASE]
+    return [arm for arm in results.arms if arm != BASE]
 
 
-def measure(results: Results, arm: str, *path: str) -> Spread | None:
-    """A number of every run, over seeds: `measure(results, "cache", "routing", "reuse_rate_mean")`."""
-    return spread(pick(run, *path) for run in runs_of(results, arm))
-
-
-def over_base(results: Results, arm: str, value_of: Callable[[Run], float | None]) -> Spread | None:
+def over_base(results: Results, arm: str, value_of: Callable[[Run], Number]) -> SeedMean | None:
     """Relative change of `value_of(run)` against the mean of base, over seeds; None for base itself."""
-    base = spread(value_of(run) for run in runs_of(results, BASE))
+    base = seed_mean(map(value_of, runs_of(results, BASE)))
     if arm == BASE or base is None:
         return None
-    return spread(relative(value_of(run), base.mean) for run in runs_of(results, arm))
+    return seed_mean(relative_change(value_of(run), base.mean) for run in runs_of(results, arm))
 
 
-def layers_of(values_by_run: Sequence[Sequence[float | None]]) -> list[Spread | None]:
-    """Over seeds, per layer."""
-    n_layers = max(map(len, values_by_run), default=0)
-    return [spread(values[layer] for values in values_by_run if layer < len(values)) for layer in range(n_layers)]
+# Routing and replay
 
 
-def reuse_rate(run: Run) -> float | None:
+def routed(results: Results, arm: str, value_of: Callable[[Routing], Number]) -> SeedMean | None:
+    """A figure of every run's routing, over seeds."""
+    return seed_mean(value_of(run.routing) for run in runs_of(results, arm) if run.routing)
+
+
+def layer_means(results: Results, arm: str, values_of: Callable[[Routing], Sequence[Number]]) -> list[SeedMean | None]:
+    """Figures of every layer's routing, over seeds."""
+    return place_means(values_of(run.routing) for run in runs_of(results, arm) if run.routing)
+
+
+def reuse_rate(run: Run) -> Number:
     """EOR, mean over layers."""
-    rate: float | None = pick(run, "routing", "reuse_rate_mean")
-    return rate
+    return run.routing.reuse_rate_mean if run.routing else None
 
 
-def replay_row(run: Run, policy: str, slots: int) -> dict[str, Any] | None:
-    for row in run["replay"] or []:
-        if row["policy"] == policy and row["slots"] == slots and row["cache_scope"] == SCOPE:
-            return dict(row)
-    return None
+def replay_row(run: Run, policy: str, slots: int) -> Replay | None:
+    return next((row for row in run.replay or [] if (row.policy, row.slots) == (policy, slots)), None)
 
 
-def miss_rate(run: Run, slots: int, *, policy: str = "lru", key: str = "misses") -> float | None:
-    """Misses per access; `key` may be `misses_without_first_touches`."""
+def miss_rate(run: Run, slots: int, *, policy: str = "lru", first_touches: bool = True) -> Number:
+    """Misses per access, all of them or those that are no first touches."""
     row = replay_row(run, policy, slots)
-    if row is None or row[key] is None or not row["accesses"]:
+    if row is None or not row.accesses:
         return None
-    return float(row[key] / row["accesses"])
+    misses = row.misses if first_touches else row.misses_without_first_touches
+    return None if misses is None else misses / row.accesses
 
 
-def lru_miss_rate(run: Run, slots: int) -> float | None:
-    """Misses per access of LRU at any size, chosen for the tables or not."""
-    curve = pick(run, "lru_curves", "per_layer")
-    if curve is None or slots >= len(curve["misses"]) or not curve["accesses"]:
+def lru_miss_rate(run: Run, slots: int) -> Number:
+    """Misses per access of LRU at any size, whether the tables show it or not."""
+    curve = run.lru_curves.per_layer if run.lru_curves else None
+    if curve is None or slots >= len(curve.misses) or not curve.accesses:
         return miss_rate(run, slots)
-    return float(curve["misses"][slots] / curve["accesses"])
+    return curve.misses[slots] / curve.accesses
 
 
-def miss_change(results: Results, arm: str, slots: int) -> Spread | None:
+def miss_change(results: Results, arm: str, slots: int) -> SeedMean | None:
     """LRU misses relative to base."""
     return over_base(results, arm, lambda run: miss_rate(run, slots))
 
 
 def replay_sizes(results: Results) -> list[int]:
     """Every cache size per layer that any run was replayed at, ascending."""
-    return sorted({int(row["slots"]) for row in _rows(results, "replay") if row["cache_scope"] == SCOPE})
+    return sorted({row.slots for run in all_runs(results) for row in run.replay or []})
 
 
 def lru_sizes(results: Results) -> list[int]:
     """Every size per layer that LRU's misses are known at and that holds a token's experts, ascending."""
-    runs = [run for arm in results["arms"] for run in runs_of(results, arm)]
-    curves = [run["lru_curves"]["per_layer"] for run in runs if run["lru_curves"]]
-    largest = max((len(curve["misses"]) - 1 for curve in curves), default=0)
-    smallest = results["model"]["top_k"] or 1
-    return sorted({*range(int(smallest), largest + 1), *replay_sizes(results)})
+    curves = [run.lru_curves.per_layer for run in all_runs(results) if run.lru_curves]
+    largest = max((len(curve.misses) - 1 for curve in curves), default=0)
+    return sorted({*range(results.model.top_k or 1, largest + 1), *replay_sizes(results)})
 
 
 def replay_policies(results: Results) -> list[str]:
     """In order of first appearance."""
-    return list(dict.fromkeys(row["policy"] for row in _rows(results, "replay") if row["cache_scope"] == SCOPE))
+    return list(dict.fromkeys(row.policy for run in all_runs(results) for row in run.replay or []))
 
 
 def headline_sizes(results: Results) -> list[int]:
     """The measured sizes nearest to 1.5 K and 3 K slots: C = 6 and 12 for the shipped model, which chooses 4."""
-    sizes, top_k = replay_sizes(results), results["model"]["top_k"]
+    sizes, top_k = replay_sizes(results), results.model.top_k
     if not sizes or not top_k:
         return []
     return sorted({min(sizes, key=lambda size: (abs(size - factor * top_k), size)) for factor in (1.5, 3)})
 
 
-def decode_row(run: Run, budget_bytes: int) -> dict[str, Any] | None:
-    for row in run["decode"] or []:
-        if row["expert_cache_bytes"] == budget_bytes:
-            return dict(row)
-    return None
+# Decode
 
 
-def decode_value(run: Run, budget_bytes: int, *path: str) -> float | None:
-    value: float | None = pick(decode_row(run, budget_bytes), *path)
-    return value
+def decode_row(run: Run, budget_bytes: int) -> Decode | None:
+    return next((row for row in run.decode or [] if row.expert_cache_bytes == budget_bytes), None)
 
 
-def budgets(results: Results) -> list[int]:
+def decode_value(run: Run, budget_bytes: int, value_of: Callable[[Decode], Number]) -> Number:
+    row = decode_row(run, budget_bytes)
+    return None if row is None else value_of(row)
+
+
+def decoded(results: Results, arm: str, budget_bytes: int, value_of: Callable[[Decode], Number]) -> SeedMean | None:
+    """A figure of every run's decode with one expert cache, over seeds."""
+    return seed_mean(decode_value(run, budget_bytes, value_of) for run in runs_of(results, arm))
+
+
+def decode_rows(results: Results) -> list[Decode]:
+    return [row for run in all_runs(results) for row in run.decode or []]
+
+
+def decode_budgets(results: Results) -> list[int]:
     """Every expert cache, in bytes, that any run decoded with, ascending."""
-    return sorted({int(row["expert_cache_bytes"]) for row in _rows(results, "decode")})
+    return sorted({row.expert_cache_bytes for row in decode_rows(results)})
 
 
 def headline_budget(results: Results) -> int | None:
@@ -181,37 +203,93 @@ def headline_budget(results: Results) -> int | None:
     Below one demand an LRU pool of all layers hits nothing, whatever the routing; such a budget only counts where there
     is no other.
     """
-    decoded = [run for arm in results["arms"] for run in runs_of(results, arm) if run["decode"]]
-    common = [size for size in budgets(results) if all(decode_row(run, size) for run in decoded)]
-    demand = results["model"]["token_demand_bytes"] or 0
+    decoding = [run for run in all_runs(results) if run.decode]
+    common = [size for size in decode_budgets(results) if all(decode_row(run, size) for run in decoding)]
+    demand = results.model.token_demand_bytes or 0
     return next((size for size in common if size >= demand), min(common, default=None))
 
 
-def change(results: Results, arm: str, kind: str, name: str) -> Change | None:
-    """The difference of one task (`kind` "tasks") or one domain's perplexity ("perplexity", relative) from base."""
-    entries = [pick(run, "difference", kind, name) for run in runs_of(results, arm)]
-    middle = spread(pick(entry, "difference" if kind == "tasks" else "relative") for entry in entries)
+def turn_times(results: Results, arm: str, budget_bytes: int, time: Time) -> list[Number]:
+    """A time of every turn, mean over seeds; none where only the mean of all turns was kept."""
+    rows = [decode_row(run, budget_bytes) for run in runs_of(results, arm)]
+    means = place_means(getattr(row, time) or [] for row in rows if row)
+    return [None if found is None else found.mean for found in means]
+
+
+def time_ratio(results: Results, arm: str, budget_bytes: int, time: Time) -> PairedRatio | None:
+    """A time against base's of the same prompt and repeat; None for base itself, and where turns are not kept."""
+    own, base = (turn_times(results, name, budget_bytes, time) for name in (arm, BASE))
+    return None if arm == BASE or len(own) != len(base) else paired_ratio(own, to=base)
+
+
+def is_busy(results: Results) -> bool:
+    """Whether others took so much of the processors' time while models were decoded that times say little."""
+    load = results.machine_load
+    return load is not None and load.stolen_share + load.others_share > BUSY_SHARE
+
+
+# Quality
+
+
+def scored(results: Results, arm: str, value_of: Callable[[Quality], Number]) -> SeedMean | None:
+    """A figure of every run's quality, over seeds."""
+    return seed_mean(value_of(run.quality) for run in runs_of(results, arm) if run.quality)
+
+
+def task_change(results: Results, arm: str, task: str) -> Change | None:
+    """The difference of a task's metric from base."""
+    entries = [found.tasks[task] for found in _differences(results, arm) if task in found.tasks]
+    return _change([(entry.difference, entry.low, entry.high) for entry in entries])
+
+
+def perplexity_change(results: Results, arm: str, domain: str = MEAN) -> Change | None:
+    """The relative change of a domain's perplexity, or of the mean over domains."""
+    entries = [found.perplexity[domain] for found in _differences(results, arm) if domain in found.perplexity]
+    return _change([(entry.relative, entry.low, entry.high) for entry in entries])
+
+
+def task_names(results: Results) -> list[str]:
+    """All tasks of any run, in order of first appearance."""
+    return _names(results, lambda part: part.tasks)
+
+
+def domain_names(results: Results) -> list[str]:
+    """All domains of any run, in order of first appearance."""
+    return [name for name in _names(results, lambda part: part.perplexity) if name != MEAN]
+
+
+def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
+    """The task that falls most (mean over seeds)."""
+    found = [(task, task_change(results, arm, task)) for task in task_names(results)]
+    measured = [(task, change) for task, change in found if change is not None]
+    return min(measured, key=lambda pair: pair[1].value.mean, default=None)
+
+
+def _differences(results: Results, arm: str) -> list[Difference]:
+    return [run.difference for run in runs_of(results, arm) if run.difference]
+
+
+def _change(entries: Sequence[tuple[Number, Number, Number]]) -> Change | None:
+    middle, low, high = (seed_mean(entry[part] for entry in entries) for part in range(3))
     if middle is None:
         return None
-    lows = [entry["low"] for entry in entries if pick(entry, "low") is not None]
-    highs = [entry["high"] for entry in entries if pick(entry, "high") is not None]
-    return Change(middle, statistics.fmean(lows) if lows else None, statistics.fmean(highs) if highs else None)
+    return Change(middle, None if low is None else low.mean, None if high is None else high.mean)
 
 
-@dataclass(frozen=True)
-class FrontierPoint:
-    """What an arm reads per token with one expert cache, and what its mean perplexity costs against base."""
+def _names(results: Results, part_of: Callable[[Quality | Difference], Iterable[str]]) -> list[str]:
+    parts = [part for run in all_runs(results) for part in (run.quality, run.difference) if part]
+    return list(dict.fromkeys(name for part in parts for name in part_of(part)))
 
-    bytes_per_token: Spread
-    cost: Change
+
+# Both together
 
 
 def frontier(results: Results, budget_bytes: int) -> dict[str, FrontierPoint]:
-    """Every arm of which both are known; base costs nothing."""
+    """Every arm of which both bytes and quality are known; base costs nothing."""
     points = {}
-    for arm in results["arms"]:
-        read = spread(decode_value(run, budget_bytes, "bytes_read_per_token") for run in runs_of(results, arm))
-        cost = Change(Spread(0.0, None, 1), None, None) if arm == BASE else change(results, arm, "perplexity", MEAN)
+    for arm in results.arms:
+        read = decoded(results, arm, budget_bytes, lambda row: row.bytes_read_per_token)
+        cost = Change(SeedMean(0.0, None, 1), None, None) if arm == BASE else perplexity_change(results, arm)
         if read is not None and cost is not None:
             points[arm] = FrontierPoint(read, cost)
     return points
@@ -219,46 +297,24 @@ def frontier(results: Results, budget_bytes: int) -> dict[str, FrontierPoint]:
 
 def frontier_budgets(results: Results) -> list[int]:
     """At most three budgets from one token's demand up at which base and another arm can be compared."""
-    demand = results["model"]["token_demand_bytes"] or 0
-    return [size for size in budgets(results) if size >= demand and {BASE} < set(frontier(results, size))][:3]
+    demand = results.model.token_demand_bytes or 0
+    return [size for size in decode_budgets(results) if size >= demand and {BASE} < set(frontier(results, size))][:3]
 
 
-def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
-    """The task that falls most (mean over seeds)."""
-    found = [(task, change(results, arm, "tasks", task)) for task in names(results, "tasks")]
-    measured = [(task, difference) for task, difference in found if difference is not None]
-    return min(measured, key=lambda pair: pair[1].spread.mean, default=None)
-
-
-def names(results: Results, kind: str) -> list[str]:
-    """All tasks ("tasks") or domains ("perplexity") of any run, in order of first appearance."""
-    found: dict[str, None] = {}
-    for arm in results["arms"]:
-        for run in runs_of(results, arm):
-            for part in ("quality", "difference"):
-                found.update(dict.fromkeys(pick(run, part, kind) or {}))
-    return [name for name in found if name != MEAN]
-
-
-def miss_score(results: Results, arm: str) -> float | None:
+def miss_score(results: Results, arm: str) -> Number:
     """What the best arm is chosen by: LRU misses relative to base, mean over the headline sizes."""
     changes = [miss_change(results, arm, size) for size in headline_sizes(results)]
-    if not changes or any(part is None for part in changes):
-        return None
-    return statistics.fmean(part.mean for part in changes if part is not None)
+    known = [change.mean for change in changes if change is not None]
+    return statistics.fmean(known) if known and len(known) == len(changes) else None
 
 
 def verdict(results: Results) -> Verdict:
     """Which arm has the fewest LRU misses at no more than `PERPLEXITY_LIMIT`, and which costs least perplexity."""
-    costs = {arm: change(results, arm, "perplexity", MEAN) for arm in tuned_arms(results)}
-    cost = {arm: found.spread.mean for arm, found in costs.items() if found is not None}
+    changes = {arm: perplexity_change(results, arm) for arm in tuned_arms(results)}
+    cost = {arm: change.value.mean for arm, change in changes.items() if change is not None}
     scores = {arm: score for arm in cost if (score := miss_score(results, arm)) is not None}
     within = [arm for arm in scores if cost[arm] <= PERPLEXITY_LIMIT]
     return Verdict(
         best=min(within, key=lambda arm: scores[arm], default=None),
         closest=min(cost, key=lambda arm: cost[arm], default=None),
     )
-
-
-def _rows(results: Results, part: str) -> Iterable[dict[str, Any]]:
-    return (row for arm in results["arms"] for run in runs_of(results, arm) for row in run[part] or [])

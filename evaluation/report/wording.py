@@ -1,88 +1,28 @@
-"""How the report says things: numbers with units, the headline sentence, the definitions. No layout."""
+"""What the report says in sentences: the headline, how far times can be trusted, the definitions. No layout."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from evaluation.report.numbers import CHANGE, FINE_CHANGE, MISSING, PERCENT, PLAIN, POINTS, Unit
 from evaluation.report.summary import (
-    MEAN,
+    BUSY_SHARE,
     PERPLEXITY_LIMIT,
-    Change,
-    Spread,
-    change,
+    SeedMean,
+    decode_rows,
     headline_sizes,
+    is_busy,
     miss_change,
-    names,
+    perplexity_change,
+    task_change,
+    task_names,
     tuned_arms,
     verdict,
 )
 from evaluation.results import Results
+from evaluation.turns import PairedRatio
 
-MISSING = "–"  # what was not measured
-SPACE = "\N{NO-BREAK SPACE}"  # between a number and its unit
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How one kind of number is written."""
-
-    scale: float = 1.0
-    digits: int = 0
-    suffix: str = ""
-    signed: bool = False
-
-    def text(self, value: float | None) -> str:
-        return MISSING if value is None else self._digits(value) + self.suffix
-
-    def spread(self, value: Spread | None) -> str:
-        """`12.3 ± 0.4 %`; without the spread for a single seed."""
-        if value is None:
-            return MISSING
-        if value.sd is None or (value.sd == 0 and self.digits == 0):  # a count that is the same for all seeds
-            return self.text(value.mean)
-        return f"{self._digits(value.mean)}{SPACE}±{SPACE}{replace(self, signed=False).text(value.sd)}"
-
-    def change(self, value: Change | None) -> str:
-        """`−1.2 ± 0.3 %`, on a second line its interval."""
-        if value is None:
-            return MISSING
-        if value.low is None or value.high is None:
-            return self.spread(value.spread)
-        return f"{self.spread(value.spread)}\n[{self._digits(value.low)}, {self._digits(value.high)}]"
-
-    def _digits(self, value: float) -> str:
-        scaled = round(value * self.scale, self.digits) + 0.0  # no minus before a zero
-        return f"{scaled:{'+' if self.signed and scaled else ''},.{self.digits}f}".replace("-", "−")
-
-
-COUNT = Unit()
-RATE = Unit(digits=3)
-PLAIN = Unit(digits=2)
-PERCENT = Unit(scale=100, digits=1, suffix=f"{SPACE}%")
-CHANGE = Unit(scale=100, digits=1, suffix=f"{SPACE}%", signed=True)
-FINE_CHANGE = Unit(scale=100, digits=2, suffix=f"{SPACE}%", signed=True)
-POINTS = Unit(scale=100, digits=1, suffix=f"{SPACE}pt", signed=True)
-MILLISECONDS = Unit(digits=1, suffix=f"{SPACE}ms")
-LIMIT_TEXT = Unit(scale=100, suffix=f"{SPACE}%", signed=True).text(PERPLEXITY_LIMIT)
-SECONDS = Unit(digits=0, suffix=f"{SPACE}s")
-
-
-def data_size(like: float | None) -> Unit:
-    """The binary unit that suits a number of bytes, three digits of it."""
-    size = abs(like or 0)
-    for power, name in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if size >= 1024**power:
-            digits = 2 if size < 10 * 1024**power else 1 if size < 100 * 1024**power else 0
-            return Unit(scale=1024**-power, digits=digits, suffix=SPACE + name)
-    return Unit(suffix=f"{SPACE}B")
-
-
-def bytes_text(value: Spread | float | None) -> str:
-    if isinstance(value, Spread):
-        return data_size(value.mean).spread(value)
-    return data_size(value).text(value)
-
-
-def demands_text(demands: float | None) -> str:
-    return MISSING if demands is None else f"{demands:.3g}×"
+LIMIT_TEXT = replace(CHANGE, digits=0).text(PERPLEXITY_LIMIT)
+NO_DIFFERENCE = "no difference that shows"
+SCOPES = {"global": "one pool for all layers", "per_layer": "a pool for each layer"}
 
 
 def headline(results: Results) -> str:
@@ -90,53 +30,81 @@ def headline(results: Results) -> str:
     if not tuned_arms(results):
         return "Only the untouched model was measured: there is no tuned arm to compare it with."
     found = verdict(results)
-    if found.best is None and found.closest is None:
+    if found.best is not None:
+        return _praise(results, found.best)
+    cost = found.closest and perplexity_change(results, found.closest)
+    if not cost:
         return "No arm's mean perplexity was compared with base, so none can be called the best."
-    if found.best is None:
-        assert found.closest is not None
-        cost = change(results, found.closest, "perplexity", MEAN)
-        assert cost is not None
-        cheapest = f"the cheapest, {found.closest}, is at {FINE_CHANGE.spread(cost.spread)}"
-        if cost.spread.mean > PERPLEXITY_LIMIT:
-            return f"No arm keeps mean perplexity within {LIMIT_TEXT} of base: {cheapest}."
-        return f"No arm within {LIMIT_TEXT} mean perplexity had its cache misses measured; {cheapest}."
-    return _praise(results, found.best)
+    cheapest = f"the cheapest, {found.closest}, is at {FINE_CHANGE.over_seeds(cost.value)}"
+    if cost.value.mean > PERPLEXITY_LIMIT:
+        return f"No arm keeps mean perplexity within {LIMIT_TEXT} of base: {cheapest}."
+    return f"No arm within {LIMIT_TEXT} mean perplexity had its cache misses measured; {cheapest}."
 
 
 def _praise(results: Results, arm: str) -> str:
-    cost = change(results, arm, "perplexity", MEAN)
-    assert cost is not None
+    cost = perplexity_change(results, arm)
+    changes = {size: miss_change(results, arm, size) for size in headline_sizes(results)}
+    saved = {size: found for size, found in changes.items() if found is not None}
+    assert cost is not None, f"{arm} was chosen by its perplexity"
     parts: list[str] = []
-    gained = True
-    for size in headline_sizes(results):
-        saved = miss_change(results, arm, size)
-        assert saved is not None
-        gained = gained and saved.mean < 0
-        more = "fewer" if saved.mean < 0 else "more"
+    for size, found in saved.items():
+        more = "fewer" if found.mean < 0 else "more"
         what = f"{more} with {size}" if parts else f"{more} expert loads than base with {size} LRU slots per layer"
-        parts.append(f"{_size(saved, PERCENT)} {what}")
-    seeds = f" ({cost.spread.n} seeds)" if cost.spread.n > 1 else ""
+        parts.append(f"{_size(found, PERCENT)} {what}")
+    seeds = f" ({cost.value.n} seeds)" if cost.value.n > 1 else ""
+    gained = all(found.mean < 0 for found in saved.values())
     opening = "The best arm" if gained else "No arm within the limit saves loads at every size; the best of them"
     return (
-        f"{opening}, {arm}{seeds}, needs {' and '.join(parts)}, at {FINE_CHANGE.spread(cost.spread)} mean perplexity "
+        f"{opening}, {arm}{seeds}, needs {' and '.join(parts)}, at {FINE_CHANGE.over_seeds(cost.value)} mean perplexity "
         f"(limit {LIMIT_TEXT}); {_tasks(results, arm)}."
     )
 
 
 def _tasks(results: Results, arm: str) -> str:
-    changes = {task: change(results, arm, "tasks", task) for task in names(results, "tasks")}
+    changes = {task: task_change(results, arm, task) for task in task_names(results)}
     measured = {task: found for task, found in changes.items() if found is not None}
     if not measured:
         return "no task was compared"
-    falls = [task for task, found in measured.items() if found.excludes_zero and found.spread.mean < 0]
+    falls = {task: found for task, found in measured.items() if found.excludes_zero and found.value.mean < 0}
     if not falls:
         return "no task falls by more than its 95 % interval allows for"
-    return "but " + ", ".join(f"{task} falls by {_size(measured[task].spread, POINTS)}" for task in falls)
+    return "but " + ", ".join(f"{task} falls by {_size(found.value, POINTS)}" for task, found in falls.items())
 
 
-def _size(value: Spread, unit: Unit) -> str:
+def _size(value: SeedMean, unit: Unit) -> str:
     """Without its sign, for sentences that say the direction in words."""
-    return replace(unit, signed=False).spread(replace(value, mean=abs(value.mean)))
+    return replace(unit, signed=False).over_seeds(replace(value, mean=abs(value.mean)))
+
+
+def time_change(ratio: PairedRatio | None) -> str:
+    """`−14.2 % [−16.0, −12.1]` where the interval excludes no difference, otherwise that none shows."""
+    if ratio is None:
+        return MISSING
+    if not ratio.shows or ratio.low is None or ratio.high is None:
+        return NO_DIFFERENCE
+    return f"{CHANGE.text(ratio.median - 1)} [{CHANGE.bare(ratio.low - 1)}, {CHANGE.bare(ratio.high - 1)}]"
+
+
+def decode_policy(results: Results) -> str:
+    """The cache policy of the live decode and its pools, as `decayed, one pool for all layers`."""
+    used = {(row.cache_policy, row.cache_scope) for row in decode_rows(results)}
+    named = sorted(f"{policy}, {SCOPES.get(scope, scope)}" for policy, scope in used if policy and scope)
+    return " and ".join(named) or "policy not noted"
+
+
+def machine_sentence(results: Results) -> str:
+    """How busy the machine was while models were decoded, and what follows for the times; empty if nobody looked."""
+    load = results.machine_load
+    if load is None:
+        return ""
+    facts = (
+        f"While models were decoded, other processes had {PERCENT.text(load.others_share)} of the processors' time and the "
+        f"hypervisor took {PERCENT.text(load.stolen_share)} (load average {PLAIN.text(load.load_average_before)} before, "
+        f"{PLAIN.text(load.load_average_after)} after)"
+    )
+    if is_busy(results):
+        return f"{facts}: the machine was busy with other work, more than {PERCENT.text(BUSY_SHARE)}: times say little."
+    return f"{facts}."
 
 
 DEFINITIONS = (
@@ -155,7 +123,10 @@ DEFINITIONS = (
         "First touch",
         "the first use of an expert in a request. Every policy misses it, so misses are also given without.",
     ),
-    ("LRU, LFU, FIFO", "evict what was used least recently, least often, or loaded first."),
+    (
+        "LRU, LFU, FIFO, decayed",
+        "evict what was used least recently, least often, or loaded first; decayed counts uses too, and lets old ones fade.",
+    ),
     (
         "Belady",
         "the optimum: evict what is needed again last. It needs to know the future, so it is a bound, not a policy to "
@@ -168,7 +139,13 @@ DEFINITIONS = (
         "before its next turn.",
     ),
     ("Bytes per token", "expert bytes read during decoding, per token, counted by the engine."),
-    ("TTFT, TPOT", "time to the first token, and per output token after it."),
+    (
+        "TTFT, TPOT",
+        "time to the first token, and per output token after it: the median over prompts and repeats, in parentheses the "
+        "least and the most. Arms decode each prompt one after another, so a change is the median of the ratios to base of "
+        "the same prompt and repeat, with the 95 % interval of that median; it is given only where the interval excludes "
+        "no difference.",
+    ),
     (
         "Perplexity change",
         "relative, per token, on test text; the mean is geometric over domains. Word perplexity is the same loss "

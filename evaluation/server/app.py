@@ -20,8 +20,8 @@ from evaluation.server.gate import CLIENT_GONE, Gate, set_outcome
 from evaluation.server.intake import Intake
 from evaluation.server.mailbox import ClientGone, Mailbox, unless_gone
 from evaluation.server.metrics import Metrics
-from evaluation.server.protocol import ChatRequest, CompletionRequest, Sampled
-from evaluation.server.responses import SSE_END, Chat, Completions, sse
+from evaluation.server.protocol import ChatCompletionRequest, CompletionRequest, Sampled
+from evaluation.server.responses import SSE_END, ChatCompletions, Completions, sse
 from evaluation.server.work import Delta, Done, Event, Failed, Job, Work
 from evaluation.server.worker import Worker
 
@@ -29,7 +29,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 
 @dataclass(frozen=True)
-class Service:
+class Backend:
     """What the routes need."""
 
     intake: Intake
@@ -39,55 +39,55 @@ class Service:
     changed_shards: Callable[[], Sequence[Path]]  # of the model: what was written to since it was loaded
 
 
-def create_app(service: Service, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
+def create_app(backend: Backend, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
     """The ASGI application; the worker must be running while it is used."""
     app = FastAPI(title="remoe serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)
-    app.add_middleware(Gate, metrics=service.metrics, api_key=api_key, max_request_bytes=max_request_bytes)
+    app.add_middleware(Gate, metrics=backend.metrics, api_key=api_key, max_request_bytes=max_request_bytes)
     _add_error_handlers(app)
-    _add_status_routes(app, service)
-    _add_generation_routes(app, service)
+    _add_status_routes(app, backend)
+    _add_generation_routes(app, backend)
     return app
 
 
-def _add_status_routes(app: FastAPI, service: Service) -> None:
+def _add_status_routes(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        intake = service.intake
-        model = {"id": intake.served_name, "object": "model", "created": service.created, "owned_by": "remoe"}
+        intake = backend.intake
+        model = {"id": intake.served_name, "object": "model", "created": backend.created, "owned_by": "remoe"}
         return {"object": "list", "data": [{**model, "max_model_len": intake.context_tokens}]}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """200 as long as requests can be served."""
-        if not service.worker.is_alive:
+        if not backend.worker.is_alive:
             raise ApiError("the model's thread has ended; restart the server", status=503)
-        if changed := service.changed_shards():
+        if changed := backend.changed_shards():
             raise ApiError(f"{changed[0]} was changed while in use; restart the server", status=503)
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(service.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(backend.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
+def _add_generation_routes(app: FastAPI, backend: Backend) -> None:
     one_at_a_time = CapacityLimiter(1)  # tokenizers are not meant for several threads
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        work = await run_sync(service.intake.completion, body, limiter=one_at_a_time)
-        form = Completions(service.intake.served_name, wants_logprobs=work.top_logprobs is not None)
-        return await _answer(service.worker, request, body=body, work=work, form=form)
+        work = await run_sync(backend.intake.completion, body, limiter=one_at_a_time)
+        form = Completions(backend.intake.served_name, wants_logprobs=work.top_logprobs is not None)
+        return await _answer(backend.worker, request, body=body, work=work, form=form)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer in a conversation."""
-        work = await run_sync(service.intake.chat, body, limiter=one_at_a_time)
-        form = Chat(service.intake.served_name, wants_logprobs=work.top_logprobs is not None)
-        return await _answer(service.worker, request, body=body, work=work, form=form)
+        work = await run_sync(backend.intake.chat, body, limiter=one_at_a_time)
+        form = ChatCompletions(backend.intake.served_name, wants_logprobs=work.top_logprobs is not None)
+        return await _answer(backend.worker, request, body=body, work=work, form=form)
 
 
 async def _answer(worker: Worker, request: Request, *, body: Sampled, work: Work, form: Completions) -> Response:

@@ -48,7 +48,7 @@ class Generator:
             Cancelled: nobody waits for it any more.
             UserError, OSError: an expert could not be read.
         """
-        self._job, before, clock = job, self._engine.stats(), _Clock(job, self._metrics)
+        self._job, before, clock = job, self._engine.stats(), _JobClock(job, self._metrics)
         found_before = self._found_tokens()
         self._metrics.queue_seconds.observe(time.perf_counter() - job.submitted_seconds)
         try:
@@ -69,7 +69,7 @@ class Generator:
         """Forget which experts are resident, after something went wrong."""
         self._engine.reset_cache()
 
-    def _answer(self, job: Job, position: int, clock: "_Clock") -> int:
+    def _answer(self, job: Job, position: int, clock: "_JobClock") -> int:
         """Generate all choices of one prompt; returns how many tokens they have."""
         work, limit = job.work, job.work.max_new_tokens[position]
         choices = [
@@ -142,7 +142,7 @@ class _Watcher(StoppingCriteria):
         choices: list[Choice],
         scores: _Scores,
         *,
-        clock: "_Clock",
+        clock: "_JobClock",
         send: Callable[[Delta], None],
         check: Callable[[], None],
     ) -> None:
@@ -163,7 +163,7 @@ class _Watcher(StoppingCriteria):
 
 
 @dataclass
-class _Clock:
+class _JobClock:
     """When the steps of a job were done."""
 
     job: Job

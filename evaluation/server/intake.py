@@ -6,7 +6,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from evaluation.server.errors import ApiError
-from evaluation.server.protocol import ChatRequest, CompletionRequest, Sampled
+from evaluation.server.protocol import ChatCompletionRequest, CompletionRequest, Sampled
 from evaluation.server.work import Work
 
 COMPLETION_TOKENS = 16
@@ -38,7 +38,7 @@ class Intake:
             top_logprobs=request.logprobs,
         )
 
-    def chat(self, request: ChatRequest) -> Work:
+    def chat(self, request: ChatCompletionRequest) -> Work:
         """Work for a conversation.
 
         Raises:
@@ -113,7 +113,7 @@ class Intake:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
 
-    def _conversation(self, request: ChatRequest) -> list[int]:
+    def _conversation(self, request: ChatCompletionRequest) -> list[int]:
         if not self._tokenizer.chat_template:
             raise ApiError(
                 f"the tokenizer of {self.served_name} has no chat template, so it is not known how this model marks "

@@ -141,7 +141,7 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Sampled):
+class ChatCompletionRequest(Sampled):
     """`POST /v1/chat/completions`; the model's own chat template makes the prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -150,7 +150,7 @@ class ChatRequest(Sampled):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     @model_validator(mode="after")
-    def _says_everything_once(self) -> "ChatRequest":
+    def _says_everything_once(self) -> "ChatCompletionRequest":
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens mean the same; send one of them")
         if self.top_logprobs is not None and not self.logprobs:

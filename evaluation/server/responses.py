@@ -65,7 +65,7 @@ class Completions:
         }
 
 
-class Chat(Completions):
+class ChatCompletions(Completions):
     """The answer to `POST /v1/chat/completions`."""
 
     whole_object, chunk_object = "chat.completion", "chat.completion.chunk"

@@ -20,7 +20,7 @@ from evaluation.server.work import Cancelled, Done, Event, Failed, Job
 logger = logging.getLogger(__name__)
 
 
-class Server(Protocol):
+class JobRunner(Protocol):
     """Whoever serves a job (`Generator`)."""
 
     def run(self, job: Job) -> Done: ...
@@ -35,8 +35,8 @@ class Worker(Collector):
         max_queue: how many jobs may wait while one is served.
     """
 
-    def __init__(self, server: Server, *, max_queue: int) -> None:
-        self._server, self._max_queue = server, max_queue
+    def __init__(self, runner: JobRunner, *, max_queue: int) -> None:
+        self._runner, self._max_queue = runner, max_queue
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
@@ -116,18 +116,18 @@ class Worker(Collector):
         try:
             if job.is_cancelled:
                 raise Cancelled
-            return self._server.run(job)
+            return self._runner.run(job)
         except Cancelled:
             return Failed(_stopping())
         except ContextTooLong as error:
             return Failed(ApiError(str(error), status=400, code="context_length_exceeded"))
         except (UserError, OSError) as error:
             logger.error("a request failed: %s", error)
-            self._server.reset_cache()
+            self._runner.reset_cache()
             return Failed(ApiError(f"the model cannot be read: {error}", status=500, code="read_error"))
         except Exception:
             logger.exception("a request failed")
-            self._server.reset_cache()
+            self._runner.reset_cache()
             return Failed(ApiError("internal error; the server's log says more", status=500))
 
     def _forget_cancelled(self) -> None:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from evaluation.results import Results, checked_results
+
 SIZES = (4, 6, 8, 12, 16, 24, 32)
 POLICIES = {"lru": 1.0, "lfu": 1.06, "fifo": 1.08, "belady": 0.72}
 TASKS = {
@@ -23,8 +25,13 @@ ARMS: dict[str, tuple[str | None, dict[str, float], float, float, float]] = {
 }
 
 
-def made_results(arms: tuple[str, ...] = tuple(ARMS), *, cache_seeds: int = 3) -> dict[str, Any]:
+def made_results(arms: tuple[str, ...] = tuple(ARMS), *, cache_seeds: int = 3) -> Results:
     """A fresh copy each time; change it as a test needs."""
+    return checked_results(made_content(arms, cache_seeds=cache_seeds))
+
+
+def made_content(arms: tuple[str, ...] = tuple(ARMS), *, cache_seeds: int = 3) -> dict[str, Any]:
+    """The same as a file of JSON has it."""
     return {
         "format_version": 1,
         "created": "2026-11-22T13:00:00Z",
@@ -144,15 +151,24 @@ def _decode(demands: float, factor: float) -> dict[str, Any]:
     return {
         "expert_cache_bytes": int(demands * DEMAND_BYTES), "demands": demands,
         "hit_rate": {"prefill": hits / 2, "decode": hits}, "bytes_read_per_token": DEMAND_BYTES * (1 - hits),
-        "mean_ttft_ms": 40.0 - 9 * hits, "mean_tpot_ms": 11.0 - 5 * hits, "output_throughput": 90 + 30 * hits,
-        "n_prompts": 8, "n_tokens": 512,
+        "ttft_ms": _turns(40.0 - 9 * hits), "tpot_ms": _turns(11.0 - 5 * hits), "mean_ttft_ms": 40.0 - 9 * hits,
+        "mean_tpot_ms": 11.0 - 5 * hits, "output_throughput": 90 + 30 * hits, "n_prompts": 8, "n_tokens": 512,
+        "repeats": 2, "cache_policy": "decayed", "cache_scope": "global",
     }  # fmt: skip
 
 
-def changed(results: dict[str, Any], *path: str | int, value: Any) -> dict[str, Any]:
-    """`results` with another value at a place."""
-    node: Any = results
+def _turns(middle: float) -> list[float]:
+    """A time of 16 turns, each up to a tenth away from the middle."""
+    return [middle * (1 + 0.1 * math.sin(2.3 * turn)) for turn in range(16)]
+
+
+def changed(results: Any, *path: str | int, value: Any) -> Any:
+    """`results`, models or JSON, with another value at a place."""
+    node = results
     for key in path[:-1]:
-        node = node[key]
-    node[path[-1]] = value
+        node = node[key] if isinstance(node, dict | list) else getattr(node, str(key))
+    if isinstance(node, dict | list):
+        node[path[-1]] = value  # type: ignore[index]
+    else:
+        setattr(node, str(path[-1]), value)
     return results

@@ -21,7 +21,7 @@ from tests.conftest import byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model.loading import load_pretrained
-from training.model.routers import RouterObserver, find_routers, router_kind, router_parameters
+from training.model.routers import RouterObserver, copy_into_routers, find_routers, router_kind, router_parameters
 from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
 from training.run import build, finish, save_checkpoint
 from training.run_folder import proof, router_delta
@@ -144,7 +144,7 @@ def test_from_training_to_paged_decoding(family: str, arguments: Any, family_dir
 
     tuned = load_pretrained(str(base), dtype=torch.float32)
     untouched = logits_of(tuned)
-    router_delta.apply(tuned, delta)
+    copy_into_routers(tuned, delta)
     assert not torch.equal(logits_of(tuned), untouched)
     tuned.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(logits_of(load_pretrained(str(tmp_path / "saved"))), logits_of(tuned))

@@ -70,22 +70,30 @@ def test_summary_has_perplexity_per_token_and_per_word() -> None:
         "choice": TaskScores("choice", "acc", np.array([1.0, 0.0, 1.0, 1.0]), 0.25),
     }
     summary = summarize(scores)
-    assert summary["perplexity"]["a"] == pytest.approx({"perplexity": np.exp(2), "word_perplexity": np.exp(4), "n": 2})
-    assert summary["mean_perplexity"] == pytest.approx(np.exp((2 + 4) / 2))
-    assert summary["tasks"]["choice"] == pytest.approx(
+    assert dict(summary.perplexity["a"]) == pytest.approx(
+        {"perplexity": np.exp(2), "word_perplexity": np.exp(4), "n": 2}
+    )
+    assert summary.mean_perplexity == pytest.approx(np.exp((2 + 4) / 2))
+    assert dict(summary.tasks["choice"]) == pytest.approx(
         {"metric": "acc", "value": 0.75, "stderr": 0.25, "n": 4, "chance": 0.25}
     )
 
 
+def test_one_item_has_a_value_and_no_error_or_interval() -> None:
+    one = {"t": TaskScores("t", "acc", np.array([1.0]), 0.25)}
+    assert (summarize(one).tasks["t"].value, summarize(one).tasks["t"].stderr) == (1.0, None)
+    found = differences(one, one).tasks["t"]
+    assert (found.difference, found.low, found.high) == (0.0, None, None)
+
+
 def test_task_difference_is_paired() -> None:
     before, after = np.array([1.0, 0, 1, 0, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 1, 0, 1, 1])
-    found = differences({"t": TaskScores("t", "acc", before, 0.0)}, {"t": TaskScores("t", "acc", after, 0.0)})["tasks"][
-        "t"
-    ]
+    base, tuned = ({"t": TaskScores("t", "acc", values, 0.0)} for values in (before, after))
+    found = differences(base, tuned).tasks["t"]
     interval = stats.ttest_rel(after, before).confidence_interval(0.95)
-    assert found == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
+    assert dict(found) == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
     unpaired = stats.ttest_ind(after, before).confidence_interval(0.95)
-    assert found["high"] - found["low"] < unpaired.high - unpaired.low
+    assert found.high - found.low < unpaired.high - unpaired.low
 
 
 def test_perplexity_difference_covers_a_known_shift() -> None:
@@ -95,11 +103,11 @@ def test_perplexity_difference_covers_a_known_shift() -> None:
     shift = 0.01 * tokens + draw.normal(0, 0.1, 200)
     base = {"perplexity_a": TaskScores("perplexity_a", "m", -loss, 0.0, tokens, tokens)}
     tuned = {"perplexity_a": TaskScores("perplexity_a", "m", -loss - shift, 0.0, tokens, tokens)}
-    found = differences(base, tuned)["perplexity"]
-    assert found["a"]["relative"] == pytest.approx(np.expm1(shift.sum() / tokens.sum()))
-    assert found["a"]["low"] < np.expm1(0.01) < found["a"]["high"]
-    assert found["a"]["high"] - found["a"]["low"] < 0.002  # the spread of losses between items cancels in pairs
-    assert found["mean"] == pytest.approx(found["a"])
+    found = differences(base, tuned).perplexity
+    assert found["a"].relative == pytest.approx(np.expm1(shift.sum() / tokens.sum()))
+    assert found["a"].low < np.expm1(0.01) < found["a"].high
+    assert found["a"].high - found["a"].low < 0.002  # the spread of losses between items cancels in pairs
+    assert dict(found["mean"]) == pytest.approx(dict(found["a"]))
 
 
 def test_unknown_task_is_refused_with_the_known_ones(model_dir: MakeModelDir, task_folder: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 
 from configs import command
 from configs.load import UserError
-from evaluation.report.markdown import main
-from evaluation.results import check_results, read_results
-from tests.evaluation.made_results import changed, made_results
+from evaluation.results import Routing, checked_results, naming_the_place, read_results
+from launch.report import main
+from tests.evaluation.made_results import changed, made_content, made_results
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,27 @@ from tests.evaluation.made_results import changed, made_results
             float("nan"),
             "routing.nll must be a finite number.*found float nan",
         ),
+        (
+            ("arms", "base", "runs", 0, "routing", "nll"),
+            float("-inf"),
+            "routing.nll must be a finite number.*found float -inf",
+        ),
+        (
+            ("arms", "base", "runs", 0, "routing", "nll"),
+            True,
+            "routing.nll must be a finite number.*found bool True",
+        ),
+        (
+            ("arms", "base", "runs", 0, "replay", 0, "slots"),
+            4.5,
+            r"replay\[0\].slots must be a whole number.*found float 4.5",
+        ),
+        (
+            ("arms", "base", "runs", 0, "replay", 0, "cache_scope"),
+            "global",
+            r"replay\[0\].cache_scope must be .*per_layer.*found str 'global'",
+        ),
+        (("plans", 0), {}, r"plans\[0\].division is missing"),
         (("model", "dtype"), 16, "model.dtype must be text or null, found int 16"),
         (("reproduce", "machine"), "laptop", "reproduce.machine must be an object"),
     ],
@@ -41,10 +62,29 @@ from tests.evaluation.made_results import changed, made_results
 def test_results_that_are_not_as_they_should_be_are_refused_by_place(
     path: tuple[str | int, ...], value: Any, words: str
 ) -> None:
-    results = made_results()
-    check_results(results)
+    content = made_content()
+    checked_results(content)
     with pytest.raises(UserError, match=words):
-        check_results(changed(results, *path, value=value))
+        checked_results(changed(content, *path, value=value))
+
+
+def test_what_is_written_is_what_was_read_with_keys_that_nobody_knows() -> None:
+    content = changed(made_content(), "arms", "base", "runs", 0, "routing", "of_later_versions", value=[1.5])
+    written = checked_results(content).model_dump(by_alias=True)
+    run = written["arms"]["base"]["runs"][0]
+    assert run["routing"] == content["arms"]["base"]["runs"][0]["routing"]
+    assert run["lru_curves"] == content["arms"]["base"]["runs"][0]["lru_curves"]
+    assert checked_results(written) == checked_results(content)
+
+
+def test_a_measurement_that_is_no_number_is_refused_by_name_when_it_is_made() -> None:
+    routing = made_results().arms["base"].runs[0].routing
+    assert routing is not None
+    with (
+        pytest.raises(UserError, match=r"remoe: nll must be a finite number, or null .*found float nan"),
+        naming_the_place("remoe"),
+    ):
+        Routing(**{**dict(routing), "nll": float("nan")})
 
 
 @pytest.mark.parametrize(

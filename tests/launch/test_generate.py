@@ -137,7 +137,7 @@ def test_a_truncated_shard_ends_in_one_line_and_exit_code_2(checkpoint: Checkpoi
     shard = tmp_path / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     done = subprocess.run(
-        [sys.executable, "-m", "launch.generate", "--model", str(tmp_path), "--expert-cache", "100%",
+        [sys.executable, "-m", "launch.cli", "generate", "--model", str(tmp_path), "--expert-cache", "100%",
          "--prompt", "x", "--max-new-tokens", "3"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

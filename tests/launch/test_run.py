@@ -23,10 +23,9 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(results["arms"]) == ["base", "remoe", "cache"]
     assert results["reproduce"]["command"].startswith("remoe run configs/run/smoke.yaml")
     smaller, larger = (plan["division"] for plan in results["plans"])
-    assert (smaller["budget_bytes"], larger["budget_bytes"]) == (43 * 2**20, 46 * 2**20)
-    assert larger["resident_bytes"] == pytest.approx(
-        smaller["resident_bytes"], rel=0.2
-    )  # the same model, beside nothing else
+    assert smaller["slots"] < larger["slots"]
+    assert larger["budget_bytes"] == pytest.approx(smaller["budget_bytes"] * 1.15 / 1.05, rel=1e-6)
+    assert larger["resident_bytes"] == smaller["resident_bytes"]
     for arm in results["arms"].values():
         for measured in arm["runs"]:
             assert all(row["tokens_equal_resident"] for row in measured["decode"])
@@ -49,14 +48,14 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     assert (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns == trained
 
 
-def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(
+def test_a_budget_that_is_no_size_is_refused_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(pipeline_module, "launch_training", lambda *_: pytest.fail("something was trained"))
-    (tmp_path / "evaluation.yaml").write_text("plan: {memory_budgets: [1MiB]}", encoding="utf-8")
+    (tmp_path / "evaluation.yaml").write_text("plan: {memory_budgets: [1 potato]}", encoding="utf-8")
     overrides = [f"output_dir={tmp_path / 'run'}", f"evaluation={tmp_path / 'evaluation.yaml'}"]
-    with pytest.raises(UserError, match="a memory budget of 1MiB is too small"):
+    with pytest.raises(UserError, match="memory budget '1 potato' is not understood"):
         pipeline(load(RunArguments, "configs/run/smoke.yaml", overrides), command="")
     assert not (tmp_path / "run").exists()
 

@@ -1,5 +1,6 @@
 """Loading the model, and deciding which of its tensors train."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
-from training.model.routers import find_routers, router_parameters
+from training.model.routers import copy_into_routers, find_routers, router_parameters
 from training.model.skeleton import LayerwiseCheckpoint
 from training.model.transformers_internals import GradientCheckpointingLayer
 
@@ -57,12 +58,19 @@ def local_folder(name_or_path: str) -> str:
 
 
 def load_pretrained(
-    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: torch.device | None = None
-) -> PreTrainedModel:
-    """A causal language model with experts, on the CPU if no `device` is given, in eval mode.
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: torch.device | None = None,
+    router_delta: Mapping[str, torch.Tensor] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """A causal language model with experts in eval mode, with the routers of a delta if one is given.
+
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        device: where it is to be; None: on the CPU.
+        router_delta: parameter name -> weight, as `run_folder.router_delta.load_for` gives it.
 
     Raises:
-        UserError: the folder is missing or damaged, the model has no routers, or it does not fit the device.
+        UserError: the folder is missing or damaged, the model has no routers or others than the delta, or it does not fit
+            the device.
     """
     _check_exists(name_or_path)
     try:
@@ -71,6 +79,8 @@ def load_pretrained(
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     find_routers(model)
+    if router_delta is not None:
+        copy_into_routers(model, router_delta)
     if device is None:
         return model.eval()
     try:

@@ -6,7 +6,7 @@ Letters: B batch, S sequence, E experts, K chosen, D hidden.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -71,6 +71,31 @@ def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         for parameter_name, parameter in router.named_parameters()
         if parameter_name in trained
     }
+
+
+def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, Tensor]) -> None:
+    """Overwrite the routers of a loaded model by the tensors of a router delta, cast to their precision.
+
+    Raises:
+        UserError: its names or shapes are not those of the model's routers.
+    """
+    routers = router_parameters(model)
+    for name, weight in router_delta.items():
+        if name not in routers:
+            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
+        if routers[name].shape != weight.shape:
+            raise UserError(
+                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(routers[name].shape)}; "
+                "use the model it was made for"
+            )
+    missing = sorted(routers.keys() - router_delta.keys())
+    if missing:
+        raise UserError(
+            f"router delta: {missing[0]}, a router of the model, is not in it; use the model it was made for"
+        )
+    with torch.no_grad():
+        for name, parameter in routers.items():
+            parameter.copy_(router_delta[name])
 
 
 class RouterObserver:

@@ -17,10 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from configs.load import UserError
-from training.model.routers import router_parameters
 from training.run_folder.proof import tensor_sha256
 
 WEIGHTS, DESCRIPTION = "router_delta.safetensors", "router_delta.json"
@@ -122,20 +120,3 @@ def load_for(model_dir: str | Path, folder: str | Path) -> dict[str, Tensor]:
             "differ from it: its routers would choose wrong experts. Give the model it was trained on"
         )
     return weights
-
-
-def apply(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy gate tensors into a loaded model, cast to the dtype of its gates.
-
-    Raises:
-        UserError: names or shapes are not those of the model's routers.
-    """
-    routers = router_parameters(model)
-    shapes = {name: list(parameter.shape) for name, parameter in routers.items()}
-    if shapes != {name: list(tensor.shape) for name, tensor in weights.items()}:
-        raise UserError(
-            f"the delta's {len(weights)} tensors are not the {len(routers)} routers of {type(model).__name__}"
-        )
-    with torch.no_grad():
-        for name, parameter in routers.items():
-            parameter.copy_(weights[name])

@@ -1,15 +1,18 @@
 """How many slots a budget buys: sizes as people write them, the smallest that works, and the cliff to warn about."""
 
 import logging
+import math
 import re
 from dataclasses import dataclass
 
 from configs.load import UserError
-from configs.sizes import readable
+from configs.sizes import parse_size, readable
+from evaluation.engine.memory.process import total_memory_bytes
 
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
 
 logger = logging.getLogger(__name__)
+SMALLEST = re.compile(r"smallest(?:\s*\+\s*(?P<percent>\d+(?:\.\d+)?)\s*%)?")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,18 @@ class Demand:
     @property
     def all_experts(self) -> int:
         return self.layers * self.num_experts
+
+
+def budget_bytes(budget: int | str, *, smallest_bytes: int) -> int:
+    """Bytes of `8GiB`, of `25%` of the machine's memory, or of `smallest + 10%`, in parts of the smallest budget that works.
+
+    Raises:
+        UserError: anything else.
+    """
+    relative = SMALLEST.fullmatch(str(budget).strip())
+    if relative is None:
+        return parse_size(budget, what="memory budget", whole_bytes=total_memory_bytes())
+    return math.ceil(smallest_bytes * (100 + float(relative["percent"] or 0)) / 100)
 
 
 def slots_for(budget_bytes: int, demand: Demand, *, scope: str) -> int:

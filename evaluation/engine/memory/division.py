@@ -10,11 +10,15 @@ from typing import NamedTuple
 
 from configs.load import UserError
 from configs.sizes import readable
-from evaluation.engine.memory.demand import Demand
+from evaluation.engine.memory.demand import Demand, budget_bytes
 from evaluation.engine.memory.needs import Needs
 
 PASSING_SHARE = 8
 """One slot in so many is added for experts that do not stay, so that several of them are read at once."""
+
+
+class BudgetTooSmall(UserError):
+    """A memory budget under which the model does not work; the message ends with the smallest that works."""
 
 
 class ContextTooLong(UserError):
@@ -93,18 +97,20 @@ class Division:
 
 
 def divide(
-    budget_bytes: int, *, demand: Demand, needs: Needs, resident_bytes: int, reader_bytes: int, reads_in_flight: int,
+    budget: int | str, *, demand: Demand, needs: Needs, resident_bytes: int, reader_bytes: int, reads_in_flight: int,
     context_tokens: int, scope: str, prompt_tokens: int | None = None, ahead_slots: int = 0,
 ) -> Division:  # fmt: skip
     """Divide a budget; experts get what the rest leaves, at most all of them.
 
     Args:
+        budget: see `budget_bytes`.
         reader_bytes: the buffers of the reading threads.
         prompt_tokens: of a prompt that are computed at once, at most; None: all that the context may have.
         ahead_slots: for experts that are read ahead.
 
     Raises:
-        UserError: it is too small; names the smallest that works.
+        BudgetTooSmall: the message names the smallest that works.
+        UserError: no context at all.
     """
     if context_tokens < 1:
         raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
@@ -118,18 +124,19 @@ def divide(
     def total_bytes(slots: int) -> int:
         return fixed_bytes + (slots * pools + passing_slots(slots * pools, reads_in_flight)) * demand.slot_bytes
 
-    slots = min((budget_bytes - fixed_bytes) // demand.slot_bytes, demand.all_experts) // pools
-    while slots >= demand.top_k and total_bytes(slots) > budget_bytes:
+    whole_bytes = budget_bytes(budget, smallest_bytes=total_bytes(demand.top_k))
+    slots = min((whole_bytes - fixed_bytes) // demand.slot_bytes, demand.all_experts) // pools
+    while slots >= demand.top_k and total_bytes(slots) > whole_bytes:
         slots -= 1
     if slots < demand.top_k:
-        raise UserError(
-            f"a memory budget of {readable(budget_bytes)} is too small: the model without its experts takes "
+        raise BudgetTooSmall(
+            f"a memory budget of {readable(whole_bytes)} is too small: the model without its experts takes "
             f"{readable(resident_bytes)}, {context_tokens} tokens of context {readable(kv_bytes + activation_bytes)}, and "
             f"{demand.top_k} experts{' of every layer' if pools > 1 else ''} must fit beside them; the smallest that works "
             f"is {readable(total_bytes(demand.top_k))}"
         )
     return Division(
-        budget_bytes=budget_bytes, resident_bytes=resident_bytes,
+        budget_bytes=whole_bytes, resident_bytes=resident_bytes,
         buffer_bytes=reading_bytes + passing_slots(slots * pools, reads_in_flight) * demand.slot_bytes,
         kv_bytes=kv_bytes, activation_bytes=activation_bytes, context_tokens=context_tokens, slots=slots, pools=pools,
         smallest_slots=demand.top_k, slot_bytes=demand.slot_bytes, needs=needs,

@@ -1,9 +1,8 @@
-"""What a model needs in memory besides its experts, worked out from its configuration: KV cache and activations.
+"""What a model needs in memory besides its experts, worked out: residents, KV cache and activations.
 
-Both are upper bounds of what `generate` holds on the CPU (transformers 5.23, scaled dot product attention): keys and
-values as DynamicCache keeps them, and the largest set of intermediate tensors that is alive at once, which is that of a
-MoE layer over all rows of a prompt. Bytes; no weights are looked at. `tests/.../test_needs.py` holds them against the
-real thing.
+Keys and values are counted as DynamicCache keeps them (transformers 5.23, on the CPU, scaled dot product attention), and
+activations as the largest set of intermediate tensors that is alive at once, which is that of a MoE layer over all rows of a
+prompt. All are upper bounds, in bytes; `tests/.../test_needs.py` holds them against the real thing.
 """
 
 from dataclasses import dataclass
@@ -12,6 +11,11 @@ from transformers import PretrainedConfig
 
 SLACK_BYTES = 28 * 2**20
 """What the allocator and small tensors take beyond the tensors that are counted; measured, see the engine's README."""
+
+LOADING_BYTES = 6 * 2**20
+"""What loading leaves behind whatever the model: code that is imported for it, above all (3.7 MiB, transformers 5.23)."""
+MODULE_BYTES, TENSOR_BYTES = 16 * 2**10, 2**10
+"""What Python holds of a module of the model and of the header of a stored tensor; measured, rounded up."""
 
 SCORES = 4
 """Tensors of attention scores that are alive at once, where attention makes them at all."""
@@ -33,6 +37,20 @@ class Needs:
     def activation_bytes(self, *, rows: int, context_tokens: int) -> int:
         """Intermediate tensors of a call over `rows` tokens that attend to `context_tokens` each."""
         return SLACK_BYTES + rows * (self.row_bytes + self.mask_bytes * context_tokens)
+
+
+def resident_bytes(*, weight_bytes: int, modules: int, stored_tensors: int) -> int:
+    """Memory of a loaded model without its experts.
+
+    It is worked out, because what a process has grown by differs from start to start by half: memory that was freed before is
+    used again, and the first start after an installation compiles what it imports.
+
+    Args:
+        weight_bytes: parameters and buffers that are loaded.
+        modules: modules of the model.
+        stored_tensors: tensors of the checkpoint, experts included.
+    """
+    return weight_bytes + LOADING_BYTES + modules * MODULE_BYTES + stored_tensors * TENSOR_BYTES
 
 
 def needs_of(config: PretrainedConfig, itemsize: int, *, top_k: int, intermediate: int) -> Needs:

@@ -31,6 +31,7 @@ class ExpertStore:
         meta_shapes: what stands for the experts when a model is made without them; see `ExpertLayout`.
         module_bytes: bytes of the experts of each layer, by the checkpoint's name of their module, in layer order.
         resident: the tensors that are no experts.
+        stored_tensors: how many tensors the checkpoint has.
         shards: the files that hold experts.
 
     Raises:
@@ -47,6 +48,7 @@ class ExpertStore:
         layer_bytes = self.num_experts * self.format.expert_bytes
         self.module_bytes = dict.fromkeys(sorted(set(layout.module_of.values()), key=_numbers), layer_bytes)
         self.resident = {name: tensor for name, tensor in tensors.items() if name not in layout.module_of}
+        self.stored_tensors = len(tensors)
         self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
 
     def extents(self, layer_id: int, expert: int, roles: Collection[str] | None = None) -> list[Extent]:

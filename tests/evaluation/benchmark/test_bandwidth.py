@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.benchmark.bandwidth import memory_bandwidth, products_beside, read_bandwidth
+from evaluation.benchmark.bandwidth import disk_rate, memory_bandwidth, products_beside
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_every_depth_is_measured_and_the_best_is_known(file: Path) -> None:
-    found = read_bandwidth([file], 5000, depths=(1, 3), seconds=0.05)
+    found = disk_rate([file], 5000, depths=(1, 3), seconds=0.05)
     assert found.read_bytes == 8192
     assert set(found.by_depth) == {1, 3}
     assert found.best == max(found.by_depth.values()) > 0
@@ -34,13 +34,13 @@ def test_a_refused_o_direct_is_told(file: Path, monkeypatch: pytest.MonkeyPatch)
         return plain_open(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuse)
-    found = read_bandwidth([file], 4096, depths=(1,), seconds=0.01)
+    found = disk_rate([file], 4096, depths=(1,), seconds=0.01)
     assert not found.direct
     assert found.best > 0
 
 
 def test_a_file_smaller_than_an_expert_is_read_as_it_is(file: Path) -> None:
-    assert read_bandwidth([file], 4 << 20, depths=(1,), seconds=0.01).best > 0
+    assert disk_rate([file], 4 << 20, depths=(1,), seconds=0.01).best > 0
 
 
 def test_memory_bandwidth_is_a_rate() -> None:

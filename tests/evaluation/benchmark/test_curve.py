@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.benchmark.curve import SHAPES, TraceShape, drifting_trace, main
+from evaluation.benchmark.curve import SHAPES, CurveBenchmark, TraceShape, benchmark, drifting_trace
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 
 
@@ -13,7 +13,7 @@ def test_neighbouring_tokens_share_experts_more_than_by_chance() -> None:
 
 
 def test_every_shape_and_scope_gets_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--accesses", "2000", "--repeats", "1"])
+    benchmark(CurveBenchmark(accesses=2000, repeats=1))
     printed = capsys.readouterr().out
     for name in SHAPES:
         assert printed.count(name) == 2

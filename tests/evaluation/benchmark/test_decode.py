@@ -1,4 +1,4 @@
-"""`remoe bench`: sides take turns, whatever happens to one is told, and a real run is complete."""
+"""`remoe bench decode`: sides take turns, whatever happens to one is told, and a real run is complete."""
 
 import itertools
 import json
@@ -11,6 +11,7 @@ import pytest
 from configs.load import UserError
 from data.corpus import EMBEDDED
 from evaluation.benchmark import decode as bench
+from evaluation.benchmark.decode import DecodeBenchmark
 from evaluation.benchmark.made_model.made_checkpoint import Recipe, write_checkpoint
 from evaluation.benchmark.made_model.synthetic import Shape
 from evaluation.benchmark.order import COLD, LONG, WARM, Order
@@ -66,17 +67,18 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Order]]:
     return asked
 
 
-def flags(model: Path, tmp_path: Path, *more: str) -> list[str]:
-    return [
-        "--model", str(model), "--expert-cache", "30%,60%", "--max-new-tokens", "8", "--long-prompt-tokens", "100",
-        "--repeats", "2", "--work-dir", str(tmp_path / "work"), "--output", str(tmp_path / "bench.json"), *more,
-    ]  # fmt: skip
+def options(model: Path, tmp_path: Path, **changed: Any) -> DecodeBenchmark:
+    usual = {
+        "model": str(model), "expert_cache": "30%,60%", "max_new_tokens": 8, "long_prompt_tokens": 100, "repeats": 2,
+        "work_dir": str(tmp_path / "work"), "output": str(tmp_path / "bench.json"),
+    }  # fmt: skip
+    return DecodeBenchmark(**{**usual, **changed})
 
 
 def test_sides_take_turns_and_failures_are_told(
     model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.main(flags(model, tmp_path, "--against", "accelerate,resident", "--against-new-tokens", "4"))
+    bench.benchmark(options(model, tmp_path, against="accelerate,resident", against_new_tokens=4))
     names = ["remoe 30%", "remoe 60%", "accelerate", "resident"]
     assert [(name, repeat) for name, repeat, _ in ran] == [
         *((name, 0) for name in names),
@@ -99,8 +101,8 @@ def test_sides_take_turns_and_failures_are_told(
 
 
 def test_budgets_for_everything_take_part(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
-    budgets = ["--expert-cache", "", "--memory-budget", "40MiB,60MiB", "--repeats", "1", "--against", "accelerate"]
-    bench.main(flags(model, tmp_path, *budgets))
+    budgets = {"expert_cache": "", "memory_budget": "40MiB,60MiB"}
+    bench.benchmark(options(model, tmp_path, **budgets, repeats=1, against="accelerate"))
     assert [(name, order.memory_budget, order.expert_cache) for name, _, order in ran[:2]] == [
         ("remoe 40MiB for all", "40MiB", None), ("remoe 60MiB for all", "60MiB", None),
     ]  # fmt: skip
@@ -111,14 +113,14 @@ def test_budgets_for_everything_take_part(model: Path, tmp_path: Path, ran: list
 def test_reading_ahead_takes_part_beside_not_doing_it(
     model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]
 ) -> None:
-    bench.main(flags(model, tmp_path, "--repeats", "1", "--against", "", "--prefetch", "0,3"))
+    bench.benchmark(options(model, tmp_path, repeats=1, against="", prefetch="0,3"))
     assert [(name, order.prefetch) for name, _, order in ran] == [
         ("remoe 30%", 0), ("remoe 30%, prefetch 3", 3), ("remoe 60%", 0), ("remoe 60%, prefetch 3", 3),
     ]  # fmt: skip
 
 
 def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
-    bench.main(flags(model, tmp_path, "--against", ""))
+    bench.benchmark(options(model, tmp_path, against=""))
     prompts = {tuple(leg.prompt_ids) for _, _, order in ran for leg in order.legs}
     assert len(prompts) == 6
 
@@ -126,7 +128,7 @@ def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[
 def test_a_long_prompt_that_does_not_fit_is_left_out_and_told(
     model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]
 ) -> None:
-    bench.main(flags(model, tmp_path, "--against", "", "--long-prompt-tokens", "512"))
+    bench.benchmark(options(model, tmp_path, against="", long_prompt_tokens=512))
     assert LONG not in [leg.name for leg in ran[0][2].legs]
     notes = json.loads((tmp_path / "bench.json").read_text())["notes"]
     assert any("no long prompt: 512 tokens" in note for note in notes)
@@ -135,12 +137,9 @@ def test_a_long_prompt_that_does_not_fit_is_left_out_and_told(
 def test_a_model_llamacpp_cannot_have_is_told(
     tmp_path: Path, ran: list[tuple[str, int, Order]], model_dir: Callable[[str], Path]
 ) -> None:
-    folder = str(model_dir("olmoe"))
-    arguments = [
-        "--model", folder, "--expert-cache", "50%", "--max-new-tokens", "2", "--prompt-tokens", "8", "--repeats", "1",
-        "--long-prompt-tokens", "0", "--against", "llamacpp", "--work-dir", str(tmp_path), "--output", str(tmp_path / "o"),
-    ]  # fmt: skip
-    bench.main(arguments)
+    small = {"expert_cache": "50%", "max_new_tokens": 2, "prompt_tokens": 8, "repeats": 1, "long_prompt_tokens": 0}
+    to = {"against": "llamacpp", "work_dir": str(tmp_path), "output": str(tmp_path / "o")}
+    bench.benchmark(DecodeBenchmark(model=str(model_dir("olmoe")), **small, **to))
     result = json.loads((tmp_path / "o").read_text())
     assert "is a olmoe model; only qwen2_moe" in result["summary"]["llamacpp"]["failures"][0]
     assert [name for name, _, _ in ran] == ["remoe 50%"]
@@ -149,25 +148,28 @@ def test_a_model_llamacpp_cannot_have_is_told(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--against", "vllm"], "--against 'vllm' is not known; write some of accelerate,llamacpp,resident"),
-        (["--max-new-tokens", "1"], "leaves nothing to time"),
-        (["--against-new-tokens", "1"], "--against-new-tokens is 1"),
-        (["--repeats", "0"], "--repeats is 0; write at least 1"),
-        (["--expert-cache", ""], "our engine needs a size: write --expert-cache 400MiB"),
-        (["--max-new-tokens", "500"], "do not fit the model's context of 512"),
-        (["--memory-limit-cgroup", "25%"], "--memory-limit-cgroup '25%' is not understood"),
+        ({"against": "vllm"}, "--against 'vllm' is not known; write some of accelerate,llamacpp,resident"),
+        ({"max_new_tokens": 1}, "--max-new-tokens 1 leaves nothing to time"),
+        ({"against_new_tokens": 1}, "--against-new-tokens is 1; write at least 2"),
+        ({"repeats": 0}, "--repeats is 0; write at least 1"),
+        ({"expert_cache": ""}, "our engine needs a size: write --expert-cache 400MiB"),
+        ({"prefetch": "some"}, "--prefetch 'some' is no list of numbers; write for example 3"),
+        ({"max_new_tokens": 500}, "do not fit the model's context of 512"),
+        ({"memory_limit_cgroup": "25%"}, "--memory-limit-cgroup '25%' is not understood"),
     ],
 )
-def test_mistakes(model: Path, tmp_path: Path, more: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_take_turns", lambda *_: pytest.fail("something ran"))
+def test_mistakes(
+    model: Path, tmp_path: Path, more: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_bandwidth", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(UserError, match=words):
-        bench.main(flags(model, tmp_path, *more))
+        bench.benchmark(options(model, tmp_path, **more))
 
 
 def test_a_limit_needs_a_controller(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "find_hierarchy", lambda: None)
     with pytest.raises(UserError, match=r"needs a memory controller \(cgroup v1 or v2\)"):
-        bench.main(flags(model, tmp_path, "--memory-limit-cgroup", "1GiB"))
+        bench.benchmark(options(model, tmp_path, memory_limit_cgroup="1GiB"))
 
 
 def test_accelerate_gets_less_memory_until_it_survives(
@@ -192,7 +194,7 @@ def test_accelerate_gets_less_memory_until_it_survives(
 @pytest.mark.slow
 def test_a_real_run_is_complete(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="the bench extra is not installed")
-    bench.main(flags(model, tmp_path, "--repeats", "1", "--threads", "1"))
+    bench.benchmark(options(model, tmp_path, repeats=1, threads=1))
     result = json.loads((tmp_path / "bench.json").read_text())
     assert list(result["summary"]) == ["remoe 30%", "remoe 60%", "accelerate", "llamacpp", "resident"]
     for name, summary in result["summary"].items():

@@ -1,4 +1,4 @@
-"""One trial of `python -m evaluation.benchmark.memory`, in a real process and a real memory group."""
+"""One trial of `remoe bench memory`, in a real process and a real memory group."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 
 from configs.load import UserError
 from evaluation.benchmark import memory as bench_memory
-from evaluation.benchmark.memory import Outcome, main, one_trial
+from evaluation.benchmark.memory import MemoryBenchmark, Outcome, benchmark, one_trial
 from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
 from evaluation.benchmark.sides.memory_trial import Trial
 
@@ -88,7 +88,7 @@ def test_a_broken_budget_ends_the_command_with_an_error_and_the_result_is_writte
     monkeypatch.setattr(bench_memory, "one_trial", pretended)
     output = tmp_path / "memory.json"
     with pytest.raises(UserError, match="1 of 3 budgets were not kept"):
-        main(["--model", str(checkpoint()), "--trials", "2", "--output", str(output)])
+        benchmark(MemoryBenchmark(model=str(checkpoint()), trials=2, output=str(output)))
     assert '"most_share": 1.05' in output.read_text()
 
 
@@ -97,13 +97,11 @@ def test_a_model_that_fits_no_budget_ends_the_search(
 ) -> None:
     monkeypatch.setattr(bench_memory, "one_trial", lambda *_: Outcome(1, 1, 1, "refused", 0, 0, why="too small"))
     with pytest.raises(UserError, match="10 budgets in a row were refused"):
-        main(["--model", str(checkpoint()), "--trials", "2"])
+        benchmark(MemoryBenchmark(model=str(checkpoint()), trials=2))
 
 
-def test_senseless_numbers_are_refused(checkpoint: Checkpoint) -> None:
-    for flags, words in (
-        (["--trials", "0"], "--trials is 0; write at least 1"),
-        (["--most-tokens", "5"], "at least 96"),
-    ):
-        with pytest.raises(UserError, match=words):
-            main(["--model", str(checkpoint()), *flags])
+def test_senseless_numbers_are_refused() -> None:
+    with pytest.raises(UserError, match="--trials is 0; write at least 1"):
+        MemoryBenchmark(model="any", trials=0)
+    with pytest.raises(UserError, match="--most-tokens is 5; write at least 96"):
+        MemoryBenchmark(model="any", most_tokens=5)

@@ -5,7 +5,7 @@ import pytest
 
 from configs.load import UserError
 from data.corpus import DOMAINS
-from evaluation.benchmark.policies import main, markdown, one_request, regrets
+from evaluation.benchmark.policies import PoliciesBenchmark, benchmark, markdown, one_request, regrets
 from evaluation.engine.cache.replay import POLICIES, replay
 from tests.evaluation.engine.cache.made_traces import fixed_trace
 
@@ -45,9 +45,16 @@ def test_sizes_below_one_token_are_refused_before_anything_is_replayed() -> None
         regrets({"text": fixed_trace(10)}, fixed_trace(10), sizes=[4, 2])
 
 
+def test_options_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UserError, match="--requests is 1; write at least 2"):
+        PoliciesBenchmark(requests=1)
+    with pytest.raises(UserError, match="--slots '4;6' is no list of numbers; write for example 4,8,16"):
+        PoliciesBenchmark(slots="4;6")
+
+
 @pytest.mark.slow
 def test_the_shipped_model_prints_both_scopes(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--requests", "2", "--slots", "8"])
+    benchmark(PoliciesBenchmark(requests=2, slots="8"))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("| `")] == [
         "`global`: experts held", "`per_layer`: experts held"

@@ -10,7 +10,7 @@ import yaml
 
 from configs.load import UserError
 from evaluation.benchmark import scaling as bench_scaling
-from evaluation.benchmark.scaling import main
+from evaluation.benchmark.scaling import ScalingBenchmark, benchmark
 
 Values = Callable[..., dict[str, Any]]
 
@@ -51,18 +51,18 @@ def test_sides_take_turns_on_the_same_rows_and_the_median_ratio_is_told(
             return 0
 
     monkeypatch.setattr(bench_scaling, "Child", MadeUp)
-    main([config, "--repeats", "3", "--steps", "8"])
+    benchmark(ScalingBenchmark(config=config, repeats=3, steps=8))
     assert asked == [(1, 4), (2, 2), (2, 2), (1, 4), (1, 4), (2, 2)]
     assert "2 processes / 1: 1.70 x (1.50 to 1.90)" in capsys.readouterr().out
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(config: str) -> None:
     with pytest.raises(UserError, match="=4 is that of the one process and must be a multiple of --processes 3"):
-        main([config, "--processes", "3"])
+        benchmark(ScalingBenchmark(config=config, processes=3))
     with pytest.raises(UserError, match="--steps is 5; write at least 6"):
-        main([config, "--steps", "5"])
+        ScalingBenchmark(config=config, steps=5)
 
 
 def test_a_run_that_fails_says_why(config: str) -> None:
     with pytest.raises(UserError, match=r"1 processes ended with exit code 2: \./nowhere does not exist"):
-        main([config, "model_name_or_path=./nowhere", "--repeats", "1"])
+        benchmark(ScalingBenchmark(config=config, overrides=["model_name_or_path=./nowhere"], repeats=1))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.benchmark.sides.training_side import READY, Measured
-from evaluation.benchmark.training import compare, loaded, main, table
+from evaluation.benchmark.training import TrainingBenchmark, benchmark, compare, loaded, table
 
 
 def measured(seconds: float, peak: int) -> Measured:
@@ -46,11 +46,11 @@ def test_steps_of_the_same_turn_are_compared() -> None:
     assert compare({"remoe": [ours], "eager": [theirs]})["speed_ratio"]["each"] == [2.0], "of the medians: 1"
 
 
-def test_unknown_sides_and_numbers_are_refused(tmp_path: Path) -> None:
+def test_unknown_sides_and_numbers_are_refused() -> None:
     with pytest.raises(UserError, match=r"--stock 'deepspeed': write one or more of grouped_mm, batched_mm, eager"):
-        main(["x.yaml", "--stock", "deepspeed"])
+        TrainingBenchmark(config="x.yaml", stock="deepspeed")
     with pytest.raises(UserError, match="--steps is 0; write at least 1"):
-        main(["x.yaml", "--steps", "0"])
+        TrainingBenchmark(config="x.yaml", steps=0)
 
 
 def test_a_side_that_ends_before_its_last_step_is_named(
@@ -75,20 +75,8 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
     overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
     config = tmp_path / "c.yaml"
     config.write_text("objective: ce_only\n", encoding="utf-8")
-    main(
-        [
-            str(config),
-            *overrides,
-            "--repeats",
-            "1",
-            "--steps",
-            "3",
-            "--threads",
-            "1",
-            "--output",
-            str(tmp_path / "o.json"),
-        ]
-    )
+    output = str(tmp_path / "o.json")
+    benchmark(TrainingBenchmark(config=str(config), overrides=overrides, repeats=1, steps=3, threads=1, output=output))
     result = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
     ours, *others = (runs[0] for runs in result["runs"].values())
     assert len(others) == 2
@@ -112,8 +100,8 @@ def test_a_checkpoint_in_bfloat16_is_trained_by_both(
     values = train_values(model_name_or_path=str(tmp_path / "model"), bf16="true")
     overrides = [f"{key}={str(value).replace(' ', '')}" for key, value in values.items() if key != "max_steps"]
     (tmp_path / "c.yaml").write_text("objective: ce_only\n", encoding="utf-8")
-    flags = ["--stock", "grouped_mm", "--repeats", "1", "--steps", "1", "--threads", "1"]
-    main([str(tmp_path / "c.yaml"), *overrides, *flags, "--output", str(tmp_path / "o.json")])
+    short = {"stock": "grouped_mm", "repeats": 1, "steps": 1, "threads": 1, "output": str(tmp_path / "o.json")}
+    benchmark(TrainingBenchmark(config=str(tmp_path / "c.yaml"), overrides=overrides, **short))
     ours, theirs = (runs[0] for runs in json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))["runs"].values())
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=0.02)
 
@@ -122,17 +110,8 @@ def test_a_checkpoint_in_bfloat16_is_trained_by_both(
 def test_a_side_that_fails_says_why(train_values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("objective: ce_only\n", encoding="utf-8")
+    overrides = ["model_name_or_path=./nowhere", f"output_dir={tmp_path}/run"]
     with pytest.raises(
         UserError, match=r"side remoe ended with exit code 2: \./nowhere does not exist; give the folder"
     ):
-        main(
-            [
-                str(config),
-                "model_name_or_path=./nowhere",
-                f"output_dir={tmp_path}/run",
-                "--repeats",
-                "1",
-                "--steps",
-                "1",
-            ]
-        )
+        benchmark(TrainingBenchmark(config=str(config), overrides=overrides, repeats=1, steps=1))

@@ -94,7 +94,7 @@ def test_a_one_token_prompt_is_prefill_and_what_follows_is_decode(checkpoint: Ch
 def test_the_checkpoint_is_not_touched_and_no_expert_is_resident(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2_moe", "float32")
     before = digest(folder)
-    gates = {"model.layers.0.mlp.gate.weight": torch.randn(12, 32)}
+    gates = {f"model.layers.{layer}.mlp.gate.weight": torch.randn(12, 32) for layer in (0, 2, 3)}
     with load(folder, EngineOptions("50%"), router_delta=gates) as (model, engine):
         generate(model, 1)
         experts = [p for name, p in model.named_parameters() if ".experts." in name]
@@ -142,7 +142,7 @@ def test_a_router_delta_for_another_model_is_refused(checkpoint: Checkpoint) -> 
         ({"cache_scope": "both"}, "unknown cache scope 'both'; known: global, per_layer"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported; write auto, bfloat16, float16, float32"),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),
-        ({"expert_cache": "auto"}, "size 'auto' is not understood"),
+        ({"expert_cache": "auto"}, "expert cache 'auto' is not understood"),
         ({"reads_in_flight": 0}, "reads_in_flight is 0; write at least 1"),
         (
             {"expert_cache": 100},

@@ -22,7 +22,7 @@ from evaluation.engine.greedy import greedy
 from evaluation.export.gguf_file import write_gguf
 from evaluation.export.hf_folder import main, model_card
 from training.model.loading import load_pretrained, load_tokenizer
-from training.model.routers import router_parameters
+from training.model.routers import copy_into_routers, router_parameters
 from training.run_folder import router_delta
 
 ModelDir = Callable[[str], Path]
@@ -55,7 +55,7 @@ def test_a_folder_that_plain_transformers_loads_with_the_tuned_routers(
     moved = perturbed(base, tmp_path / "delta")
     export(base, tmp_path / "delta", tmp_path / "out")
     tuned = load_pretrained(str(base), dtype=torch.float32)
-    router_delta.apply(tuned, moved)
+    copy_into_routers(tuned, moved)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert greedy(exported, PROMPT, max_new_tokens=20) == greedy(tuned, PROMPT, max_new_tokens=20)
     ids = torch.tensor([PROMPT])
@@ -240,7 +240,7 @@ def test_llamacpp_speaks_with_the_tuned_routers(shipped_gguf: Path, tmp_path: Pa
     tuned.generation_config.eos_token_id = None
     beginnings = document_beginnings(load_tokenizer(str(EMBEDDED / "model")), "test", tokens=24, count=60)
     before = [greedy(tuned, prompt, max_new_tokens=24) for prompt in beginnings]
-    router_delta.apply(tuned, moved)
+    copy_into_routers(tuned, moved)
     expected = {tuple(prompt): greedy(tuned, prompt, max_new_tokens=24) for prompt in beginnings}
     assert list(expected.values()) != before
     prompts = [prompt for prompt in beginnings if not has_a_tie(tuned, prompt, expected[tuple(prompt)])][:50]

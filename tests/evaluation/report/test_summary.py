@@ -1,116 +1,116 @@
 """The arithmetic of the report, on hand-made results with hand-computed answers."""
 
-from typing import Any
-
 import pytest
 
 from evaluation.report.summary import (
-    Spread,
-    budgets,
-    change,
+    SeedMean,
+    decode_budgets,
     headline_budget,
     headline_sizes,
-    layers_of,
-    measure,
+    is_busy,
     miss_change,
     miss_rate,
-    relative,
-    spread,
+    perplexity_change,
+    place_means,
+    relative_change,
+    scored,
+    seed_mean,
+    time_ratio,
+    turn_times,
     verdict,
     worst_task,
 )
+from evaluation.results import MachineLoad, PerplexityDifference, Results, TaskDifference
+from evaluation.turns import PairedRatio
 from tests.evaluation.made_results import made_results
 
 
-def set_cost(results: dict[str, Any], arm: str, *costs: float) -> None:
-    for run, cost in zip(results["arms"][arm]["runs"], costs, strict=True):
-        run["difference"]["perplexity"]["mean"] = {"relative": cost, "low": cost - 0.002, "high": cost + 0.002}
+def set_cost(results: Results, arm: str, *costs: float) -> None:
+    for run, cost in zip(results.arms[arm].runs, costs, strict=True):
+        run.difference.perplexity["mean"] = PerplexityDifference(relative=cost, low=cost - 0.002, high=cost + 0.002)
 
 
-def set_misses(results: dict[str, Any], arm: str, slots: int, *misses: int) -> None:
-    for run, count in zip(results["arms"][arm]["runs"], misses, strict=True):
-        next(row for row in run["replay"] if (row["policy"], row["slots"]) == ("lru", slots))["misses"] = count
+def set_misses(results: Results, arm: str, slots: int, *misses: int) -> None:
+    for run, count in zip(results.arms[arm].runs, misses, strict=True):
+        next(row for row in run.replay if (row.policy, row.slots) == ("lru", slots)).misses = count
 
 
-def test_spread_is_the_mean_and_the_sample_standard_deviation() -> None:
-    assert spread([1.0, 2.0, 6.0]) == Spread(3.0, pytest.approx(7**0.5), 3)
+def test_over_seeds_there_is_the_mean_and_the_sample_standard_deviation() -> None:
+    assert seed_mean([1.0, 2.0, 6.0]) == SeedMean(3.0, pytest.approx(7**0.5), 3)
 
 
-def test_spread_leaves_out_what_was_not_measured_instead_of_counting_it_as_zero() -> None:
-    assert spread([None, 4.0, None]) == Spread(4.0, None, 1)
-    assert spread([None, None]) is None
+def test_the_mean_over_seeds_leaves_out_what_was_not_measured_instead_of_counting_it_as_zero() -> None:
+    assert seed_mean([None, 4.0, None]) == SeedMean(4.0, None, 1)
+    assert seed_mean([None, None]) is None
 
 
 def test_relative_change_needs_a_base_other_than_zero() -> None:
-    assert relative(3.0, 4.0) == -0.25
-    assert relative(3.0, 0.0) is None
-    assert relative(None, 4.0) is None
+    assert relative_change(3.0, 4.0) == -0.25
+    assert relative_change(3.0, 0.0) is None
+    assert relative_change(None, 4.0) is None
 
 
-def test_layers_of_takes_the_spread_layer_by_layer_over_seeds() -> None:
-    assert layers_of([[1.0, None], [3.0, 5.0]]) == [Spread(2.0, pytest.approx(2**0.5), 2), Spread(5.0, None, 1)]
+def test_means_are_taken_place_by_place_over_seeds() -> None:
+    assert place_means([[1.0, None], [3.0, 5.0]]) == [SeedMean(2.0, pytest.approx(2**0.5), 2), SeedMean(5.0, None, 1)]
 
 
 def test_miss_rate_is_misses_per_access_and_none_where_not_replayed() -> None:
     results = made_results()
     set_misses(results, "base", 6, 480000)
-    run = results["arms"]["base"]["runs"][0]
+    run = results.arms["base"].runs[0]
     assert miss_rate(run, 6) == 0.5
     assert miss_rate(run, 7) is None
-    assert miss_rate({**run, "replay": None}, 6) is None
+    run.replay = None
+    assert miss_rate(run, 6) is None
 
 
 def test_miss_change_compares_every_seed_with_base() -> None:
     results = made_results()
     set_misses(results, "base", 6, 500000)
     set_misses(results, "cache", 6, 400000, 350000, 300000)
-    assert miss_change(results, "cache", 6) == Spread(pytest.approx(-0.3), pytest.approx(0.1), 3)
+    assert miss_change(results, "cache", 6) == SeedMean(pytest.approx(-0.3), pytest.approx(0.1), 3)
     assert miss_change(results, "base", 6) is None
 
 
 def test_headline_sizes_are_6_and_12_for_four_chosen_experts_and_grow_with_their_number() -> None:
     results = made_results()
     assert headline_sizes(results) == [6, 12]
-    results["model"]["top_k"] = 8
+    results.model.top_k = 8
     assert headline_sizes(results) == [12, 24]
 
 
 def test_headline_budget_is_the_smallest_common_one_that_holds_a_tokens_demand() -> None:
     results = made_results()
-    sizes = budgets(results)
-    assert headline_budget(results) == sizes[1] == results["model"]["token_demand_bytes"]
-    remoe = results["arms"]["remoe"]["runs"][0]
-    remoe["decode"] = [row for row in remoe["decode"] if row["expert_cache_bytes"] != sizes[1]]
+    sizes = decode_budgets(results)
+    assert headline_budget(results) == sizes[1] == results.model.token_demand_bytes
+    remoe = results.arms["remoe"].runs[0]
+    remoe.decode = [row for row in remoe.decode if row.expert_cache_bytes != sizes[1]]
     assert headline_budget(results) == sizes[2]
-    remoe["decode"] = [row for row in remoe["decode"] if row["demands"] < 1]
+    remoe.decode = [row for row in remoe.decode if row.demands < 1]
     assert headline_budget(results) == sizes[0]
 
 
 def test_the_interval_over_seeds_is_the_mean_of_theirs() -> None:
     results = made_results()
     set_cost(results, "cache", -0.001, 0.000, 0.004)
-    found = change(results, "cache", "perplexity", "mean")
+    found = perplexity_change(results, "cache")
     assert found is not None
-    assert found.spread.mean == pytest.approx(0.001)
+    assert found.value.mean == pytest.approx(0.001)
     assert (found.low, found.high) == (pytest.approx(-0.001), pytest.approx(0.003))
     assert not found.excludes_zero
     set_cost(results, "cache", 0.001, 0.002, 0.006)
-    found = change(results, "cache", "perplexity", "mean")
+    found = perplexity_change(results, "cache")
     assert found is not None
     assert found.excludes_zero
 
 
 def test_worst_task_is_the_one_that_falls_most() -> None:
     results = made_results()
-    results["arms"]["remoe"]["runs"][0]["difference"]["tasks"]["letters"] = {
-        "difference": -0.4,
-        "low": -0.5,
-        "high": -0.3,
-    }
+    results.arms["remoe"].runs[0].difference.tasks["letters"] = TaskDifference(difference=-0.4, low=-0.5, high=-0.3)
     found = worst_task(results, "remoe")
     assert found is not None
     assert found[0] == "letters"
-    assert found[1].spread.mean == -0.4
+    assert found[1].value.mean == -0.4
     assert worst_task(results, "base") is None
 
 
@@ -132,12 +132,43 @@ def test_no_arm_is_best_when_none_is_within_the_limit() -> None:
 
 def test_an_arm_without_measured_perplexity_is_never_best() -> None:
     results = made_results()
-    for run in results["arms"]["cache"]["runs"]:
-        run["difference"] = None
+    for run in results.arms["cache"].runs:
+        run.difference = None
     assert verdict(results).best == "ce_only"
 
 
-def test_measure_is_none_below_a_part_that_was_not_measured() -> None:
+def test_a_figure_is_none_below_a_part_that_was_not_measured() -> None:
     results = made_results()
-    results["arms"]["base"]["runs"][0]["quality"] = None
-    assert measure(results, "base", "quality", "tasks", "arithmetic", "value") is None
+    results.arms["base"].runs[0].quality = None
+    assert scored(results, "base", lambda quality: quality.mean_perplexity) is None
+
+
+def set_times(results: Results, arm: str, *times_by_seed: list[float | None] | None) -> None:
+    for run, times in zip(results.arms[arm].runs, times_by_seed, strict=True):
+        run.decode[0].tpot_ms = times
+
+
+def test_times_of_a_turn_are_means_over_seeds_and_compared_with_base_turn_by_turn() -> None:
+    results = made_results()
+    budget = decode_budgets(results)[0]
+    set_times(results, "base", [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, None])
+    thirds = [3.0, 6.0, 12.0, 24.0, 48.0, 96.0, 7.0]
+    set_times(results, "cache", thirds, [2 * time for time in thirds], [3 * time for time in thirds])
+    assert turn_times(results, "cache", budget, "tpot_ms") == pytest.approx([2 * time for time in thirds])
+    found = time_ratio(results, "cache", budget, "tpot_ms")
+    assert found == PairedRatio(pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6), 6)
+    assert found.shows
+    assert time_ratio(results, "base", budget, "tpot_ms") is None
+    set_times(results, "base", None)
+    assert turn_times(results, "base", budget, "tpot_ms") == []
+    assert time_ratio(results, "cache", budget, "tpot_ms") is None
+
+
+def test_a_machine_is_busy_when_others_and_the_hypervisor_together_have_more_than_a_tenth() -> None:
+    results = made_results()
+    assert not is_busy(results), "nobody looked"
+    load = {"load_average_before": 2.0, "load_average_after": 2.0, "stolen_share": 0.04}
+    results.machine_load = MachineLoad(**load, others_share=0.05)
+    assert not is_busy(results)
+    results.machine_load = MachineLoad(**load, others_share=0.07)
+    assert is_busy(results)

@@ -13,8 +13,10 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from configs.command import parse
 from evaluation.engine.engine import Engine
-from evaluation.server.application import HttpServer, application, listener, parser
+from evaluation.server.application import HttpServer, listener
+from launch.serve import Serve, opened
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Served:
 @contextmanager
 def serve(folder: Path, *flags: str, memory: tuple[str, str] = ("--expert-cache", "20%")) -> Iterator[Served]:
     """The server that `remoe serve` runs, but for the process around it."""
-    arguments = parser().parse_args(["--model", str(folder), *memory, *flags])
-    with listener("127.0.0.1", 0) as sock, application(arguments) as loaded:
+    command = parse(Serve, ["--model", str(folder), *memory, *flags], prog="remoe serve")
+    with listener("127.0.0.1", 0) as sock, opened(command) as loaded:
         sock.listen()  # who connects before the server runs, waits
         server = HttpServer(loaded)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, name="http")

@@ -14,10 +14,12 @@ import httpx2
 import pytest
 import torch
 
+from configs.command import parse
 from configs.load import UserError
-from evaluation.server.application import HttpServer, application, main, parser
+from evaluation.server.application import HttpServer
 from evaluation.server.choice import Choice
 from evaluation.server.work import Job
+from launch.serve import Serve, main, opened
 from tests.evaluation.server.running import our_threads, serve
 
 Checkpoint = Callable[..., Path]
@@ -33,23 +35,23 @@ def test_engine_flags_reach_the_engine(model_dir: Callable[[str], Path], monkeyp
 
     monkeypatch.setattr("launch.engine_flags.load_for", load_for)
     flags = ["--expert-cache", "50%", "--cache-policy", "lfu", "--cache-scope", "per_layer", "--dtype", "bfloat16"]
-    with application(parser().parse_args(["--model", folder, "--router-delta", "some/delta", *flags])) as loaded:
+    command = parse(Serve, ["--model", folder, "--router-delta", "some/delta", *flags], prog="remoe serve")
+    with opened(command) as loaded:
         assert asked == [(folder, "some/delta")]
         assert loaded.engine.dtype == torch.bfloat16
         assert loaded.engine.cache.total_slots == 8
     for flag, value in (("--cache-policy", "best"), ("--cache-scope", "both"), ("--dtype", "int3")):
-        arguments = parser().parse_args(["--model", folder, "--expert-cache", "50%", flag, value])
-        with pytest.raises(UserError, match=value), application(arguments):
-            pass
+        with pytest.raises(UserError, match=value):
+            main(["--model", folder, "--expert-cache", "50%", "--port", "0", flag, value])
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--max-queue", "-1"], "--max-queue is -1; it must be at least 0"),
-        (["--max-request-bytes", "0"], "--max-request-bytes is 0; it must be at least 1"),
-        (["--max-model-len", "1"], "--max-model-len is 1; it must be at least 2"),
-        (["--block-tokens", "0"], "--block-tokens is 0; it must be at least 1"),
+        (["--max-queue", "-1"], "--max-queue is -1; write at least 0"),
+        (["--max-request-bytes", "0"], "--max-request-bytes is 0; write at least 1"),
+        (["--max-model-len", "1"], "--max-model-len is 1; write at least 2"),
+        (["--block-tokens", "0"], "--block-tokens is 0; write at least 1"),
         (["--max-model-len", "65"], "--max-model-len 65 is more than the 64 positions this model has"),
         (["--api-key-env", "NO_SUCH_KEY"], "--api-key-env names NO_SUCH_KEY, which is not set"),
         (["--expert-cache", "1KiB"], "too small: .* the smallest that works is"),
@@ -115,17 +117,8 @@ def test_a_server_that_stops_breaks_off_what_does_not_end(
 def test_a_signal_lets_requests_finish_and_ends_the_process_in_order(
     model_dir: Callable[[str], Path], number: signal.Signals
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "evaluation.server.application",
-        "--model",
-        str(model_dir("olmoe")),
-        "--expert-cache",
-        "50%",
-        "--port",
-        "0",
-    ]
+    flags = ["--model", str(model_dir("olmoe")), "--expert-cache", "50%", "--port", "0"]
+    command = [sys.executable, "-m", "launch.cli", "serve", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

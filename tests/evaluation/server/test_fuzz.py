@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from evaluation.server.application import application, parser
-from evaluation.server.protocol import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
+from evaluation.engine.options import EngineOptions
+from evaluation.server.application import ServerOptions, application
+from evaluation.server.protocol import HARMLESS, NEUTRAL, ChatCompletionRequest, CompletionRequest
 from tests.evaluation.server.conftest import TEMPLATE
 
 REQUESTS = 1500
@@ -26,7 +27,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "ab", "max_tokens": 2, "seed": 1},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 2, "seed": 1},
 }
-NAMES = sorted({*CompletionRequest.model_fields, *ChatRequest.model_fields, *HARMLESS, *NEUTRAL})
+NAMES = sorted({*CompletionRequest.model_fields, *ChatCompletionRequest.model_fields, *HARMLESS, *NEUTRAL})
 
 numbers = st.one_of(
     st.integers(-3, 40), st.integers(), st.floats(), st.sampled_from([2**63, -(2**64), 10**400, 1e-320, 1e308])
@@ -134,11 +135,9 @@ def test_malformed_requests_are_refused_and_the_server_answers_as_before(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    arguments = parser().parse_args(
-        ["--model", str(folder), "--expert-cache", "50%", "--max-model-len", "40", "--max-request-bytes", "3000"]
-    )
+    options = ServerOptions(max_model_len=40, max_request_bytes=3000)
     outcomes: Counter[str] = Counter()
-    with asyncio.Runner() as runner, application(arguments) as loaded:
+    with asyncio.Runner() as runner, application(str(folder), EngineOptions("50%"), options, name="m") as loaded:
         client = httpx2.AsyncClient(transport=httpx2.ASGITransport(loaded.app), base_url="http://test")
 
         def ask(**request: Any) -> httpx2.Response:

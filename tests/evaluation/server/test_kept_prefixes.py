@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import Gemma2Config
 
+from configs.command import parse
 from configs.load import UserError
-from evaluation.server.application import _keeps_prefixes, parser
+from evaluation.engine.options import EngineOptions
+from evaluation.server.application import ServerOptions, _keeps_prefixes
+from launch.serve import Serve
 from tests.evaluation.server.running import Plain, serve
 from training.model.lazy_weights import read_config
 
@@ -53,14 +56,14 @@ def test_nothing_is_kept_where_that_is_not_asked_for(chat_model: Path) -> None:
     ],
 )
 def test_what_is_kept_unless_told_otherwise(chat_model: Path, flags: list[str], keeps: bool) -> None:
-    config, arguments = read_config(chat_model), parser().parse_args(["--model", str(chat_model), *flags])
-    assert _keeps_prefixes(config, arguments) == keeps
+    command = parse(Serve, ["--model", str(chat_model), *flags], prog="remoe serve")
+    assert _keeps_prefixes(read_config(chat_model), command.engine, command.server) == keeps
 
 
 def test_a_model_that_forgets_is_served_without_unless_a_size_is_given(caplog: pytest.LogCaptureFixture) -> None:
-    config, flags = Gemma2Config(num_hidden_layers=2, sliding_window=4), ["--model", "m", "--memory-budget", "1GiB"]
+    config, budget = Gemma2Config(num_hidden_layers=2, sliding_window=4), EngineOptions(memory_budget="1GiB")
     with caplog.at_level(logging.WARNING):
-        assert not _keeps_prefixes(config, parser().parse_args(flags))
+        assert not _keeps_prefixes(config, budget, ServerOptions())
     assert "no prefix cache: a gemma2 model keeps DynamicSlidingWindowLayer" in caplog.text
     with pytest.raises(UserError, match="a gemma2 model keeps"):
-        _keeps_prefixes(config, parser().parse_args([*flags, "--prefix-cache", "1MiB"]))
+        _keeps_prefixes(config, budget, ServerOptions(prefix_cache="1MiB"))

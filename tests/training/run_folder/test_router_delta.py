@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.load import UserError
 from training.model.loading import load_pretrained
-from training.model.routers import router_parameters
+from training.model.routers import copy_into_routers, router_parameters
 from training.run_folder import router_delta
 from training.run_folder.proof import frozen_sha256
 
@@ -67,9 +67,8 @@ def test_gates_are_stored_in_float32_and_nothing_else_is(delta: Path, routers: d
 def test_applying_changes_only_the_routers_and_keeps_their_dtype(
     dtype: torch.dtype, base: Path, delta: Path, routers: dict[str, Tensor]
 ) -> None:
-    model = load_pretrained(str(base), dtype=dtype)
-    before = frozen_sha256(model.state_dict().items(), routers)
-    router_delta.apply(model, router_delta.load_for(base, delta))
+    before = frozen_sha256(load_pretrained(str(base), dtype=dtype).state_dict().items(), routers)
+    model = load_pretrained(str(base), dtype=dtype, router_delta=router_delta.load_for(base, delta))
     for name, parameter in router_parameters(model).items():
         assert parameter.dtype == dtype
         assert torch.equal(parameter, routers[name].to(dtype))
@@ -152,10 +151,17 @@ def test_a_base_that_is_no_checkpoint_or_truncated_is_refused(base: Path, delta:
 
 def test_gates_of_another_model_are_not_applied(base: Path, routers: dict[str, Tensor]) -> None:
     model = load_pretrained(str(base))
-    name = next(iter(routers))
-    for wrong in ({name: routers[name]}, {**routers, name: routers[name][:4]}, {**routers, "other": routers[name]}):
-        with pytest.raises(UserError, match=rf"the delta's {len(wrong)} tensors are not the 2 routers of Qwen2Moe"):
-            router_delta.apply(model, wrong)
+    name, other = routers
+    wrong = {
+        rf"{other}, a router of the model, is not in it": {name: routers[name]},
+        rf"{name} has shape \[4, 16\], the model's is \[8, 16\]": {**routers, name: routers[name][:4]},
+        r"the model has no router weight other": {**routers, "other": routers[name]},
+    }
+    before = {key: parameter.detach().clone() for key, parameter in router_parameters(model).items()}
+    for words, weights in wrong.items():
+        with pytest.raises(UserError, match=f"router delta: {words}; use the model it was made for"):
+            copy_into_routers(model, weights)
+    assert all(torch.equal(parameter, before[key]) for key, parameter in router_parameters(model).items())
 
 
 def test_whoever_may_read_the_description_may_read_the_weights(delta: Path) -> None:

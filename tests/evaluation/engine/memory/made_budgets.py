@@ -1,16 +1,13 @@
-"""A memory budget that holds so many experts and nothing beside them; no test in here."""
+"""A memory budget that holds a number of experts and nothing beside them; no test in here."""
 
 from pathlib import Path
-
-import pytest
 
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 
 
-def budget_for(folder: Path, monkeypatch: pytest.MonkeyPatch, *, experts: int, context_tokens: int = 64) -> int:
-    """Bytes; what is resident counts as nothing from now on, because it is measured and never twice the same."""
-    monkeypatch.setattr("evaluation.engine.loading.private_bytes", lambda: 0)
+def budget_for(folder: Path, *, experts: int, context_tokens: int = 64) -> int:
+    """Bytes that leave room for this many experts of the checkpoint in `folder`."""
     with load(folder, EngineOptions(memory_budget="400MiB", context_tokens=context_tokens)) as (_, engine):
         division = engine.division
         assert division is not None

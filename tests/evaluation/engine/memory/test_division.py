@@ -1,5 +1,6 @@
 """A memory budget: divided without a rest, refused with the smallest that works, never exceeded as a context grows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine import loading
 from evaluation.engine.loading import load
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, Division, divide, passing_slots
@@ -26,12 +26,12 @@ DEMAND = Demand(layers=4, num_experts=16, top_k=2, slot_bytes=MIB)
 NEEDS = Needs(layers=4, kv_bytes_per_token=4000, row_bytes=20_000, mask_bytes=5)
 
 
-def divided(budget_bytes: int, **changes: Any) -> Division:
+def divided(budget: int | str, **changes: Any) -> Division:
     options: dict[str, Any] = {
         "demand": DEMAND, "needs": NEEDS, "resident_bytes": 10 * MIB, "reader_bytes": 6 * MIB, "reads_in_flight": 4,
         "context_tokens": 100, "scope": "global",
     }  # fmt: skip
-    return divide(budget_bytes, **{**options, **changes})
+    return divide(budget, **{**options, **changes})
 
 
 def spent(division: Division) -> int:
@@ -143,15 +143,28 @@ def test_a_context_that_does_not_fit_is_refused_and_the_next_request_works(check
         assert torch.equal(generate(model, 9, 6), expected)
 
 
-def test_residents_count_whole_also_where_they_fill_memory_that_was_freed_before(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+def test_residents_are_worked_out_so_that_every_start_agrees_and_cover_what_loading_takes(
+    checkpoint: Checkpoint,
 ) -> None:
-    monkeypatch.setattr(loading, "private_bytes", lambda: 0)  # a process that does not grow
-    with load(checkpoint("olmoe"), EngineOptions(memory_budget="200MiB", context_tokens=16)) as (model, engine):
-        assert engine.division is not None
-        weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
-        assert weights_bytes > 0
-        assert engine.division.resident_bytes >= weights_bytes
+    found = []
+    for _ in range(2):
+        before_bytes = private_bytes()
+        with load(checkpoint("olmoe"), EngineOptions(memory_budget="smallest", context_tokens=16)) as (model, engine):
+            assert engine.division is not None
+            weights_bytes = sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+            assert engine.division.resident_bytes > weights_bytes > 0
+            assert private_bytes() - before_bytes < engine.division.budget_bytes
+            found.append(engine.division)
+    assert found[0] == found[1]
+
+
+def test_a_budget_may_be_in_parts_of_the_smallest_that_works() -> None:
+    smallest = divided("smallest")
+    assert smallest.slots == smallest.smallest_slots == DEMAND.top_k
+    assert spent(smallest) == smallest.budget_bytes
+    larger = divided("smallest + 12.5%")
+    assert larger.budget_bytes == math.ceil(smallest.budget_bytes * 1.125)
+    assert larger.slots > smallest.slots
 
 
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:
@@ -173,7 +186,7 @@ def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Chec
             {"memory_budget": "1MiB"},
             r"a memory budget of 1MiB is too small: .* the smallest that works is \d+\.?\d*MiB",
         ),
-        ({"memory_budget": "lots"}, "size 'lots' is not understood"),
+        ({"memory_budget": "lots"}, "memory budget 'lots' is not understood"),
     ],
 )
 def test_budgets_that_cannot_be_are_refused(checkpoint: Checkpoint, options: dict[str, Any], words: str) -> None:

@@ -31,7 +31,7 @@ def divided(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, *, miss: fl
     monkeypatch.setattr(memory_controller._Times, "prompt_token_seconds", token)
     monkeypatch.setattr(memory_controller._Times, "request_seconds", 1.0)
     folder = checkpoint("qwen2_moe")
-    budget_bytes = budget_for(folder, monkeypatch, experts=24)
+    budget_bytes = budget_for(folder, experts=24)
     with load(folder, EngineOptions(memory_budget=budget_bytes, context_tokens=64, cache_policy="lru")) as (
         model,
         engine,

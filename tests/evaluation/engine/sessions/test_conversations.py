@@ -140,7 +140,7 @@ def test_slots_give_way_to_kept_blocks_and_both_to_a_long_request(
 ) -> None:
     folder, asked = checkpoint("qwen2_moe"), prompts()
     expected = said(resident(folder), asked)
-    budget_bytes = budget_for(folder, monkeypatch, experts=20, context_tokens=40)
+    budget_bytes = budget_for(folder, experts=20, context_tokens=40)
     with load(folder, EngineOptions(memory_budget=budget_bytes, context_tokens=40)) as (model, engine):
         assert engine.division is not None
         whole = engine.cache.total_slots

@@ -27,7 +27,7 @@ BUDGET: dict[str, Any] = {"memory_budget": "400MiB", "context_tokens": 64}
 @pytest.fixture
 def tight(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Two thirds of the experts, and less for every kept block."""
-    return {**BUDGET, "memory_budget": budget_for(checkpoint("qwen2_moe"), monkeypatch, experts=24)}
+    return {**BUDGET, "memory_budget": budget_for(checkpoint("qwen2_moe"), experts=24)}
 
 
 def requests() -> list[ChatRequest]:

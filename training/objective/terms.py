@@ -1,0 +1,263 @@
+"""The terms of the objective, their coefficients and ramps, and the presets (ReMoE, arXiv 2605.27081, and two of ours).
+
+A new term is a pure function in `losses.py`, a field of `ObjectiveArguments` and a row of `TERMS`.
+Letters: B rows, S sequence, E experts, K chosen; B counts the rows of all layers that are worked on together.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.model.routers import Routing
+from training.objective import losses
+
+# Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
+# holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
+# from the base's own predictions.
+_REMOE = {
+    "distill_coef": 0.0,
+    "miss_coef": 0.0,
+    "router_kl_coef": 0.45,
+    "reuse_coef": 0.2,
+    "smooth_coef": 0.05,
+    "lag_coef": 0.05,
+    "working_set_coef": 0.01,
+}
+_NOTHING = dict.fromkeys(_REMOE, 0.0)
+PRESETS: dict[str, dict[str, float]] = {
+    "ce_only": _NOTHING,
+    "remoe": _REMOE,
+    "remoe_no_trust": {**_REMOE, "router_kl_coef": 0.0},
+    "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
+    "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
+    "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
+    "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
+}
+REWARDING_CACHES = ("cache", "cache_miss")
+"""Objectives whose reuse and miss terms are about LRU caches of `cache_slots` instead of the previous token's experts."""
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is optimised. A coefficient that is left out has its preset's value."""
+
+    objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache or cache_miss
+    distill_coef: float | None = None  # share of the task loss that is the KL to the base's predictions, 0 to below 1
+    reuse_coef: float | None = None  # weight of the reuse reward
+    miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
+    miss_temperature: float = 0.25  # in router logits: how close a call must be to count as one
+    router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
+    smooth_coef: float | None = None  # weight of the symmetric KL between neighbouring tokens
+    lag_coef: float | None = None  # weight of the symmetric KL between tokens at the distances of `lags`
+    working_set_coef: float | None = None  # weight of the entropy of the mean over windows of `working_set_window`
+    router_aux_loss_coef: float = 0.0  # weight of the load-balance loss; only for pretraining
+    # distances in tokens, over which the lag term is averaged
+    lags: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    working_set_window: int = 16  # tokens of a window; not published, ours
+    # experts per layer in the LRU caches of `cache` and `cache_miss`, over which their terms are averaged
+    cache_slots: list[int] = field(default_factory=lambda: [8])
+    reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse and miss terms
+    consistency_warmup_steps: int = 800  # steps of the linear ramp from 0 of the smooth, lag and working-set terms
+
+    def __post_init__(self) -> None:
+        if self.objective not in PRESETS:
+            raise ValueError(f"objective={self.objective!r} is not known; choose one of {', '.join(PRESETS)}")
+        for key, value in PRESETS[self.objective].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}={getattr(self, key)} is negative; write 0 to switch the term off")
+        if self.coefficient("distill_coef") >= 1:
+            raise ValueError(
+                f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
+                "gradient, so that nothing would show whether the routers train; write 0.9"
+            )
+        if min([self.working_set_window, *self.lags, *self.cache_slots], default=1) < 1:
+            raise ValueError("lags, cache_slots and working_set_window must be at least 1")
+
+    @property
+    def rewards_cache(self) -> bool:
+        return self.objective in REWARDING_CACHES
+
+    def coefficient(self, key: str) -> float:
+        value: float | None = getattr(self, key)
+        assert value is not None, "presets fill every coefficient in"
+        return value
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the terms are made of: the routing of some layers, held as more rows of one.
+
+    Attributes:
+        routing: the rows of one layer after those of the other; `n_layers` of them.
+        document_ids_BS: which document each position is of.
+        count: over how many items the terms are averaged, over all micro-batches and processes.
+        before_BSE: bool: the experts of the token before.
+        cached: [B, S, E] bool for each of `cache_slots`: what the cache holds; none if the objective is not about caches.
+        change: lag -> mean symmetric KL between tokens at that distance.
+    """
+
+    args: ObjectiveArguments
+    routing: Routing
+    n_layers: int
+    document_ids_BS: Tensor
+    count: Mapping[str, Tensor]
+    log_probs_BSE: Tensor
+    probs_BSE: Tensor
+    before_BSE: Tensor
+    cached: list[Tensor]
+    change: dict[int, Tensor]
+
+    @property
+    def reusable(self) -> list[Tensor]:
+        """What is rewarded: what each cache holds, or the experts of the token before."""
+        return self.cached or [self.before_BSE]
+
+    @property
+    def top_k(self) -> int:
+        return self.routing.ids_BSK.shape[-1]
+
+
+def reuse(layers: Layers) -> Tensor:
+    sums = [
+        losses.reuse_loss_sum(layers.probs_BSE, held_BSE, layers.document_ids_BS, layers.top_k)
+        for held_BSE in layers.reusable
+    ]
+    return torch.stack(sums).mean()
+
+
+def smooth(layers: Layers) -> Tensor:
+    return layers.change[1]
+
+
+def lagged(layers: Layers) -> Tensor:
+    fitting = [layers.change[lag] for lag in layers.args.lags if layers.count[f"pairs_{lag}"] > 0]
+    return torch.stack(fitting).mean() if fitting else layers.probs_BSE.new_zeros(())
+
+
+def working_set(layers: Layers) -> Tensor:
+    return losses.working_set_sum(layers.probs_BSE, layers.document_ids_BS, layers.args.working_set_window)
+
+
+def missed(layers: Layers) -> Tensor:
+    logits_BSE, temperature = layers.routing.logits_BSE, layers.args.miss_temperature
+    sums = [
+        losses.miss_loss_sum(logits_BSE, held_BSE, layers.document_ids_BS, layers.top_k, temperature)
+        for held_BSE in layers.reusable
+    ]
+    return torch.stack(sums).mean()
+
+
+def trust(layers: Layers) -> Tensor | None:
+    if layers.routing.reference_logits_BSE is None:
+        return None
+    reference_BSE = layers.routing.reference_logits_BSE.log_softmax(-1)
+    return losses.trust_kl_sum(layers.probs_BSE, layers.log_probs_BSE, reference_BSE, layers.document_ids_BS)
+
+
+def load_balance(layers: Layers) -> Tensor:
+    parts = (layers.probs_BSE, layers.routing.ids_BSK, layers.document_ids_BS)
+    by_layer = zip(*(tensor.chunk(layers.n_layers) for tensor in parts), strict=True)
+    return torch.stack([losses.load_balance_sum(*layer) for layer in by_layer]).sum()
+
+
+class Term(NamedTuple):
+    """One term of the objective.
+
+    Attributes:
+        name: what it is called in `metrics.jsonl`, after `train/`.
+        coefficient: the field of `ObjectiveArguments` that it is multiplied by ...
+        ramp: ... and the one with the steps in which that grows from 0; None: it counts from the first step on.
+        items: the key of `losses.counts` that the sum is divided by; None: it is a mean already.
+        value: the sum over these layers; None if it cannot be computed, for want of the original routers.
+        always: whether it is computed for the record where its coefficient is 0.
+        settings: further fields of `ObjectiveArguments` that it depends on.
+    """
+
+    name: str
+    coefficient: str
+    ramp: str | None
+    items: str | None
+    value: Callable[[Layers], Tensor | None]
+    always: bool = True
+    settings: tuple[str, ...] = ()
+
+
+REUSE, CONSISTENCY = "reuse_warmup_steps", "consistency_warmup_steps"
+TERMS = (  # added up in this order, on which last bits depend
+    Term("reuse_loss", "reuse_coef", REUSE, "sequences", reuse, settings=("cache_slots",)),
+    Term("smooth_loss", "smooth_coef", CONSISTENCY, None, smooth),
+    Term("lag_loss", "lag_coef", CONSISTENCY, None, lagged, settings=("lags",)),
+    Term("working_set_loss", "working_set_coef", CONSISTENCY, "windows", working_set, settings=("working_set_window",)),
+    Term("miss_loss", "miss_coef", REUSE, "positions", missed, False, ("miss_temperature", "cache_slots")),
+    Term("trust_kl", "router_kl_coef", None, "positions", trust),
+    Term("load_balance_loss", "router_aux_loss_coef", None, "positions", load_balance, False),
+)
+
+
+def ramp(step: int, warmup_steps: int) -> float:
+    """Linear from 0 at step 0 to 1 at `warmup_steps`."""
+    return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
+
+
+def weights_at(args: ObjectiveArguments, step: int) -> dict[str, float]:
+    """What every term is multiplied by at this step, by its name."""
+    return {
+        term.name: (1.0 if term.ramp is None else ramp(step, getattr(args, term.ramp)))
+        * args.coefficient(term.coefficient)
+        for term in TERMS
+    }
+
+
+def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keys of a training config, with their values, that decide what was optimised.
+
+    They are the coefficients that are not 0, and the ramps and settings of their terms.
+    """
+    counting = [term for term in TERMS if config[term.coefficient]]
+    keys = ["distill_coef"] * bool(config["distill_coef"])
+    for term in counting:
+        keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
+    without = set() if config["objective"] in REWARDING_CACHES else {"cache_slots"}
+    return {key: config[key] for key in keys if key not in without}
+
+
+def layers_of(
+    args: ObjectiveArguments, routing: Routing, n_layers: int, document_ids_BS: Tensor, *, count: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+) -> Layers:  # fmt: skip
+    """What the terms of these layers are made of; `document_ids_BS` are those of one layer's rows."""
+    documents_BS, n_experts = document_ids_BS.repeat(n_layers, 1), routing.logits_BSE.shape[-1]
+    log_probs_BSE = routing.logits_BSE.log_softmax(-1)
+    probs_BSE = log_probs_BSE.exp()
+    before_BSE = losses.previous_choice(routing.ids_BSK, documents_BS, n_experts)
+    slots_C = args.cache_slots if args.rewards_cache else []
+    cached = [losses.lru_content(routing.ids_BSK, documents_BS, n_experts, slots) for slots in slots_C]
+    lags = sorted({1, *args.lags})
+    with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
+        kl_sums_D = losses.symmetric_kl_sums(probs_BSE, log_probs_BSE, documents_BS, lags)
+        change = {lag: total / at_least_one(count[f"pairs_{lag}"]) for lag, total in zip(lags, kl_sums_D, strict=True)}
+    return Layers(args, routing, n_layers, documents_BS, count, log_probs_BSE, probs_BSE, before_BSE, cached, change)
+
+
+def values_of(layers: Layers, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The means of the terms, added over these layers; without a graph where they count for nothing."""
+    values = {}
+    for term in TERMS:
+        if not term.always and not layers.args.coefficient(term.coefficient):
+            continue
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights[term.name] != 0):
+            total = term.value(layers)
+            if total is not None:
+                values[term.name] = (
+                    total if term.items is None else total / at_least_one(layers.count[term.items])
+                ).float()
+    return values
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    return count.clamp(min=1)

@@ -1,12 +1,15 @@
-"""Result files, written aside and renamed: a full disk or a kill leaves the old file or none, never half of one."""
+"""Files and folders, written aside and renamed: a full disk or a kill leaves the old one or none, never half of one."""
 
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from configs.load import UserError
 
@@ -44,7 +47,54 @@ def writing_aside(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_aside(path: str | Path, *, replace: bool = False, durable: bool = False) -> Iterator[Path]:
+    """Give a new folder beside `path`; rename it to `path` when the block ends well, remove it when it does not.
+
+    Only one process may write a folder at a time: what another one left there when it was killed is removed first.
+
+    Args:
+        path: what the folder will be called; its parents are made.
+        replace: whether a folder that is there may be replaced; if not, it must be empty.
+        durable: bring all to disk, so that after a power failure too the folder is whole or not there.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for part in [*aside.rglob("*"), aside] if durable else []:
+            _flush(part)
+        if replace:
+            shutil.rmtree(path, ignore_errors=True)
+        aside.replace(path)
+        if durable:
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small file, aside and renamed."""
+    with writing_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, aside and renamed. NaN is refused: it is not JSON."""
-    with writing_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(path: str | Path, config: Any) -> None:
+    """Write a config dataclass as YAML, aside and renamed; loading it again gives an equal config."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))

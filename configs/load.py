@@ -7,7 +7,6 @@ write instead. What a key means is documented beside the code that reads it, in 
 import ast
 import difflib
 import inspect
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import takewhile
@@ -88,18 +87,6 @@ def field_comments(schema: type[Any]) -> dict[str, str]:
                 found = [behind.strip()] if behind.strip() else [*reversed(list(above))]
                 comments[node.target.id] = " ".join(line.removeprefix("#").strip() for line in found)
     return comments
-
-
-def dump(config: Any, path: str | Path) -> None:
-    """Write a resolved config dataclass as YAML; loading it again gives an equal config."""
-    write_whole(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file aside and rename it: a process killed at any moment leaves the old text or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _read_yaml(path: Path) -> DictConfig:

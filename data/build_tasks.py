@@ -7,15 +7,16 @@ not be chosen on the test split; the same tasks on another one:
     remoe evaluate ... quality.include_path=runs/validation_tasks routing.split=validation
 """
 
-import argparse
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from data.corpus import DOMAINS, SPLITS, Document, read_corpus
+from configs.command import parse
+from data.corpus import DOMAINS, Document, read_corpus
 
 TASKS = Path("data/embedded/tasks")  # as the YAML files name it: relative to the checkout
 ITEMS = 300
@@ -99,8 +100,11 @@ def _choice(
     choices = [right, *wrong]
     draw.shuffle(choices)
     return {
-        "document": document_id, "prompt": prompt, "choices": [separator + c for c in choices], "label": choices.index(right),
-    }  # fmt: skip
+        "document": document_id,
+        "prompt": prompt,
+        "choices": [separator + choice for choice in choices],
+        "label": choices.index(right),
+    }
 
 
 def _shorten(line: str) -> str:
@@ -114,13 +118,18 @@ def _write(path: Path, items: Iterator[Item], draw: random.Random) -> None:
     path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen[:ITEMS]), encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=SPLITS, default="test", help="of the corpus (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=TASKS, help="folder for items and YAML files")
-    args = parser.parse_args(argv)
-    documents = {domain: list(read_corpus(args.split, [domain])) for domain in DOMAINS}
-    draw = random.Random(f"tasks of the {args.split} split")
+@dataclass(frozen=True)
+class BuildTasks:
+    """Make the items of the shipped tasks from one split of the corpus."""
+
+    split: Literal["train", "validation", "test"] = "test"  # of the corpus
+    output: Path = TASKS  # folder for items and YAML files
+
+
+def build(command: BuildTasks) -> None:
+    """Read the corpus, write items and YAML files."""
+    documents = {domain: list(read_corpus(command.split, [domain])) for domain in DOMAINS}
+    draw = random.Random(f"tasks of the {command.split} split")
     tasks = {
         "arithmetic": puzzles(documents["puzzles"], draw, text=False),
         "letters": puzzles(documents["puzzles"], draw, text=True),
@@ -129,14 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "next_line_code": next_lines(documents["code"], draw),
         **{f"perplexity_{domain}": passages(found, draw) for domain, found in documents.items()},
     }
-    args.output.mkdir(parents=True, exist_ok=True)
+    command.output.mkdir(parents=True, exist_ok=True)
     for name, items in tasks.items():
-        _write(args.output / f"{name}.jsonl", items, draw)
+        _write(command.output / f"{name}.jsonl", items, draw)
         description = (TASKS / f"{name}.yaml").read_text(encoding="utf-8")
-        (args.output / f"{name}.yaml").write_text(
-            description.replace("data/embedded/tasks/", f"{args.output.as_posix()}/"), encoding="utf-8"
+        (command.output / f"{name}.yaml").write_text(
+            description.replace("data/embedded/tasks/", f"{command.output.as_posix()}/"), encoding="utf-8"
         )
 
 
 if __name__ == "__main__":
-    main()
+    build(parse(BuildTasks, None, prog="python -m data.build_tasks"))

@@ -3,99 +3,109 @@
 What the routing is like is measured on the finished checkpoint, by the engine, and written beside it.
 """
 
-import argparse
 import shutil
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from configs.command import run
-from configs.files import write_json
+from configs.checks import at_least
+from configs.command import parse
+from configs.files import folder_aside, write_json
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
-from data.pieces import document_beginnings
 from evaluation.benchmark.made_model.made_checkpoint import DTYPES, Recipe, weight_bytes, write_checkpoint
+from evaluation.benchmark.made_model.measured import MISS_SHARES, measure
 from evaluation.benchmark.made_model.synthetic import Shape
-from evaluation.engine.cache.counts import DECODE
-from evaluation.engine.cache.curve import lru_curve
-from evaluation.engine.cache.reuse import routing_summary
-from evaluation.engine.cache.trace import RouteTrace
-from evaluation.engine.greedy import decode
-from evaluation.engine.loading import load
-from evaluation.engine.options import EngineOptions
 from training.model.loading import load_tokenizer
 
-EXAMPLE = """examples:
-  remoe make-model --output runs/models/mid
-  remoe make-model --output runs/models/small --size 256MiB --layers 6 --hidden 512 --experts 32 --top-k 4 --eor 0.4
-
-One expert has 3 x hidden x intermediate weights; without --intermediate it is chosen so that all weights fill --size.
-"""
 CONTEXT_TOKENS = 4096
 INTERMEDIATE_STEP = 64  # as in every model in the field; matrices are then whole pages, see `remoe pack`
-CHECK_CACHE = "30%"  # of the experts, while the finished checkpoint is measured
-CHECK_PROMPT_TOKENS = 256
-MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, at which LRU misses are told
+
+
+@dataclass(frozen=True)
+class MakeModel:
+    """Make a mid-sized mixture-of-experts checkpoint (Qwen2-MoE) with routing like that of trained models: popular and
+    unpopular experts, and experts chosen again soon, as often as --eor says.
+
+    One expert has 3 x hidden x intermediate weights; without --intermediate it is chosen so that all weights fill --size.
+
+    examples:
+      remoe make-model --output runs/models/mid
+      remoe make-model --output runs/models/small --size 256MiB --layers 6 --hidden 512 --experts 32 --top-k 4 --eor 0.4
+    """
+
+    output: str  # a new folder; it appears when all is done
+    size: str = "2.5GiB"  # of all weights; decides --intermediate
+    layers: int = 12  # all of them with experts
+    hidden: int = 1024  # a multiple of 128
+    experts: int = 64  # of a layer
+    top_k: int = 8  # experts that a token chooses
+    intermediate: int | None = None  # rows of an expert, instead of --size
+    shared_intermediate: int = 64  # rows of the shared expert
+    # share of its experts that a token of real text has in common with the one before; in the model's own greedy text it
+    # is a little less
+    eor: float = 0.37
+    dtype: str = "bfloat16"  # bfloat16, float16 or float32
+    seed: int = 0  # of all weights
+    # greedy tokens of each of four prompts with which the finished model is measured; 0: only test text
+    check_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype} is not known; write one of {', '.join(DTYPES)}")
+        if not 0 < self.eor < 1:
+            raise UserError(f"--eor {self.eor} is no share; write for example 0.35")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"--seed {self.seed} is out of range; write a number from 0 to {2**31 - 1}")
+        at_least(self, check_tokens=0, intermediate=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, make the checkpoint aside, measure it, rename it, print."""
-    arguments = _parser().parse_args(argv)
+    """Make the checkpoint aside, measure it, rename it, print what it is like."""
+    command = parse(MakeModel, argv, prog="remoe make-model")
     transformers.utils.logging.disable_progress_bar()
-    output = Path(arguments.output)
+    output = Path(command.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists already; name a new folder, or remove it first")
     tokenizer = load_tokenizer(str(EMBEDDED / "tokenizer"))
-    recipe = _recipe(arguments, len(tokenizer))
-    aside = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    recipe = _recipe(command, len(tokenizer))
+    with folder_aside(output) as aside:
         _check_room(aside, weight_bytes(recipe.shape, recipe.dtype))
         made = write_checkpoint(aside, recipe, tokenizer)
-        made["measured"] = measure(aside, tokenizer, new_tokens=arguments.check_tokens)
+        made["measured"] = measure(aside, tokenizer, new_tokens=command.check_tokens)
         write_json(aside / "made.json", made)
         (aside / "README.md").write_text(_readme(made), encoding="utf-8")
-        aside.replace(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     _print(output, made)
 
 
-def _recipe(arguments: argparse.Namespace, vocabulary: int) -> Recipe:
+def _recipe(command: MakeModel, vocabulary: int) -> Recipe:
     """The recipe that the flags ask for.
 
     Raises:
-        UserError: unknown precision, sizes that do not fit together.
+        UserError: sizes that do not fit together.
     """
-    if arguments.dtype not in DTYPES:
-        raise UserError(f"--dtype {arguments.dtype} is not known; write one of {', '.join(DTYPES)}")
-    if not 0 < arguments.eor < 1:
-        raise UserError(f"--eor {arguments.eor} is no share; write for example 0.35")
-    if not 0 <= arguments.seed < 2**31:
-        raise UserError(f"--seed {arguments.seed} is out of range; write a number from 0 to {2**31 - 1}")
     try:
         shape = Shape(
-            hidden=arguments.hidden, layers=arguments.layers, num_experts=arguments.experts, top_k=arguments.top_k,
-            intermediate=arguments.intermediate or INTERMEDIATE_STEP, shared_intermediate=arguments.shared_intermediate,
-            vocabulary=vocabulary, context=CONTEXT_TOKENS,
-        )  # fmt: skip
+            hidden=command.hidden,
+            layers=command.layers,
+            num_experts=command.experts,
+            top_k=command.top_k,
+            intermediate=command.intermediate or INTERMEDIATE_STEP,
+            shared_intermediate=command.shared_intermediate,
+            vocabulary=vocabulary,
+            context=CONTEXT_TOKENS,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-    if arguments.intermediate is None:
-        shape = replace(shape, intermediate=_fitting_intermediate(shape, arguments.dtype, arguments.size))
-    return Recipe(shape, arguments.eor, arguments.seed, arguments.dtype)
+    if command.intermediate is None:
+        shape = replace(shape, intermediate=_fitting_intermediate(shape, command.dtype, command.size))
+    return Recipe(shape, command.eor, command.seed, command.dtype)
 
 
 def _fitting_intermediate(shape: Shape, dtype: str, size: str) -> int:
@@ -119,57 +129,6 @@ def _check_room(folder: Path, wanted_bytes: int) -> None:
             f"the model has {readable(wanted_bytes)} and the disk of {folder.parent} only {readable(free_bytes)} free; "
             "free some space or write a smaller --size"
         )
-
-
-def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int) -> dict[str, Any]:
-    """Routing on test text (teacher-forced) and while decoding greedily, by the engine, one prompt of each domain.
-
-    `distinct_tokens` says how many of the greedy tokens differ, `in_text` how many of equally long real text do.
-    """
-    rows = document_beginnings(tokenizer, "test", tokens=CHECK_PROMPT_TOKENS, count=len(DOMAINS))
-    generated: list[list[int]] = []
-    with load(folder, EngineOptions(CHECK_CACHE, record_trace=True, warn=False)) as (model, engine):
-        for row in tqdm(rows, desc="measure", unit="prompt"):
-            generated.append(
-                decode(model, engine, prompt_ids=row, max_new_tokens=1 + new_tokens).token_ids[:new_tokens]
-            )
-        trace = engine.trace()
-    return {
-        "split": "test",
-        "teacher_forced": _routing(_of_phase(trace, decoded=False)),
-        "greedy": _routing(_of_phase(trace, decoded=True)) if new_tokens > 1 else None,
-        "distinct_tokens": _distinct(generated),
-        "distinct_tokens_in_text": _distinct([row[:new_tokens] for row in rows]),
-        "most_common_share": _most_common_share(generated) if new_tokens else None,
-    }
-
-
-def _of_phase(trace: RouteTrace, *, decoded: bool) -> RouteTrace:
-    """The tokens of one phase, each as a call of its own."""
-    kept_T = (trace.phase == DECODE) == decoded
-    return replace(
-        trace, expert_ids=trace.expert_ids[kept_T], request_id=trace.request_id[kept_T],
-        phase=np.full(kept_T.sum(), DECODE), call=np.arange(kept_T.sum()),
-    )  # fmt: skip
-
-
-def _routing(trace: RouteTrace) -> dict[str, Any]:
-    """EOR, load, and what an LRU cache of a share of a layer's experts would miss, cold for every prompt."""
-    curve = lru_curve(trace, cache_scope="per_layer")
-    misses, accesses = curve.misses.sum((0, 1)), int(curve.accesses.sum())
-    slots = {share: round(share * trace.num_experts) for share in MISS_SHARES}
-    return {
-        **routing_summary(trace),
-        "lru_miss_rate": {str(share): int(misses[count]) / accesses for share, count in slots.items()},
-    }
-
-
-def _distinct(rows: Sequence[Sequence[int]]) -> float:
-    return float(np.mean([len(set(row)) for row in rows]))
-
-
-def _most_common_share(rows: Sequence[Sequence[int]]) -> float:
-    return float(np.mean([Counter(row).most_common(1)[0][1] / len(row) for row in rows]))
 
 
 def _readme(made: dict[str, Any]) -> str:
@@ -220,39 +179,3 @@ def _print(output: Path, made: dict[str, Any]) -> None:
     for name, value in _facts(made).items():
         table.add_row(name, value)
     Console().print(table)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe make-model",
-        description="Make a mid-sized mixture-of-experts checkpoint (Qwen2-MoE) with routing like that of trained "
-        "models: popular and unpopular experts, and experts chosen again soon, as often as --eor says.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="a new folder; it appears when all is done")
-    parser.add_argument("--size", default="2.5GiB", help="of all weights (default 2.5GiB); decides --intermediate")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden", type=int, default=1024, help="a multiple of 128 (default 1024)")
-    parser.add_argument("--experts", type=int, default=64, help="per layer (default 64)")
-    parser.add_argument("--top-k", type=int, default=8, help="experts a token chooses (default 8)")
-    parser.add_argument("--intermediate", type=int, metavar="I", help="rows of an expert; instead of --size")
-    parser.add_argument("--shared-intermediate", type=int, default=64, metavar="I", help="shared expert (default 64)")
-    parser.add_argument(
-        "--eor",
-        type=float,
-        default=0.37,
-        help="share of its experts that a token of real text has in common with the one before (default 0.37; in the "
-        "model's own greedy text it is a little less)",
-    )
-    parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPES)} (default bfloat16)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--check-tokens", type=int, default=128, metavar="N",
-        help="greedy tokens of each of four prompts with which the finished model is measured; 0: only test text",
-    )  # fmt: skip
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

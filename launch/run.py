@@ -9,7 +9,8 @@ from typing import Any
 import tyro
 
 from configs.command import parse
-from configs.load import UserError, dump, keys_help, load
+from configs.files import write_yaml
+from configs.load import UserError, keys_help, load
 from evaluation.evaluate import (
     Arm,
     Candidate,
@@ -55,7 +56,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     model = str(next(iter(trainings.values()))[0].model_name_or_path)
     plans = divide_budgets(model, evaluation)  # first, so that what is refused is refused before hours of training
     out.mkdir(parents=True, exist_ok=True)
-    dump(args, out / "config.yaml")
+    write_yaml(out / "config.yaml", args)
     started = time.perf_counter()
     all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
     arms = {}

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from configs.load import UserError, dump
+from configs.files import write_yaml
+from configs.load import UserError
 from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
@@ -129,7 +130,7 @@ def _announce(run: Run, size: str, *, held: str) -> None:
     """Say what trains, and write it into the run's folder."""
     out = Path(run.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    dump(run.args, out / "config.yaml")
+    write_yaml(out / "config.yaml", run.args)
     about = {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(run.trained)}
     update_json(out / "proof.json", {**about, "rows_left_out": run.documents.left_out})
     n_trained = sum(tensor.numel() for tensor in run.trained.values())

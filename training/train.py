@@ -16,7 +16,8 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from configs.command import parse, run
-from configs.load import UserError, dump, keys_help, load
+from configs.files import write_yaml
+from configs.load import UserError, keys_help, load
 from training.arguments import TrainArguments
 from training.loop import train
 
@@ -73,7 +74,7 @@ def launch_training(training: TrainArguments, accelerate_config: str | None, **f
         )
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
-        dump(training, resolved)
+        write_yaml(resolved, training)
         launch = ["--config_file", accelerate_config, *(f"--{flag}={value}" for flag, value in flags.items())]
         launch += ["-m", "training.train", str(resolved)]
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own

@@ -13,7 +13,8 @@ from statistics import median
 from tqdm import tqdm
 
 from configs.checks import at_least
-from configs.load import UserError, dump, load
+from configs.files import write_yaml
+from configs.load import UserError, load
 from evaluation.benchmark.processes import Child
 from evaluation.turns import in_turn
 from training.arguments import TrainArguments
@@ -89,7 +90,9 @@ def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
         folder = Path(name)
         (folder / "launcher.yaml").write_text(json.dumps({**LAUNCHER, "num_processes": processes}), encoding="utf-8")
         rows = config.per_device_train_batch_size // processes
-        dump(replace(config, output_dir=str(folder / "run"), per_device_train_batch_size=rows), folder / "train.yaml")
+        write_yaml(
+            folder / "train.yaml", replace(config, output_dir=str(folder / "run"), per_device_train_batch_size=rows)
+        )
         launcher = ["--accelerate-config", str(folder / "launcher.yaml")] if processes > 1 else []
         threads = {"OMP_NUM_THREADS": "1"}
         with Child("training.train", str(folder / "train.yaml"), *launcher, environment=threads) as child:

@@ -1,16 +1,18 @@
 """The benchmark's result on a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.report.numbers import MILLISECONDS, MISSING, PERCENT, PLAIN, RATE, Unit, data_size
+from evaluation.benchmark.order import LONG
+from evaluation.report.numbers import MILLISECONDS, MISSING, PERCENT, PLAIN, RATE, SPACE, Unit, bytes_text
+from evaluation.turns import Extent
 
 RATIO = Unit(digits=2, suffix="×")
-GIGABYTES = Unit(scale=1e-9, digits=2, suffix="\N{NO-BREAK SPACE}GB/s")
+GIGABYTES = Unit(scale=1e-9, digits=2, suffix=f"{SPACE}GB/s")
 
 
 def result_tables(result: dict[str, Any]) -> RenderableType:
@@ -18,14 +20,17 @@ def result_tables(result: dict[str, Any]) -> RenderableType:
     return Group(_speeds(result), _reads(result), _ratios(result), _bounds(result), _times(result), *_lines(result))
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
+    """A table whose `columns` are named with `|` between; words are on the left, numbers on the right."""
     table = Table(title=title)
-    for column in columns:
+    for column in columns.split("|"):
         table.add_column(column, justify="left" if column in ("side", "to", "leg") else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+def _legs(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
     """Contender, leg, the leg's measures, the contender's summary."""
     for contender, summary in result["summary"].items():
         for leg, measured in summary["legs"].items():
@@ -33,81 +38,69 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], di
 
 
 def _speeds(result: dict[str, Any]) -> Table:
-    table = _table("speed: medians over repeats (least to most)", "side", "leg", "TTFT", "TPOT", "tokens/s")
-    for contender, leg, measured, _ in _rows(result):
-        table.add_row(
-            contender, leg, _spread(measured["mean_ttft_ms"], MILLISECONDS),
-            _spread(measured["mean_tpot_ms"], MILLISECONDS), _middle(measured["output_throughput"], PLAIN),
-        )  # fmt: skip
-    for contender, summary in result["summary"].items():
-        if not summary["legs"]:
-            table.add_row(contender, "failed", *[MISSING] * 3)
-    return table
+    rows = [
+        (contender, leg, *(_text(measured[name], MILLISECONDS) for name in ("mean_ttft_ms", "mean_tpot_ms")),
+         _median(measured["output_throughput"], PLAIN))
+        for contender, leg, measured, _ in _legs(result)
+    ]  # fmt: skip
+    failed = [name for name, summary in result["summary"].items() if not summary["legs"]]
+    rows += [(name, "failed", MISSING, MISSING, MISSING) for name in failed]
+    return _table("speed: medians over repeats (least to most)", "side|leg|TTFT|TPOT|tokens/s", rows)
 
 
 def _reads(result: dict[str, Any]) -> Table:
-    table = _table(
-        "reads and memory", "side", "leg", "read/token", "hit rate", "EOR", "peak RSS", "peak with page cache"
-    )
-    for contender, leg, measured, summary in _rows(result):
+    rows = []
+    for contender, leg, measured, summary in _legs(result):
         read = measured["bytes_read_per_token"]
-        table.add_row(
-            contender, leg, _middle(read, data_size(read["median"] if read else None)),
-            _middle(measured["hit_rate_decode"], PERCENT), _middle(measured["reuse_rate_mean"], RATE),
-            *(data_size(summary[key]).text(summary[key]) for key in ("peak_rss_bytes", "peak_memory_bytes")),
-        )  # fmt: skip
-    return table
+        rates = _median(measured["hit_rate_decode"], PERCENT), _median(measured["reuse_rate_mean"], RATE)
+        peaks = [bytes_text(summary[key]) for key in ("peak_rss_bytes", "peak_memory_bytes")]
+        rows.append((contender, leg, bytes_text(read["median"] if read else None), *rates, *peaks))
+    return _table("reads and memory", "side|leg|read/token|hit rate|EOR|peak RSS|peak with page cache", rows)
 
 
 def _ratios(result: dict[str, Any]) -> Table:
-    table = _table("ratios within repeats", "side", "to", "leg", "TPOT", "TTFT", "equal tokens")
-    for contender, others in result["ratios"].items():
-        for ours, legs in others.items():
-            for leg, ratio in legs.items():
-                if ratio["mean_tpot_ms_ratio"] is not None:
-                    table.add_row(
-                        contender, ours, leg, _spread(ratio["mean_tpot_ms_ratio"], RATIO),
-                        _spread(ratio["mean_ttft_ms_ratio"], RATIO), PERCENT.text(result["equal_tokens"][contender][ours]),
-                    )  # fmt: skip
-    return table
+    rows = [
+        (contender, ours, leg, _text(ratio["mean_tpot_ms_ratio"], RATIO), _text(ratio["mean_ttft_ms_ratio"], RATIO),
+         PERCENT.text(result["equal_tokens"][contender][ours]))
+        for contender, others in result["ratios"].items()
+        for ours, legs in others.items()
+        for leg, ratio in legs.items()
+        if ratio["mean_tpot_ms_ratio"] is not None
+    ]  # fmt: skip
+    return _table("ratios within repeats", "side|to|leg|TPOT|TTFT|equal tokens", rows)
 
 
 def _bounds(result: dict[str, Any]) -> Table:
-    title = (
-        "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)"
-    )
-    table = _table(title, "side", "leg", "bound", "share reached", "with resident TPOT", "waiting for reads")
+    rows = []
     for contender, legs in result["bounds"].items():
         for leg, bound in legs.items():
-            if leg == "long_prompt":
-                expected = f"{_spread(bound['expected_ms'], MILLISECONDS)} for the prompt"
-                table.add_row(
-                    contender,
-                    "long prompt",
-                    expected,
-                    f"TTFT is {_spread(bound['ratio'], RATIO)} of it",
-                    MISSING,
-                    MISSING,
-                )
+            if leg == LONG:
+                expected = f"{_text(bound['expected_ms'], MILLISECONDS)} for the prompt"
+                cells = [expected, f"TTFT is {_text(bound['ratio'], RATIO)} of it", MISSING, MISSING]
             else:
-                table.add_row(
-                    contender, leg, _spread(bound["bound_ms"], MILLISECONDS), _spread(bound["share"], PERCENT),
-                    _spread(bound["share_with_resident"], PERCENT), _middle(bound["stall_share"], PERCENT),
-                )  # fmt: skip
-    return table
+                shares = [_text(bound[name], PERCENT) for name in ("share", "share_with_resident")]
+                cells = [_text(bound["bound_ms"], MILLISECONDS), *shares, _median(bound["stall_share"], PERCENT)]
+            rows.append((contender, leg.replace("_", " "), *cells))
+    return _table(
+        "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)",
+        "side|leg|bound|share reached|with resident TPOT|waiting for reads",
+        rows,
+    )
 
 
 def _times(result: dict[str, Any]) -> Table:
-    title = "what keeps a token from reading at the disk's rate all the time: its share of that is the product"
-    table = _table(
-        title, "side", "leg", "of the time, reading", "of the disk's rate, then", "of the bytes, needed", "product"
+    names = ("reading_share", "rate_share", "needed_share", "read_share")
+    rows = [
+        (contender, leg, *(_text(bound[name], PERCENT) for name in names))
+        for contender, legs in result["bounds"].items()
+        for leg, bound in legs.items()
+        if leg != LONG
+    ]
+    return _table(
+        "what keeps a token from reading at the disk's rate all the time: its share of that is the product",
+        "side|leg|of the time, reading|of the disk's rate, then|of the bytes, needed|product",
+        rows,
     )
-    for contender, legs in result["bounds"].items():
-        for leg, bound in legs.items():
-            if leg != "long_prompt":
-                names = ("reading_share", "rate_share", "needed_share", "read_share")
-                table.add_row(contender, leg, *(_spread(bound[name], PERCENT) for name in names))
-    return table
 
 
 def _lines(result: dict[str, Any]) -> Iterator[Text]:
@@ -128,18 +121,11 @@ def _lines(result: dict[str, Any]) -> Iterator[Text]:
         yield Text(note)
 
 
-def _spread(value: dict[str, float] | None, unit: Unit) -> str:
-    if value is None:
-        return MISSING
-    middle = unit.text(value["median"])
-    if value["n"] == 1:
-        return middle
-    return f"{middle} ({_bare(value['min'], unit)} to {_bare(value['max'], unit)})"
+def _text(value: dict[str, Any] | None, unit: Unit) -> str:
+    """The median, and the extremes if there are several values."""
+    found = None if value is None else Extent(**value)
+    return unit.text(found.median) if found and found.n == 1 else unit.extent(found)
 
 
-def _middle(value: dict[str, float] | None, unit: Unit) -> str:
-    return MISSING if value is None else unit.text(value["median"])
-
-
-def _bare(value: float, unit: Unit) -> str:
-    return unit.text(value).removesuffix(unit.suffix)
+def _median(value: dict[str, Any] | None, unit: Unit) -> str:
+    return unit.text(value["median"] if value else None)

@@ -1,4 +1,4 @@
-"""`remoe bench-train`: our trainer beside transformers' own, on the same rows, training the same routers.
+"""`remoe bench training`: our trainer beside transformers' own, on the same rows, training the same routers.
 
 Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
 machine changes from one second to the next. The opponent computes the task loss alone, with each
@@ -20,8 +20,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from configs.checks import at_least
-from configs.files import prepare, write_json
-from configs.load import UserError, dump, load
+from configs.files import prepare, write_json, write_yaml
+from configs.load import UserError, load
 from evaluation.benchmark.processes import Child
 from evaluation.benchmark.sides.training_side import OURS, READY, Measured, TrainingOrder
 from training.arguments import TrainArguments
@@ -113,7 +113,7 @@ def loaded(name: str, config: TrainArguments, *, threads: int) -> Iterator["_Sid
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.yaml"
-        dump(replace(config, output_dir=str(Path(folder) / name), run_name=name), path)
+        write_yaml(path, replace(config, output_dir=str(Path(folder) / name), run_name=name))
         with Child(MODULE, json.dumps(asdict(TrainingOrder(name, str(path), threads)))) as child:
             side = _Side(name, child, steps=config.max_steps)
             side.wait()

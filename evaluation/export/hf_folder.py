@@ -1,15 +1,13 @@
-"""`remoe export`: tuned routers as something others can use without this project: a Hugging Face folder, or a GGUF.
+"""A checkpoint with tuned routers as a Hugging Face folder, which others use without this project.
 
 Only router tensors change. Shards without one are hard-linked (copied where that cannot be done), shards with one are
 copied and written over in place, so every other byte stays as it was.
 """
 
-import argparse
 import os
 import shutil
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,43 +17,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from configs.command import run
+from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
 from evaluation.engine.store.shards import StoredTensor, read_index
-from evaluation.export.gguf_patch import patch_gguf
 from training.model.lazy_weights import TORCH_DTYPES, read_config
-from training.model.loading import local_folder
 from training.model.transformers_internals import revert_weight_conversion
-from training.run_folder.router_delta import describe, load_for
-
-EXAMPLE = """examples:
-  remoe export --model data/embedded/model --router-delta runs/tiny/router_delta --format hf --output runs/tiny/model
-  remoe export --model allenai/OLMoE-1B-7B-0924-Instruct --router-delta runs/olmoe_1b_7b/router_delta \\
-      --format gguf --gguf olmoe-q4_k_m.gguf --output olmoe-q4_k_m-remoe.gguf
-
-gguf: the routers of an existing file of the same base are replaced in a copy; its experts may be quantised.
-"""
-"""Endings of files that are left behind: they would hold the routers of before."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, check that the delta belongs to the model, write."""
-    arguments = _parser().parse_args(argv)
-    output = Path(arguments.output)
-    if output.exists():
-        raise UserError(f"output {output} exists already; name a new one, or remove it first")
-    if (arguments.format == "gguf") != (arguments.gguf is not None):
-        raise UserError("--format gguf and --gguf BASE.gguf go together: the file whose routers are to be replaced")
-    model_dir = Path(local_folder(arguments.model))
-    routers, about = load_for(model_dir, arguments.router_delta), describe(arguments.router_delta)
-    stored = stored_tensors(model_dir, routers)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.format == "gguf":
-        patch_gguf(Path(arguments.gguf), output, routers, stored=stored, about=about)
-    else:
-        write_folder(model_dir, output, routers, stored=stored, about=about)
-    print(f"{len(routers)} router tensors are in {output}; everything else is as in {arguments.gguf or model_dir}")
 
 
 def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
@@ -89,10 +56,8 @@ def write_folder(
     Raises:
         OSError: the disk is full, for example; nothing is left behind.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     changed = {place.shard.name for place in stored.values()}
-    try:
-        aside.mkdir()
+    with folder_aside(output) as aside:
         for path in sorted(model_dir.iterdir()):
             if not path.is_file() or path.suffix in OTHER_WEIGHTS or path.name == "README.md":
                 continue
@@ -103,9 +68,6 @@ def write_folder(
         for name, place in stored.items():
             _write_over(aside / place.shard.name, place, routers[name])
         (aside / "README.md").write_text(model_card(model_dir, about), encoding="utf-8")
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -153,26 +115,3 @@ def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
         "that reads experts from slow storage reads fewer. Use it as the base.\n\n| | |\n|---|---|\n"
         f"{table}\n"
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe export",
-        description="Write a model with tuned routers for others: a Hugging Face folder, or a patched copy of a GGUF.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="the base: folder with safetensors weights, or hub name")
-    parser.add_argument(
-        "--router-delta", required=True, metavar="DIR", help="what training wrote, for exactly this base"
-    )
-    parser.add_argument("--format", choices=("hf", "gguf"), default="hf", help="default hf")
-    parser.add_argument("--gguf", metavar="FILE", help="with --format gguf: a GGUF of the base")
-    parser.add_argument(
-        "--output", required=True, metavar="PATH", help="a folder (hf) or a file (gguf) that is not there"
-    )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -251,10 +251,9 @@ def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> No
         axes.axhline(0, color=colours(results)[BASE], linewidth=0.9)
         axes.axhline(100 * PERPLEXITY_LIMIT, **LIMIT)
         axes.margins(0.12, 0.12)
-        axes.set(
-            title=f"cache: {_budget_tick(size, results.model.token_demand_bytes)}".replace("\n", ", "),
-            xlabel=f"bytes read per token, {unit.suffix.strip()}",
-        )
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        held = _budget_tick(size, results.model.token_demand_bytes).replace("\n", " demand, ")
+        axes.set(title=f"expert cache: {held}", xlabel=f"bytes read per token, {unit.suffix.strip()}")
     panels[0].set_ylabel("change of mean perplexity, %")
     legend(figure, results, list(results.arms), extra=[(Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")])
 

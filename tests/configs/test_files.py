@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.files import prepare, write_json, writing_aside
+from configs.files import folder_aside, prepare, write_json, write_text, writing_aside
 from configs.load import UserError
 
 
@@ -33,3 +33,59 @@ def test_the_folder_is_made_and_impossible_places_are_refused(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder for output"):
         prepare(tmp_path / "file" / "r.json")
+
+
+def test_a_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old, and longer than the new text", encoding="utf-8")
+    write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == "new"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new" * 9000 + "\ud800")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fill(target: Path, text: str, *, fails: bool = False, replace: bool = False, durable: bool = False) -> None:
+    with folder_aside(target, replace=replace, durable=durable) as aside:
+        (aside / "inner").mkdir()
+        (aside / "inner" / "file").write_text(text)
+        if fails:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_folder_appears_whole_and_is_replaced_only_if_that_is_allowed(durable: bool, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    fill(target, "old", durable=durable)
+    with pytest.raises(OSError, match="not empty"), folder_aside(target, durable=durable) as aside:
+        (aside / "file").write_text("new")
+    assert (target / "inner" / "file").read_text() == "old"
+    fill(target, "new", replace=True, durable=durable)
+    assert (target / "inner" / "file").read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".folder.partial" / "rubbish").mkdir(parents=True)
+    fill(tmp_path / "folder", "new")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["inner"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_failure_leaves_the_old_folder_or_none(replace: bool, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with pytest.raises(OSError, match="No space"):
+        fill(target, "half", fails=True, replace=replace)
+    assert not list(tmp_path.iterdir())
+    fill(target, "old")
+    with pytest.raises(OSError, match="No space"):
+        fill(target, "half", fails=True, replace=True)
+    assert (target / "inner" / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import UserError, dump, keys_help, load, write_whole
+from configs.files import write_yaml
+from configs.load import UserError, keys_help, load
 from evaluation.evaluate import EvaluationArguments
 from training.arguments import TrainArguments
 
@@ -63,24 +64,9 @@ def test_null_unsets_an_optional_key() -> None:
 
 def test_what_is_dumped_loads_as_the_same_config(tmp_path: Path) -> None:
     config = Schema(7, 1e-5, ["x", "y: z"], 0.25, True, Inner(9, "ümlaut"))
-    dump(config, tmp_path / "dumped.yaml")
+    write_yaml(tmp_path / "dumped.yaml", config)
     assert load(Schema, tmp_path / "dumped.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["dumped.yaml"]
-
-
-def test_a_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text("old, and longer than the new text", encoding="utf-8")
-    write_whole(path, "new")
-    assert path.read_text(encoding="utf-8") == "new"
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    path.write_text("old", encoding="utf-8")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new" * 9000 + "\ud800")
-    assert path.read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.parametrize(

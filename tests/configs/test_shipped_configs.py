@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.load import dump, load
+from configs.files import write_yaml
+from configs.load import load
 from training.arguments import TrainArguments
+from training.objective.terms import TERMS
 
 ROOT = Path(__file__).parents[2]
 TRAIN = sorted((ROOT / "configs" / "train").rglob("*.yaml"))
@@ -27,7 +29,7 @@ def test_there_are_training_configs() -> None:
 @pytest.mark.parametrize("path", TRAIN, ids=named)
 def test_a_training_config_loads_and_survives_being_written(path: Path, tmp_path: Path) -> None:
     config = load(TrainArguments, path)
-    dump(config, tmp_path / "again.yaml")
+    write_yaml(tmp_path / "again.yaml", config)
     assert load(TrainArguments, tmp_path / "again.yaml") == config
 
 
@@ -74,7 +76,8 @@ def test_every_key_of_a_training_config_is_read_by_some_code() -> None:
     sources = [
         path.read_text(encoding="utf-8") for folder in ("data", "training") for path in (ROOT / folder).rglob("*.py")
     ]
-    assert unread_keys(TrainArguments, sources) == []
+    read_by_rows = {key for term in TERMS for key in (term.coefficient, term.ramp)}
+    assert set(unread_keys(TrainArguments, sources)) <= read_by_rows
 
 
 def test_a_key_that_nobody_reads_would_be_found() -> None:

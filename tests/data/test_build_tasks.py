@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.build_tasks import TASKS, main
+from data.build_tasks import TASKS, BuildTasks, build
 from data.corpus import read_corpus
 
 NAMES = sorted(path.stem for path in TASKS.glob("*.yaml"))
@@ -17,13 +17,13 @@ def items(folder: Path, name: str) -> list[dict[str, object]]:
 
 
 def test_the_shipped_items_are_those_of_the_test_split(tmp_path: Path) -> None:
-    main(["--output", str(tmp_path)])
+    build(BuildTasks(output=tmp_path))
     for name in NAMES:
         assert (tmp_path / f"{name}.jsonl").read_bytes() == (TASKS / f"{name}.jsonl").read_bytes(), name
 
 
 def test_the_validation_tasks_are_of_validation_documents_and_read_their_own_items(tmp_path: Path) -> None:
-    main(["--split", "validation", "--output", str(tmp_path)])
+    build(BuildTasks(split="validation", output=tmp_path))
     known = {document.id for document in read_corpus("validation")}
     for name in NAMES:
         found = items(tmp_path, name)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from configs.load import UserError, load
 from evaluation import decode as budgets
 from evaluation.decode import DecodeArguments, decode_in_turns
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.stats import Timing
 from evaluation.results import Decode
 
@@ -36,7 +37,7 @@ def decoded(folder: str, sides: list[Any], args: DecodeArguments) -> list[list[D
 
 
 def demand_bytes(folder: str) -> int:
-    with budgets.load(folder, "100%") as (_, engine):
+    with budgets.load(folder, EngineOptions(expert_cache="100%")) as (_, engine):
         return engine.token_demand_bytes
 
 

@@ -148,7 +148,7 @@ def test_a_half_written_checkpoint_is_not_taken(train_args: Arguments, monkeypat
     args = train_args(resume_from_checkpoint="auto")
     train_until(args, 3, monkeypatch)
     out = Path(args.output_dir)
-    shutil.copytree(out / "checkpoint-2", out / "checkpoint-3.tmp")
+    shutil.copytree(out / "checkpoint-2", out / ".checkpoint-3.partial")
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-4")
     (out / "checkpoint-4" / checkpoint.STATE).unlink()
     assert build(args).step == 2

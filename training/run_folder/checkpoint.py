@@ -1,11 +1,10 @@
 """Checkpoints: what trains, the optimizer, the random state and where the run is; never a frozen weight.
 
-A checkpoint is written into `checkpoint-<step>.tmp`, flushed to disk and renamed, so a folder without `.tmp` is whole.
+A checkpoint is written aside, flushed to disk and renamed, so what is called `checkpoint-<step>` is whole.
 safetensors and JSON only.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from configs.files import folder_aside
 from configs.load import UserError
 
 TRAINED, OPTIMIZER, RANDOM, STATE = (
@@ -41,26 +41,19 @@ def save(
     Raises:
         UserError: the disk is full; earlier checkpoints are left as they were.
     """
-    final, aside = run_dir / f"checkpoint-{step}", run_dir / f"checkpoint-{step}.tmp"
+    final = run_dir / f"checkpoint-{step}"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        # not safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
-        (aside / TRAINED).write_bytes(to_bytes({name: p.detach().contiguous() for name, p in trained.items()}))
-        (aside / OPTIMIZER).write_bytes(to_bytes(_optimizer_tensors(trained, optimizer)))
-        (aside / RANDOM).write_bytes(to_bytes({"cpu": torch.get_rng_state()}))
-        (aside / STATE).write_text(json.dumps({"global_step": step, **state}, indent=2) + "\n", encoding="utf-8")
-        for path in [*aside.iterdir(), aside]:
-            _flush(path)
+        with folder_aside(final, replace=True, durable=True) as aside:
+            # not safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
+            (aside / TRAINED).write_bytes(to_bytes({name: p.detach().contiguous() for name, p in trained.items()}))
+            (aside / OPTIMIZER).write_bytes(to_bytes(_optimizer_tensors(trained, optimizer)))
+            (aside / RANDOM).write_bytes(to_bytes({"cpu": torch.get_rng_state()}))
+            (aside / STATE).write_text(json.dumps({"global_step": step, **state}, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"checkpoint {final} cannot be written ({error}): the disk is full or not writable. Earlier checkpoints are "
             "whole; free some space and start again with resume_from_checkpoint=auto"
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(aside, final)
-    _flush(run_dir)
     others = [path for path in _checkpoints(run_dir) if path != final]  # one from a later step may lie there
     for old in others[: len(others) - (keep - 1)]:
         shutil.rmtree(old)
@@ -76,7 +69,7 @@ def find(run_dir: Path, resume_from: str | None) -> Path | None:
     if resume_from is None:
         return None
     if resume_from == "auto":
-        for half_written in run_dir.glob("checkpoint-*.tmp"):
+        for half_written in run_dir.glob(".checkpoint-*.partial"):
             shutil.rmtree(half_written, ignore_errors=True)
         return next(iter(reversed(_checkpoints(run_dir))), None)
     if not (Path(resume_from) / STATE).is_file():
@@ -134,14 +127,5 @@ def _optimizer_tensors(trained: Mapping[str, Tensor], optimizer: torch.optim.Opt
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if path.suffix != ".tmp" and (path / STATE).is_file()]
+    found = [path for path in run_dir.glob("checkpoint-*") if (path / STATE).is_file()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def _flush(path: Path) -> None:
-    """Bring a file or a folder's entries to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.load import UserError, load, write_whole
+from configs.files import write_json
+from configs.load import UserError, load
 
 # Keys that may differ between a run and its continuation: none of them changes a number.
 FREE_ON_RESUME = {
@@ -53,4 +54,4 @@ def code_commit() -> str | None:
 
 def update_json(path: Path, values: Mapping[str, Any]) -> None:
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_whole(path, json.dumps({**known, **values}, indent=2) + "\n")
+    write_json(path, {**known, **values})

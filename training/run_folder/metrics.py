@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from configs.load import write_whole
+from configs.files import write_text
 
 Metrics = Mapping[str, float | int]
 
@@ -90,7 +90,7 @@ def _cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             continue
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _start_wandb(run_dir: Path, *, run_name: str, config: Mapping[str, Any], run_id: str | None) -> Any:

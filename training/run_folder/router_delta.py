@@ -6,8 +6,6 @@ base they belong to: name and SHA-256 over the base checkpoint's frozen tensors 
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from configs.files import folder_aside
 from configs.load import UserError
 from training.run_folder.proof import tensor_sha256
 
@@ -56,7 +55,6 @@ def save(
         UserError: the disk is full; a delta that was there before is left as it was.
     """
     folder = Path(folder)
-    aside = folder.with_name(folder.name + ".tmp")
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in routers.items()}
     description = {
         "format_version": FORMAT_VERSION,
@@ -66,19 +64,15 @@ def save(
         **about,
     }
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        # not by safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
-        (aside / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
-        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        with folder_aside(folder, replace=True) as aside:
+            # not by safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
+            (aside / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
+            (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(
             f"router delta {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are "
             "whole; free some space and start again with resume_from_checkpoint=auto"
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

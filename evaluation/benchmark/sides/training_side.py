@@ -1,4 +1,4 @@
-"""The process of one side of `remoe bench-train`: `python -m evaluation.benchmark.sides.training_side ORDER_JSON`.
+"""The process of one side of `remoe bench training`: `python -m evaluation.benchmark.sides.training_side ORDER_JSON`.
 
 Loads the model, takes each step when it is told to, and says on standard output how long each took, how much memory they
 needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.

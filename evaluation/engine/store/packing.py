@@ -5,7 +5,6 @@ library itself aligns data to 8 bytes only. Files and bytes; no torch.
 """
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
-from configs.files import writing_aside
+from configs.files import folder_aside, writing_aside
 from configs.load import UserError
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.pages import PAGE_BYTES
@@ -32,17 +31,12 @@ def write_packed(model_dir: Path, output: Path) -> None:
         UserError: a shard is damaged.
         OSError: the disk is full, for example; nothing is left behind.
     """
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        aside.mkdir()
+    with folder_aside(output) as aside:
         for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
             if path.suffix == ".safetensors":
                 pack_shard(path, aside / path.name)
             elif path.is_file() and path.suffix not in OTHER_WEIGHTS:
                 shutil.copyfile(path, aside / path.name)
-        aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def pack_shard(shard: Path, packed: Path) -> None:

@@ -26,7 +26,7 @@ def ours(tpot_ms: float, read: float) -> dict[str, Any]:
 
 
 def test_spread_leaves_out_what_was_not_measured() -> None:
-    assert spread([3.0, None, 1.0, 8.0]) == {"median": 3.0, "min": 1.0, "max": 8.0, "n": 3}
+    assert spread([3.0, None, 1.0, 8.0]) == {"median": 3.0, "least": 1.0, "most": 8.0, "n": 3}
     assert spread([None]) is None
 
 
@@ -37,8 +37,8 @@ def test_ratios_pair_the_same_repeat() -> None:
         SideRun("b", 2, None, legs={"cold": leg(1)}), SideRun("a", 2, None, failure="killed"),
     ]  # fmt: skip
     found = ratios(runs, of="b", to="a", leg="cold")
-    assert found["mean_tpot_ms_ratio"] == {"median": 8.5, "min": 2.0, "max": 15.0, "n": 2}
-    assert found["mean_ttft_ms_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0, "n": 2}
+    assert found["mean_tpot_ms_ratio"] == {"median": 8.5, "least": 2.0, "most": 15.0, "n": 2}
+    assert found["mean_ttft_ms_ratio"] == {"median": 1.0, "least": 1.0, "most": 1.0, "n": 2}
     assert ratios(runs, of="b", to="a", leg="warm")["mean_tpot_ms_ratio"] is None
 
 
@@ -49,7 +49,7 @@ def test_failures_are_in_the_summary_beside_what_was_measured() -> None:
         SideRun("b", 0, None, failure="package missing"),
     ]
     summary = summarise(runs)
-    assert summary["a"]["legs"]["cold"]["mean_tpot_ms"] == {"median": 10, "min": 10, "max": 10, "n": 1}
+    assert summary["a"]["legs"]["cold"]["mean_tpot_ms"] == {"median": 10, "least": 10, "most": 10, "n": 1}
     assert summary["a"]["failures"] == ["killed by the kernel"]
     assert (summary["a"]["peak_memory_bytes"], summary["a"]["limit_bytes"]) == (9, 9)
     assert summary["b"] == {
@@ -77,16 +77,21 @@ def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
     found = decode_bound(runs, "a", "cold", resident="resident", memory_rate=2000, active_bytes=40)
     assert found is not None
     assert found["memory_ms"] == 20
-    assert found["bound_ms"] == {"median": 60, "min": 20, "max": 100, "n": 2}  # 100 bytes at 1000 a second; 40 at 2000
-    assert found["share"] == {"median": pytest.approx(0.45), "min": 0.4, "max": 0.5, "n": 2}
-    assert found["share_with_resident"] == {"median": 0.75, "min": 0.75, "max": 0.75, "n": 1}, "150 of 200 ms"
+    assert found["bound_ms"] == {
+        "median": 60,
+        "least": 20,
+        "most": 100,
+        "n": 2,
+    }  # 100 bytes at 1000 a second; 40 at 2000
+    assert found["share"] == {"median": pytest.approx(0.45), "least": 0.4, "most": 0.5, "n": 2}
+    assert found["share_with_resident"] == {"median": 0.75, "least": 0.75, "most": 0.75, "n": 1}, "150 of 200 ms"
     assert found["stall_share"]["median"] == pytest.approx(0.5)
     assert found["reading_share"]["median"] == pytest.approx(0.8)
     assert found["needed_share"]["median"] == pytest.approx(0.8)
-    assert found["rate_share"]["max"] == pytest.approx(125 / 0.16 / 1000), "125 bytes in 160 ms of reading"
-    assert found["rate_share"]["min"] == pytest.approx(25 / 0.04 / 2000)
-    assert found["read_share"]["max"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["max"])
-    assert found["read_share"]["min"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["min"])
+    assert found["rate_share"]["most"] == pytest.approx(125 / 0.16 / 1000), "125 bytes in 160 ms of reading"
+    assert found["rate_share"]["least"] == pytest.approx(25 / 0.04 / 2000)
+    assert found["read_share"]["most"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["most"])
+    assert found["read_share"]["least"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["least"])
     assert decode_bound(runs, "a", "warm", resident="resident", memory_rate=1, active_bytes=1) is None
 
 

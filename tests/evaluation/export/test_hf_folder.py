@@ -20,7 +20,8 @@ from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.sides.serving import open_side
 from evaluation.engine.greedy import greedy
 from evaluation.export.gguf_file import write_gguf
-from evaluation.export.hf_folder import main, model_card
+from evaluation.export.hf_folder import model_card
+from launch.export import main
 from training.model.loading import load_pretrained, load_tokenizer
 from training.model.routers import copy_into_routers, router_parameters
 from training.run_folder import router_delta

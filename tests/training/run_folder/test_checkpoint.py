@@ -107,15 +107,15 @@ def test_auto_starts_afresh_where_there_is_nothing(tmp_path: Path) -> None:
 def test_auto_never_takes_a_half_written_checkpoint(tmp_path: Path) -> None:
     small = Small()
     small.save(tmp_path, 3)
-    small.save(tmp_path, 4).rename(tmp_path / "checkpoint-5.tmp")
+    small.save(tmp_path, 4).rename(tmp_path / ".checkpoint-5.partial")
     (small.save(tmp_path, 6) / checkpoint.STATE).unlink()
     assert checkpoint.find(tmp_path, "auto") == tmp_path / "checkpoint-3"
-    assert "checkpoint-5.tmp" not in names(tmp_path)
+    assert ".checkpoint-5.partial" not in names(tmp_path)
 
 
 def test_what_a_killed_save_left_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3.tmp").mkdir()
-    (tmp_path / "checkpoint-3.tmp" / "rubbish").write_text("x", encoding="utf-8")
+    (tmp_path / ".checkpoint-3.partial").mkdir()
+    (tmp_path / ".checkpoint-3.partial" / "rubbish").write_text("x", encoding="utf-8")
     path = Small().save(tmp_path, 3)
     assert "rubbish" not in names(path)
     assert names(tmp_path) == ["checkpoint-3"]

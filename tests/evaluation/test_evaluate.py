@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.load import UserError, load
-from evaluation.engine import load as load_paged
+from evaluation.engine.loading import load as load_paged
+from evaluation.engine.options import EngineOptions
 from evaluation.evaluate import EvaluationArguments, _model_facts, coefficients, divide_budgets, evaluate
 from evaluation.results import ModelFacts, Plan, TooSmall
 from tests.conftest import needs_gpu
@@ -81,7 +82,7 @@ def test_facts_of_the_model_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("evaluation.evaluate.load_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     facts = _model_facts("a name", MODEL, load(EvaluationArguments, None, []))
     model = load_pretrained(MODEL)
-    with load_paged(MODEL, "100%") as (_, engine):
+    with load_paged(MODEL, EngineOptions("100%")) as (_, engine):
         sizes = engine.expert_bytes, engine.token_demand_bytes
     assert facts == ModelFacts(
         name="a name", n_parameters=model.num_parameters(), layers=4, experts=32, top_k=4, expert_bytes=sizes[0],

@@ -81,9 +81,7 @@ def _decode_reuse(trace: RouteTrace, last: int) -> float | None:
     kept_T = (np.arange(trace.tokens) >= trace.tokens - last) & (trace.phase == DECODE)
     if kept_T.sum() < 2:
         return None
-    fields = {name: getattr(trace, name)[kept_T] for name in ("expert_ids", "phase", "request_id", "call")}
-    one = RouteTrace(**fields, num_experts=trace.num_experts, layer_ids=trace.layer_ids)
-    return float(reuse_rate_per_layer(one).mean())
+    return float(reuse_rate_per_layer(trace.where(kept_T)).mean())
 
 
 @contextmanager

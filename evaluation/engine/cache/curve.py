@@ -139,20 +139,23 @@ def curve_json(trace: RouteTrace, curve: LruCurve) -> dict[str, Any]:
 
     Below `smallest_slots` no engine runs; those entries only complete the curve.
     """
-    layers = zip(
-        trace.layer_ids, np.swapaxes(curve.misses, 0, 1), curve.accesses.T, curve.first_touches.T, strict=False
-    )
+    by_phase = {
+        phase: _totals(curve.misses[code], curve.accesses[code], curve.first_touches[code])
+        for code, phase in enumerate(PHASES)
+    }
     return {
         "smallest_slots": trace.top_k,
         **_totals(curve.misses, curve.accesses, curve.first_touches),
-        **{
-            phase: _totals(curve.misses[code], curve.accesses[code], curve.first_touches[code])
-            for code, phase in enumerate(PHASES)
-        },
-        "per_layer": None
-        if curve.cache_scope == "global"
-        else [{"layer": layer, **_totals(*of_layer)} for layer, *of_layer in layers],
+        **by_phase,
+        "per_layer": None if curve.cache_scope == "global" else _layers_json(trace, curve),
     }
+
+
+def _layers_json(trace: RouteTrace, curve: LruCurve) -> list[dict[str, Any]]:
+    return [
+        {"layer": name, **_totals(curve.misses[:, layer], curve.accesses[:, layer], curve.first_touches[:, layer])}
+        for layer, name in enumerate(trace.layer_ids)
+    ]
 
 
 def _totals(misses: Array, accesses: Array, first_touches: Array) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""The benchmark of conversations: every division and the controller, with the same answers."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.load import UserError
+from evaluation.benchmark.sessions import FROM_EVEN, FROM_PLAN, SessionsBenchmark, benchmark
+from evaluation.engine.sessions.workload import SHARES
+
+SHIPPED: dict[str, Any] = {"model": "data/embedded/model", "memory_budget": "64MiB"}
+
+
+def test_the_benchmark_runs_every_division_and_the_controller(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "sessions.json"
+    options = SessionsBenchmark(
+        **SHIPPED,
+        conversations=2,
+        turns=2,
+        prefix_tokens=20,
+        question_tokens=8,
+        max_new_tokens=2,
+        block_tokens=16,
+        divisions="0,1",
+        repeats=2,
+        output=str(output),
+    )
+    benchmark(options)
+    found = json.loads(output.read_text())["workloads"]
+    assert list(found) == ["mixed", "changing"]
+    for workload in found.values():
+        assert workload["answers_equal"]
+        assert {"0.0", "0.5", "1.0", str(workload["plan_chooses"])} <= set(workload["median_seconds"]) < {
+            *map(str, SHARES), FROM_PLAN, FROM_EVEN
+        }  # fmt: skip
+        from_plan, from_even = (workload["controller_capacities"][name][0][0] for name in (FROM_PLAN, FROM_EVEN))
+        assert from_plan == int(workload["plan_chooses"] * workload["shared_bytes"])
+        assert from_even == int(0.5 * workload["shared_bytes"])
+        assert 0 < workload["deciding_seconds"] < workload["median_seconds"][FROM_PLAN]
+    printed, progress = capsys.readouterr()
+    assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
+    order = re.findall(r"^(.+): [\d.]+ s, ", progress, re.MULTILINE)[: 2 * len(found["mixed"]["seconds"])]
+    assert order == order[::-1], "the second repeat goes backwards"
+    with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
+        SessionsBenchmark(**SHIPPED, divisions="0.5,0.3")
+    with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
+        SessionsBenchmark(**SHIPPED, workloads="changing,mixd")

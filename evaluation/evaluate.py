@@ -19,7 +19,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.corpus import DOMAINS
-from data.pieces import spread_pieces
+from data.pieces import document_beginnings, spread_pieces
 from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
@@ -30,7 +30,7 @@ from evaluation.engine.device import find_device
 from evaluation.engine.memory.demand import budget_bytes
 from evaluation.engine.memory.division import BudgetTooSmall
 from evaluation.engine.resident import compute_dtype
-from evaluation.engine.sessions.plan import plan
+from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
@@ -128,7 +128,11 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
     budgets = args.plan.memory_budgets
     for budget in budgets:
         budget_bytes(budget, smallest_bytes=1)
-    divided = partial(plan, local_folder(model), context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
+    model_dir = local_folder(model)
+    (prompt_ids,) = document_beginnings(load_tokenizer(model_dir), "validation", tokens=PROMPT_TOKENS, count=1)
+    divided = partial(
+        plan, model_dir, prompt_ids=prompt_ids, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype
+    )
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
         return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]

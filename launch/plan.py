@@ -15,10 +15,11 @@ from rich.table import Table
 
 from configs.command import run
 from configs.files import prepare, write_json
+from data.pieces import document_beginnings
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
-from evaluation.engine.sessions.plan import plan
+from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.sessions.workload import read_requests
 from evaluation.report.numbers import bytes_text
 from training.model.loading import load_tokenizer, local_folder
@@ -38,11 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = RouteTrace.read(arguments.trace) if arguments.trace else None
     transformers.utils.logging.disable_progress_bar()
     model_dir = local_folder(arguments.model)
-    requests = read_requests(arguments.sessions, load_tokenizer(model_dir)) if arguments.sessions else []
+    tokenizer = load_tokenizer(model_dir)
+    requests = read_requests(arguments.sessions, tokenizer) if arguments.sessions else []
+    (prompt_ids,) = document_beginnings(tokenizer, "validation", tokens=PROMPT_TOKENS, count=1)
     found = plan(
-        model_dir, memory_budget=arguments.memory_budget, context_tokens=arguments.context_tokens, trace=trace,
-        dtype=arguments.dtype, requests=requests, block_tokens=arguments.block_tokens,
-    )  # fmt: skip
+        model_dir,
+        prompt_ids=prompt_ids,
+        memory_budget=arguments.memory_budget,
+        context_tokens=arguments.context_tokens,
+        trace=trace,
+        dtype=arguments.dtype,
+        requests=requests,
+        block_tokens=arguments.block_tokens,
+    )
     if output:
         write_json(output, found)
     show(found, Console())

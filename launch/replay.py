@@ -10,16 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from configs.command import run
 from configs.files import prepare, write_json
 from configs.load import UserError
-from evaluation.engine.cache.counts import PHASES, Counts
-from evaluation.engine.cache.curve import LruCurve, lru_curve
+from evaluation.engine.cache.curve import LruCurve, curve_json, lru_curve
 from evaluation.engine.cache.pool import SCOPES
-from evaluation.engine.cache.replay import POLICIES, ReplayResult, check_choice, replay, requests_of
+from evaluation.engine.cache.replay import POLICIES, replay_all, results_json
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.cache.trace_formats import EXTENSIONS, check_extension, read_trace, write_trace
 
@@ -54,101 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print_curves(trace, {curve.cache_scope: curve for curve in curves})
     if rows:
         _print_results(rows)
-
-
-def replay_all(
-    trace: RouteTrace, policies: Sequence[str], *, scopes: Sequence[str], sizes: Sequence[int],
-    profile: RouteTrace | None = None,
-) -> list[ReplayResult]:  # fmt: skip
-    """Every policy in every scope at every size, and Belady at each for the regret of the others.
-
-    Raises:
-        UserError: something that cannot be replayed, before anything is.
-    """
-    policies = list(dict.fromkeys((*policies, "belady")))
-    choices = [(policy, scope, slots) for scope in scopes for policy in policies for slots in sizes]
-    profiles = {policy: profile if policy == "static" else None for policy in policies}
-    for policy, scope, slots in choices:
-        check_choice(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy])
-    requests = requests_of(trace) if choices else []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        return [
-            replay(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy], requests=requests)
-            for policy, scope, slots in progress.track(choices, description="replaying")
-        ]
-
-
-def curve_json(trace: RouteTrace, curve: LruCurve) -> dict[str, Any]:
-    """Misses with 0, 1, ... slots of each layer (`per_layer`) or of the pool (`global`), whole, by phase and by layer.
-
-    Below `smallest_slots` no engine runs; those entries only complete the curve.
-    """
-    by_pool = curve.misses.sum(axis=0)
-    whole = {
-        "accesses": curve.accesses.sum(),
-        "first_touches": curve.first_touches.sum(),
-        "misses": by_pool.sum(axis=0),
-    }
-    return {
-        "smallest_slots": trace.top_k,
-        **_plain(whole),
-        **{
-            phase: _plain(
-                {"accesses": curve.accesses[code].sum(), "first_touches": curve.first_touches[code].sum(),
-                 "misses": curve.misses[code].sum(axis=0)}
-            )
-            for code, phase in enumerate(PHASES)
-        },
-        "per_layer": None if curve.cache_scope == "global" else [
-            {"layer": layer, **_plain({"accesses": accesses, "first_touches": first_touches, "misses": misses})}
-            for layer, accesses, first_touches, misses in zip(
-                trace.layer_ids, curve.accesses.sum(axis=0), curve.first_touches.sum(axis=0), by_pool, strict=True
-            )
-        ],
-    }  # fmt: skip
-
-
-def _plain(numbers: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.tolist() for name, value in numbers.items()}
-
-
-def results_json(
-    trace: RouteTrace, results: Sequence[ReplayResult], policies: Sequence[str] = POLICIES
-) -> list[dict[str, Any]]:
-    """One JSON object per result of these policies; regret against Belady where it ran at the same size and scope."""
-    optimum = {(r.cache_scope, r.slots): r.misses for r in results if r.policy == "belady"}
-    return [
-        _result_json(trace, result, optimum.get((result.cache_scope, result.slots)))
-        for result in results
-        if result.policy in policies
-    ]
-
-
-def _result_json(trace: RouteTrace, result: ReplayResult, optimum_misses: int | None) -> dict[str, Any]:
-    return {
-        "policy": result.policy,
-        "cache_scope": result.cache_scope,
-        "slots": result.slots,
-        **_counts_json(result.total),
-        "prefill": _counts_json(result.prefill),
-        "decode": _counts_json(result.decode),
-        "per_layer": [
-            {"layer": layer, **_counts_json(counts)}
-            for layer, counts in zip(trace.layer_ids, result.by_layer, strict=True)
-        ],
-        "bytes_read_per_token": result.bytes_read_per_token,
-        "policy_regret": result.misses / optimum_misses if optimum_misses else None,
-    }
-
-
-def _counts_json(counts: Counts) -> dict[str, Any]:
-    return {
-        "accesses": counts.accesses,
-        "misses": counts.misses,
-        "hit_rate": counts.hit_rate,
-        "first_touches": counts.first_touches,
-        "misses_without_first_touches": counts.misses - counts.first_touches,
-    }
 
 
 def _choices(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[int]]:

@@ -1,7 +1,7 @@
 """Greedy decoding of one prompt on a paged model, with everything measured; `generate` itself is transformers' own."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +37,25 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     engine.reset_cache()
     engine.reset_stats()
-    clock = TokenClock()
-    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, streamer=clock)
-    return DecodeResult(token_ids, Timing(clock.token_seconds), engine.stats())
+    token_seconds: list[float] = []
+    start = time.perf_counter()
+    token_ids = greedy(
+        model,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        on_tokens=lambda _: token_seconds.append(time.perf_counter() - start),
+    )
+    return DecodeResult(token_ids, Timing(token_seconds), engine.stats())
 
 
 def greedy(
-    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, streamer: BaseStreamer | None = None
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    on_tokens: Callable[[list[int]], object] | None = None,
 ) -> list[int]:
-    """The new tokens of any transformers model, paged or resident."""
+    """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
     generate: Any = model.generate
     output_BT = generate(
@@ -54,24 +64,22 @@ def greedy(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        streamer=streamer,
+        streamer=on_tokens and _NewTokens(on_tokens),
     )
     new_ids: list[int] = output_BT[0, len(prompt_ids) :].tolist()
     return new_ids
 
 
-class TokenClock(BaseStreamer):
-    """Notes when each new token comes, in seconds since it was made; the first thing `generate` sends is the prompt."""
+class _NewTokens(BaseStreamer):
+    """Hands on what `generate` sends, but for the prompt, which comes first."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._prompt_seen = False
-        self.token_seconds: list[float] = []
+    def __init__(self, on_tokens: Callable[[list[int]], object]) -> None:
+        self._on_tokens, self._prompt_seen = on_tokens, False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
-            self.token_seconds.append(time.perf_counter() - self._start)
+            self._on_tokens(value.flatten().tolist())
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Nothing to do: the times are complete."""
+        """Nothing to do: every token was handed on."""

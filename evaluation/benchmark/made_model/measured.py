@@ -50,13 +50,8 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int
 def _of_phase(trace: RouteTrace, *, decoded: bool) -> RouteTrace:
     """The tokens of one phase, each as a call of its own."""
     kept_T = (trace.phase == DECODE) == decoded
-    return replace(
-        trace,
-        expert_ids=trace.expert_ids[kept_T],
-        request_id=trace.request_id[kept_T],
-        phase=np.full(kept_T.sum(), DECODE),
-        call=np.arange(kept_T.sum()),
-    )
+    tokens = kept_T.sum()
+    return replace(trace.where(kept_T), phase=np.full(tokens, DECODE), call=np.arange(tokens))
 
 
 def _routing(trace: RouteTrace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from evaluation.benchmark.order import Leg, Order
 from evaluation.benchmark.sides.meter import LegResult, Meter
@@ -84,9 +83,7 @@ def _decode_reuse(trace: RouteTrace, last: int) -> float | None:
     kept_T = (np.arange(trace.tokens) >= trace.tokens - last) & (trace.phase == DECODE)
     if kept_T.sum() < 2:
         return None
-    fields = {name: getattr(trace, name)[kept_T] for name in ("expert_ids", "phase", "request_id", "call")}
-    one = RouteTrace(**fields, num_experts=trace.num_experts, layer_ids=trace.layer_ids)
-    return float(reuse_rate_per_layer(one).mean())
+    return float(reuse_rate_per_layer(trace.where(kept_T)).mean())
 
 
 @contextmanager
@@ -149,24 +146,9 @@ def _placed(module: torch.nn.Module, name: str, on_disk: set[str]) -> Iterator[t
             yield from _placed(child, f"{name}.{child_name}".removeprefix("."), on_disk)
 
 
-class _MeterStreamer(BaseStreamer):
-    """Hands the new tokens of `generate` to a meter; the first thing that comes is the prompt."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter, self._prompt_seen = meter, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._meter.tokens(value.flatten().tolist())
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        """Nothing to do: the meter has it all."""
-
-
 def _generate(model: PreTrainedModel, leg: Leg) -> LegResult:
     meter = Meter()
-    greedy(model, leg.prompt_ids, max_new_tokens=leg.max_new_tokens, streamer=_MeterStreamer(meter))
+    greedy(model, leg.prompt_ids, max_new_tokens=leg.max_new_tokens, on_tokens=meter.tokens)
     return meter.result()
 
 

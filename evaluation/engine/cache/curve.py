@@ -1,6 +1,6 @@
 """The exact LRU miss-ratio curve of a routing trace, at every cache size, in one pass.
 
-Stack distances (Mattson et al., IBM Systems Journal 9:2, 1970) with the events of `cache.py` in place of accesses: all
+Stack distances (Mattson et al., IBM Systems Journal 9:2, 1970) with the events of `pool.py` in place of accesses: all
 lookups of an event are against the stack as it was before the event. An access at distance d (its expert's place in
 that stack, from 1) hits in every cache of at least d slots. With one pool per layer the stack is the layer's
 (`stacks.py`); with one pool for all, the experts of other layers used since the last use are added to the place in it.
@@ -9,6 +9,7 @@ numpy only; memory does not grow with the trace. Axes: M accesses of a block of 
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,3 +132,36 @@ def _used_elsewhere(event_M: Array, age_M: Array, *, layers: int, calls: int, ol
     unsorted_M = np.empty_like(used_M)
     unsorted_M[by_age] = used_M
     return unsorted_M
+
+
+def curve_json(trace: RouteTrace, curve: LruCurve) -> dict[str, Any]:
+    """Misses with 0, 1, ... slots of each layer (`per_layer`) or of the pool (`global`), whole, by phase and by layer.
+
+    Below `smallest_slots` no engine runs; those entries only complete the curve.
+    """
+    by_phase = {
+        phase: _totals(curve.misses[code], curve.accesses[code], curve.first_touches[code])
+        for code, phase in enumerate(PHASES)
+    }
+    return {
+        "smallest_slots": trace.top_k,
+        **_totals(curve.misses, curve.accesses, curve.first_touches),
+        **by_phase,
+        "per_layer": None if curve.cache_scope == "global" else _layers_json(trace, curve),
+    }
+
+
+def _layers_json(trace: RouteTrace, curve: LruCurve) -> list[dict[str, Any]]:
+    return [
+        {"layer": name, **_totals(curve.misses[:, layer], curve.accesses[:, layer], curve.first_touches[:, layer])}
+        for layer, name in enumerate(trace.layer_ids)
+    ]
+
+
+def _totals(misses: Array, accesses: Array, first_touches: Array) -> dict[str, Any]:
+    """Sums over all axes but that of the slots."""
+    return {
+        "accesses": int(accesses.sum()),
+        "first_touches": int(first_touches.sum()),
+        "misses": misses.reshape(-1, misses.shape[-1]).sum(axis=0).tolist(),
+    }

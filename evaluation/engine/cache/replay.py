@@ -1,14 +1,15 @@
 """Replay of a routing trace through any policy and cache size: what a cache would have missed, without any weights.
 
-The rules are those of `cache.py`, the very code the live engine runs. Every request starts cold. numpy only.
+The rules are those of `pool.py`, the very code the live engine runs. Every request starts cold. numpy only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL, CacheCounts, Counts
@@ -178,3 +179,67 @@ def _bytes_per_decoded_token(trace: RouteTrace, counts: CacheCounts) -> float | 
     if trace.expert_bytes is None or not tokens:
         return None
     return counts.total(DECODE).misses * trace.expert_bytes / tokens
+
+
+def replay_all(
+    trace: RouteTrace,
+    policies: Sequence[str],
+    *,
+    scopes: Sequence[str],
+    sizes: Sequence[int],
+    profile: RouteTrace | None = None,
+) -> list[ReplayResult]:
+    """Every policy in every scope at every size, and Belady at each for the regret of the others.
+
+    Raises:
+        UserError: something that cannot be replayed, before anything is.
+    """
+    policies = list(dict.fromkeys((*policies, "belady")))
+    choices = [(policy, scope, slots) for scope in scopes for policy in policies for slots in sizes]
+    profiles = {policy: profile if policy == "static" else None for policy in policies}
+    for policy, scope, slots in choices:
+        check_choice(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy])
+    requests = requests_of(trace) if choices else []
+    return [
+        replay(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy], requests=requests)
+        for policy, scope, slots in tqdm(choices, desc="replay", unit="size", leave=False)
+    ]
+
+
+def results_json(
+    trace: RouteTrace, results: Sequence[ReplayResult], policies: Sequence[str] = POLICIES
+) -> list[dict[str, Any]]:
+    """One JSON object per result of these policies; regret against Belady where it ran at the same size and scope."""
+    optimum = {(r.cache_scope, r.slots): r.misses for r in results if r.policy == "belady"}
+    return [
+        _result_json(trace, result, optimum.get((result.cache_scope, result.slots)))
+        for result in results
+        if result.policy in policies
+    ]
+
+
+def _result_json(trace: RouteTrace, result: ReplayResult, optimum_misses: int | None) -> dict[str, Any]:
+    return {
+        "policy": result.policy,
+        "cache_scope": result.cache_scope,
+        "slots": result.slots,
+        **_counts_json(result.total),
+        "prefill": _counts_json(result.prefill),
+        "decode": _counts_json(result.decode),
+        "per_layer": [
+            {"layer": layer, **_counts_json(counts)}
+            for layer, counts in zip(trace.layer_ids, result.by_layer, strict=True)
+        ],
+        "bytes_read_per_token": result.bytes_read_per_token,
+        "policy_regret": result.misses / optimum_misses if optimum_misses else None,
+    }
+
+
+def _counts_json(counts: Counts) -> dict[str, Any]:
+    return {
+        "accesses": counts.accesses,
+        "misses": counts.misses,
+        "hit_rate": counts.hit_rate,
+        "first_touches": counts.first_touches,
+        "misses_without_first_touches": counts.misses - counts.first_touches,
+    }

@@ -8,7 +8,7 @@ No torch here, so that a replay starts at once. Axes: T tokens, L MoE layers, K 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,14 @@ class RouteTrace:
         for layer in range(self.layers):
             uses_LE[layer] = np.bincount(self.expert_ids[:, layer].ravel(), minlength=self.num_experts)
         return uses_LE
+
+    def where(self, kept_T: npt.NDArray[np.bool_]) -> "RouteTrace":
+        """The tokens for which `kept_T` is true, their calls and requests as they are numbered here."""
+        return replace(self, **{name: getattr(self, name)[kept_T] for name in TENSORS})
+
+    def as_one_request(self) -> "RouteTrace":
+        """The same tokens with a cache that is not emptied between requests."""
+        return replace(self, request_id=np.zeros_like(self.request_id))
 
     def save(self, path: str | Path) -> None:
         """Write the file, aside and renamed."""
@@ -202,7 +210,7 @@ class TraceRecorder:
         return bool(self._calls)
 
     def keep_last(self, requests: int) -> None:
-        """Forget all calls but those of so many last requests."""
+        """Forget all calls but those of the last requests, this many."""
         kept = sorted({request for request, _, _ in self._calls})[-requests:]
         self._calls = [call for call in self._calls if kept and call[0] >= kept[0]]
 

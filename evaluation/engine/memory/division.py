@@ -91,6 +91,10 @@ class Division:
             )
         return spare_bytes
 
+    def slots_beside(self, kept_bytes: int) -> int:
+        """Slots of a pool beside this many bytes of kept keys and values, while no call needs more than was planned."""
+        return self.slots_with(self.shared_bytes - kept_bytes)
+
     def slots_with(self, spare_bytes: int) -> int:
         """Slots of a pool that this many bytes above the fewest slots buy."""
         return min(self.slots, self.smallest_slots + spare_bytes // self.step_bytes)

@@ -8,7 +8,6 @@ measured as the requests run. Memory moves when that would have saved more than 
 """
 
 from collections import deque
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.engine import Engine
 from evaluation.engine.sessions.conversations import Conversations
+from evaluation.engine.sessions.cost import Rates
 from evaluation.engine.stats import EngineStats
 
 EVERY = 4
@@ -75,17 +75,15 @@ class MemoryController:
         block_bytes = self._chat.kept.block_bytes
         if trace is None or block_bytes is None or not self._distances:
             return None
-        division = self._division
-        capacities = np.arange(division.shared_bytes // block_bytes + 1)
-        slots = [division.slots_with(division.shared_bytes - int(blocks) * block_bytes) for blocks in capacities]
-        together = replace(trace, request_id=np.zeros_like(trace.request_id))  # the engine's cache stays warm
-        misses = lru_curve(together, cache_scope=self._engine.cache.scope).misses.sum(axis=1)  # [phase, slots]
-        requests = len(np.unique(trace.request_id))
-        waiting = sum(self._times.miss_seconds[p] * misses[p][slots] for p in range(len(PHASES))) / requests
+        capacities = np.arange(self._division.shared_bytes // block_bytes + 1)
+        slots = [self._division.slots_beside(int(blocks) * block_bytes) for blocks in capacities]
+        curve = lru_curve(trace.as_one_request(), cache_scope=self._engine.cache.scope)  # the engine's cache stays warm
+        misses = curve.misses.sum(axis=1)[:, slots] / len(np.unique(trace.request_id))
         distances = np.array([d for request in self._distances for d in request if d], dtype=np.int64)
         lacking = len(distances) - np.searchsorted(np.sort(distances), capacities, side="right")
-        block_seconds = self._chat.block_tokens * self._times.prompt_token_seconds
-        seconds: Array = waiting + lacking * block_seconds / len(self._distances)
+        again_tokens = lacking * self._chat.block_tokens / len(self._distances)
+        rates = Rates((self._times.prompt_token_seconds, 0.0), self._times.miss_seconds.tolist())
+        seconds: Array = rates.seconds(tokens=(again_tokens, 0), misses=misses)
         return seconds
 
 

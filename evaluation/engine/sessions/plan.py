@@ -1,4 +1,8 @@
-"""None"""
+"""What a memory budget is divided into for a model, and what it buys: the division tried on the real engine.
+
+Sizes are worked out by `memory/`; the times of computing and of a prompt are measured by decoding a few tokens; misses at other
+sizes come from a routing trace, if one is given, and those of other divisions from a workload of conversations.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +12,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from data.corpus import read_corpus
 from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.policies import DEFAULT
@@ -21,12 +24,9 @@ from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.workload import ChatRequest, run_once, splits
 from evaluation.engine.store.bandwidth import calibrated
 from evaluation.engine.store.experts import ExpertStore
-from training.model.loading import load_tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 16
 """What is decoded to learn how long computing takes."""
-
-
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Cache sizes that are shown, in parts of the one the budget buys."""
 
@@ -46,6 +46,7 @@ class Point:
 def plan(
     model_dir: str,
     *,
+    prompt_ids: Sequence[int],
     memory_budget: str,
     context_tokens: int,
     trace: RouteTrace | None = None,
@@ -56,6 +57,7 @@ def plan(
     """Divide the budget, try it, and predict other sizes.
 
     Args:
+        prompt_ids: some text, decoded from to learn how long computing takes: `PROMPT_TOKENS` do.
         requests: a workload of conversations; it is run once, and every division that could serve it is predicted.
 
     Raises:
@@ -74,7 +76,7 @@ def plan(
                 f"{engine.demand.layers} of {engine.demand.num_experts}; write a trace of this model with `remoe trace`"
             )
         bandwidth = calibrated(ExpertStore(model_dir).shards)
-        measured = _try(model, engine, model_dir)
+        measured = _try(model, engine, prompt_ids)
         assert engine.division is not None, "a memory budget was given"
         division = asdict(engine.division) | {"expert_cache_bytes": engine.division.expert_bytes}
         workload = run_once(model, engine, requests, block_tokens=block_tokens) if requests else None
@@ -90,10 +92,8 @@ def plan(
         }
 
 
-def _try(model: PreTrainedModel, engine: Engine, model_dir: str) -> dict[str, float | None]:
+def _try(model: PreTrainedModel, engine: Engine, prompt_ids: Sequence[int]) -> dict[str, float | None]:
     """Times of a short request on this very engine, warmed up once."""
-    text = next(document.text for document in read_corpus("validation", ["prose"]))
-    prompt_ids = load_tokenizer(model_dir)(text, truncation=True, max_length=PROMPT_TOKENS)["input_ids"]
     for _ in range(2):
         result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=NEW_TOKENS)
     stall_ms = 1e3 * result.stats.stall_seconds["decode"] / max(1, result.stats.tokens["decode"])

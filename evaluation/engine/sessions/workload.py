@@ -1,12 +1,12 @@
 """What conversations cost at every division of memory between experts and kept keys and values: run once, replayed for all.
 
 The run keeps nothing, so its routing trace holds every call that any division could need; of those, a division with room
-for so many blocks leaves out the calls whose blocks it would have found, and replays the rest with its slots.
+for some number of blocks leaves out the calls whose blocks it would have found, and replays the rest with its slots.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.sessions.conversations import Conversations
+from evaluation.engine.sessions.cost import Rates
 from evaluation.engine.stats import EngineStats
 
 KEYS = ("prompt", "max_tokens")
@@ -44,15 +45,14 @@ class Workload:
     Attributes:
         distances: of every request's blocks, see `PrefixCache.distances`.
         usable: of every request, blocks that need not be computed if they are held.
-        compute_seconds: per token, by phase. miss_seconds: waited per miss, by phase.
+        rates: measured as it ran.
     """
 
     trace: RouteTrace
     distances: list[list[int]]
     usable: list[int]
     block_bytes: int
-    compute_seconds: tuple[float, float]
-    miss_seconds: tuple[float, float]
+    rates: Rates
 
 
 @dataclass(frozen=True)
@@ -129,40 +129,33 @@ def run_once(model: PreTrainedModel, engine: Engine, requests: Sequence[ChatRequ
         distances=distances,
         usable=[(len(request.token_ids) - 1) // block_tokens for request in requests],
         block_bytes=chat.kept.block_bytes,
-        compute_seconds=_per(stats, stats.tokens, waiting=False),
-        miss_seconds=_per(stats, stats.misses_by_phase, waiting=True),
+        rates=_rates(stats),
     )
 
 
-def _selected(trace: RouteTrace, kept_T: npt.NDArray[np.bool_]) -> RouteTrace:
-    return replace(
-        trace, expert_ids=trace.expert_ids[kept_T], phase=trace.phase[kept_T], request_id=trace.request_id[kept_T],
-        call=trace.call[kept_T],
-    )  # fmt: skip
-
-
-def _per(stats: EngineStats, counts: dict[str, int], *, waiting: bool) -> tuple[float, float]:
-    spent = {
-        name: stats.stall_seconds[name] if waiting else stats.seconds[name] - stats.stall_seconds[name]
-        for name in PHASES
-    }
-    prefill, decode = (spent[name] / max(1, counts[name]) for name in PHASES)
-    return prefill, decode
+def _rates(stats: EngineStats) -> Rates:
+    computing = {name: stats.seconds[name] - stats.stall_seconds[name] for name in PHASES}
+    return Rates(
+        token_seconds=[computing[name] / max(1, stats.tokens[name]) for name in PHASES],
+        miss_seconds=[stats.stall_seconds[name] / max(1, stats.misses_by_phase[name]) for name in PHASES],
+    )
 
 
 def splits(workload: Workload, engine: Engine, *, policy: str) -> list[Split]:
     """What the workload takes with every division in `SHARES`."""
     division = engine.division
     assert division is not None, "without a memory budget there is nothing to divide"
-    shared_bytes = division.shared_bytes
-    blocks = [int(share * shared_bytes) // workload.block_bytes for share in SHARES]
+    blocks = [int(share * division.shared_bytes) // workload.block_bytes for share in SHARES]
     return [
         _split(
-            workload, count, slots=division.slots_with(shared_bytes - count * workload.block_bytes),
-            policy=policy, scope=engine.cache.scope,
+            workload,
+            count,
+            slots=division.slots_beside(count * workload.block_bytes),
+            policy=policy,
+            scope=engine.cache.scope,
         )
         for count in tqdm(blocks, desc="replay", unit="division")
-    ]  # fmt: skip
+    ]
 
 
 def _split(workload: Workload, blocks: int, *, slots: int, policy: str, scope: str) -> Split:
@@ -171,21 +164,22 @@ def _split(workload: Workload, blocks: int, *, slots: int, policy: str, scope: s
         for usable, distances in zip(workload.usable, workload.distances, strict=True)
     ]
     trace = workload.trace
-    needed = _selected(trace, ~_calls_found(trace, found))
-    warm = replace(needed, request_id=np.zeros_like(needed.request_id))  # the engine's cache is not emptied
-    result = replay(warm, policy=policy, cache_scope=scope, slots=slots)
+    needed = trace.where(~_calls_found(trace, found))
+    result = replay(needed.as_one_request(), policy=policy, cache_scope=scope, slots=slots)
     misses = (result.prefill.misses, result.decode.misses)
     tokens = [int((needed.phase == phase).sum()) for phase in range(len(PHASES))]
-    seconds = sum(workload.compute_seconds[p] * tokens[p] + workload.miss_seconds[p] * misses[p] for p in (0, 1))
     return Split(
-        prefix_cache_bytes=blocks * workload.block_bytes, slots=slots,
-        found_tokens=int((trace.phase == PREFILL).sum()) - tokens[PREFILL], computed_tokens=tokens[PREFILL],
-        misses=sum(misses), expected_seconds=seconds,
-    )  # fmt: skip
+        prefix_cache_bytes=blocks * workload.block_bytes,
+        slots=slots,
+        found_tokens=int((trace.phase == PREFILL).sum()) - tokens[PREFILL],
+        computed_tokens=tokens[PREFILL],
+        misses=sum(misses),
+        expected_seconds=workload.rates.seconds(tokens=tokens, misses=misses),
+    )
 
 
 def _calls_found(trace: RouteTrace, found: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """By token: whether it is in one of the first `found[i]` calls of the i-th request."""
+    """Whether a token is in one of the first `found[i]` calls of the i-th request, by token."""
     requests, request_T = np.unique(trace.request_id, return_inverse=True)
     first_call = np.array([trace.call[request_T == i][0] for i in range(len(requests))])
     call_in_request_T = trace.call - first_call[request_T]

@@ -41,6 +41,17 @@ def test_a_trace_survives_the_round_trip(tmp_path: Path, num_experts: int, dtype
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
 
 
+def test_some_tokens_of_a_trace_keep_their_calls_and_requests() -> None:
+    trace = RouteTrace(**arguments())
+    kept = trace.where(np.array([False, True, False, True]))
+    assert np.array_equal(kept.expert_ids, trace.expert_ids[[1, 3]])
+    assert (kept.phase.tolist(), kept.request_id.tolist(), kept.call.tolist()) == ([0, 1], [0, 3], [0, 2])
+    assert (kept.num_experts, kept.layer_ids, kept.expert_bytes, kept.model) == (9, (1, 3), 4608, "some/model")
+    assert kept.as_one_request().request_id.tolist() == [0, 0]
+    with pytest.raises(UserError, match="it is empty"):
+        trace.where(np.zeros(4, bool))
+
+
 def test_whoever_may_read_other_files_may_read_a_trace(tmp_path: Path) -> None:
     RouteTrace(**arguments()).save(tmp_path / "t.safetensors")
     (tmp_path / "other").touch()

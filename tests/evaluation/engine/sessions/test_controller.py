@@ -66,7 +66,7 @@ def test_the_prediction_is_a_plain_count(checkpoint: Checkpoint, monkeypatch: py
         trace = engine.recent_routing(100)
         assert trace is not None
         assert seconds is not None
-        warm = memory_controller.replace(trace, request_id=np.zeros_like(trace.request_id))
+        warm = trace.as_one_request()
         division, block_bytes = controller._division, chat.kept.block_bytes
         assert block_bytes is not None
         spare = division.shared_bytes

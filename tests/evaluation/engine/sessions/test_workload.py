@@ -73,7 +73,7 @@ def test_the_prediction_without_kept_blocks_is_the_run_itself(checkpoint: Checkp
     measured = sum(stats.seconds.values())
     cold = nothing_kept.misses - stats.misses  # the run began warmed up
     assert 0 <= cold <= engine.demand.all_experts
-    spent = measured + cold * max(workload.miss_seconds)
+    spent = measured + cold * max(workload.rates.miss_seconds)
     assert measured <= nothing_kept.expected_seconds <= spent * (1 + 1e-9)
 
 

@@ -154,24 +154,23 @@ def evaluate(
     prompts = _pieces_of_text(
         tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split
     )
-    with naming_the_place("what was measured"):
-        facts = _model_facts(model, model_dir, args)
-        found = _measure_arms(model_dir, arms, routers, tokenizer, args, device=device)
-        before = processor_times()
-        decoded = decode_in_turns(
-            model_dir, [None, *(weights for of_arm in routers.values() for weights in of_arm)], prompts, args.decode,
-            token_demand_bytes=facts.token_demand_bytes or 0, device=device,
-        )  # fmt: skip
-        load = machine_load(before, processor_times())
-        for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
-            run.decode = rows
-        return results.Measured(
-            model=facts,
-            plans=[divided for divided in plans if isinstance(divided, results.Plan)],
-            budgets_too_small=[refused for refused in plans if isinstance(refused, results.TooSmall)],
-            arms=found,
-            machine_load=load,
-        )
+    facts = _model_facts(model, model_dir, args)
+    found = _measure_arms(model_dir, arms, routers, tokenizer, args, device=device)
+    before = processor_times()
+    decoded = decode_in_turns(
+        model_dir, [None, *(weights for of_arm in routers.values() for weights in of_arm)], prompts, args.decode,
+        token_demand_bytes=facts.token_demand_bytes or 0, device=device,
+    )  # fmt: skip
+    load = machine_load(before, processor_times())
+    for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
+        run.decode = rows
+    return results.Measured(
+        model=facts,
+        plans=[divided for divided in plans if isinstance(divided, results.Plan)],
+        budgets_too_small=[refused for refused in plans if isinstance(refused, results.TooSmall)],
+        arms=found,
+        machine_load=load,
+    )
 
 
 def assemble(
@@ -214,16 +213,17 @@ def _measure(
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
     per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
-    run = results.Run(
-        seed=None,
-        history=[],
-        quality=summarize(scores),
-        difference=None,
-        routing=results.Routing(**routing_summary(trace), nll=nll),
-        replay=_replays(trace, per_layer, args.replay),
-        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
-        decode=None,
-    )
+    with naming_the_place(name):
+        run = results.Run(
+            seed=None,
+            history=[],
+            quality=summarize(scores),
+            difference=None,
+            routing=results.Routing(**routing_summary(trace), nll=nll),
+            replay=_replays(trace, per_layer, args.replay),
+            lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+            decode=None,
+        )
     return run, scores
 
 

@@ -6,7 +6,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -87,9 +87,9 @@ class EvaluationArguments:
 class Candidate:
     """One trained run that is to be compared with the base."""
 
-    router_delta: Path
+    routers: Mapping[str, torch.Tensor]
     seed: int | None
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]]  # the lines of its metrics.jsonl
 
 
 @dataclass
@@ -99,6 +99,20 @@ class Arm:
     objective: str
     coefficients: dict[str, Any]
     candidates: list[Candidate]
+
+
+def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
+    """The arm of router deltas that were trained alike.
+
+    Raises:
+        UserError: a folder is no delta, or one of another base.
+    """
+    about = [router_delta.describe(folder) for folder in deltas]
+    candidates = [
+        Candidate(router_delta.load_for(local_folder(model), folder), said["config"]["seed"], _history(folder.parent))
+        for folder, said in zip(deltas, about, strict=True)
+    ]
+    return Arm(about[0]["objective"], coefficients(about[0]["config"]), candidates)
 
 
 def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
@@ -129,48 +143,54 @@ def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | re
 
 def evaluate(
     model: str,
-    arms: Mapping[str, Arm],
+    arms: Iterable[tuple[str, Arm]],
     args: EvaluationArguments,
     *,
     plans: Sequence[results.Plan | results.TooSmall] | None = None,
+    found: Callable[[str, results.Run], None] = lambda _, __: None,
 ) -> results.Measured:
-    """Measure the base and every candidate.
+    """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
         plans: what `divide_budgets` found, if that was done already.
+        found: told the arm's name and what is known of a run: first its routing, then its quality too.
 
     Raises:
-        UserError: see the parts; a delta that belongs to another base is found before anything is measured.
+        UserError: see the parts.
     """
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    routers = {
-        name: [router_delta.load_for(model_dir, candidate.router_delta) for candidate in arm.candidates]
-        for name, arm in arms.items()
-    }
     plans = divide_budgets(model, args) if plans is None else plans
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(
         tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split
     )
-    facts = _model_facts(model, model_dir, args)
-    found = _measure_arms(model_dir, arms, routers, tokenizer, args, device=device)
-    before = processor_times()
-    decoded = decode_in_turns(
-        model_dir, [None, *(weights for of_arm in routers.values() for weights in of_arm)], prompts, args.decode,
-        token_demand_bytes=facts.token_demand_bytes or 0, device=device,
-    )  # fmt: skip
-    load = machine_load(before, processor_times())
-    for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
-        run.decode = rows
-    return results.Measured(
-        model=facts,
-        plans=[divided for divided in plans if isinstance(divided, results.Plan)],
-        budgets_too_small=[refused for refused in plans if isinstance(refused, results.TooSmall)],
-        arms=found,
-        machine_load=load,
-    )
+    with naming_the_place("what was measured"):
+        facts = _model_facts(model, model_dir, args)
+        measure = partial(_measure_arm, model_dir, tokenizer=tokenizer, args=args, device=device)
+        untouched = Arm("", {}, [Candidate({}, None, [])])
+        runs, (base_scores,) = measure(untouched, found=partial(found, BASE))
+        measured = {BASE: results.ArmResults(objective=None, coefficients={}, runs=runs)}
+        sides = [*untouched.candidates]
+        for name, arm in arms:
+            with naming_the_place(name):
+                runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
+            measured[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
+            sides += arm.candidates
+        before = processor_times()
+        decoded = decode_in_turns(
+            model_dir, [side.routers or None for side in sides], prompts, args.decode,
+            token_demand_bytes=facts.token_demand_bytes or 0, device=device,
+        )  # fmt: skip
+        busy = machine_load(before, processor_times())
+        for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
+            run.decode = rows
+        divided = [plan for plan in plans if isinstance(plan, results.Plan)]
+        too_small = [plan for plan in plans if isinstance(plan, results.TooSmall)]
+        return results.Measured(
+            model=facts, plans=divided, budgets_too_small=too_small, arms=measured, machine_load=busy
+        )
 
 
 def assemble(
@@ -184,47 +204,51 @@ def assemble(
     return results.Results(created=created, reproduce=reproduce, **dict(measured))
 
 
-def _measure_arms(
-    model_dir: str, arms: Mapping[str, Arm], routers: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
-    tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, device: torch.device,
-) -> dict[str, results.ArmResults]:  # fmt: skip
-    """All but the decode. One model is measured with the routers of each candidate in turn, first with its own."""
+def _measure_arm(
+    model_dir: str,
+    arm: Arm,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    args: EvaluationArguments,
+    device: torch.device,
+    found: Callable[[results.Run], None],
+    base_scores: dict[str, TaskScores] | None = None,
+) -> tuple[list[results.Run], list[dict[str, TaskScores]]]:
+    """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    base, base_scores = _measure(model, tokenizer, args, name=BASE)
-    found = {BASE: results.ArmResults(objective=None, coefficients={}, runs=[base])}
-    for name, arm in arms.items():
-        runs = []
-        for candidate, weights in zip(arm.candidates, routers[name], strict=True):
-            copy_into_routers(model, weights)
-            run, scores = _measure(model, tokenizer, args, name=name)
-            run.seed, run.history = candidate.seed, candidate.history
-            run.difference = differences(base_scores, scores)
-            runs.append(run)
-        found[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
-    return found
+    runs, scores = [], []
+    for candidate in arm.candidates:
+        if candidate.routers:
+            copy_into_routers(model, candidate.routers)
+        run = _routed(model, tokenizer, args, candidate)
+        found(run)
+        scores.append(run_tasks(model, tokenizer, args.quality))
+        run.quality = summarize(scores[-1])
+        if base_scores is not None:
+            run.difference = differences(base_scores, scores[-1])
+        found(run)
+        runs.append(run)
+    return runs, scores
 
 
-def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
-) -> tuple[results.Run, dict[str, TaskScores]]:
-    """Quality, routing and replay of one model, and the scores of its items."""
-    scores = run_tasks(model, tokenizer, args.quality)
+def _routed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, candidate: Candidate
+) -> results.Run:
+    """Routing and replay of one model; its quality is not known yet."""
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
-    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
+    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace")
     per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
-    with naming_the_place(name):
-        run = results.Run(
-            seed=None,
-            history=[],
-            quality=summarize(scores),
-            difference=None,
-            routing=results.Routing(**routing_summary(trace), nll=nll),
-            replay=_replays(trace, per_layer, args.replay),
-            lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
-            decode=None,
-        )
-    return run, scores
+    return results.Run(
+        seed=candidate.seed,
+        history=candidate.history,
+        quality=None,
+        difference=None,
+        routing=results.Routing(**routing_summary(trace), nll=nll),
+        replay=_replays(trace, per_layer, args.replay),
+        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        decode=None,
+    )
 
 
 def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
@@ -288,7 +312,7 @@ def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> result
     )
 
 
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
+def _history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; empty if there is none."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

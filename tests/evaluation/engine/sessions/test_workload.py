@@ -1,7 +1,6 @@
 """The prediction for every division is what the engine really does with it; workloads are read or refused."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from configs.load import UserError
-from evaluation.benchmark.sessions import FROM_EVEN, FROM_PLAN
-from evaluation.benchmark.sessions import main as bench
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import Conversations
@@ -121,31 +118,3 @@ def test_plan_prints_and_writes_every_division(
     printed = capsys.readouterr().out
     assert "16 of 36" in printed
     assert "best: --prefix-cache" in printed
-
-
-def test_the_benchmark_runs_every_division_and_the_controller(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "sessions.json"
-    flags = "--conversations 2 --turns 2 --prefix-tokens 20 --question-tokens 8 --max-new-tokens 2 --repeats 2"
-    model = ["--model", "data/embedded/model", "--memory-budget", "64MiB", "--block-tokens", "16"]
-    bench([*model, *flags.split(), "--divisions", "0,1", "--output", str(output)])
-    found = json.loads(output.read_text())["workloads"]
-    assert list(found) == ["mixed", "changing"]
-    for workload in found.values():
-        assert workload["answers_equal"]
-        assert {"0.0", "0.5", "1.0", str(workload["plan_chooses"])} <= set(workload["median_seconds"]) < {
-            *map(str, SHARES), FROM_PLAN, FROM_EVEN
-        }  # fmt: skip
-        from_plan, from_even = (workload["controller_capacities"][name][0][0] for name in (FROM_PLAN, FROM_EVEN))
-        assert from_plan == int(workload["plan_chooses"] * workload["shared_bytes"])
-        assert from_even == int(0.5 * workload["shared_bytes"])
-        assert 0 < workload["deciding_seconds"] < workload["median_seconds"][FROM_PLAN]
-    printed, progress = capsys.readouterr()
-    assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
-    order = re.findall(r"^(.+): [\d.]+ s, ", progress, re.MULTILINE)[: 2 * len(found["mixed"]["seconds"])]
-    assert order == order[::-1], "the second repeat goes backwards"
-    with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
-        bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--divisions", "0.5,0.3"])
-    with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
-        bench(["--model", "data/embedded/model", "--memory-budget", "64MiB", "--workloads", "changing,mixd"])

@@ -155,7 +155,7 @@ class Reader:
         return request
 
     def wait_for(self, request: Request, landed: SimpleQueue[Request]) -> None:
-        """Let a request that was started without a queue land in `landed`; what is left of it comes before what nobody waits for."""
+        """Let a request that was started without a queue land in `landed`, and be read like others that somebody waits for."""
         self._enter(request, self._first)
         request.land_in(landed)
 

@@ -22,16 +22,16 @@ PADDING = -1  # document id of a padded position
 
 @dataclass
 class DataArguments:
-    """What the model reads."""
+    """The text that the model reads, and how it is cut into rows."""
 
     dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
     dataset_split: str = "train"  # split of `dataset_name`
     train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
-    domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])  # of `embedded`
+    # parts of `embedded` that are read
+    domains: list[str] = field(default_factory=lambda: ["prose", "code", "glosses", "puzzles"])
     max_length: int = 512  # tokens in a packed row
-    skip_bad_rows: bool = (
-        False  # leave out rows that hold neither text nor a chat, and say how many; otherwise refuse them
-    )
+    # leave out rows that hold neither text nor a chat, and say how many; otherwise they are refused
+    skip_bad_rows: bool = False
     assistant_only_loss: bool = False  # of chats, predict only what the assistant says; the rest is read, not learnt
 
     def __post_init__(self) -> None:

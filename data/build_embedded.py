@@ -1,4 +1,4 @@
-"""How the shipped corpus and tokenizer were made; run once, its output is committed under `data/embedded/`.
+"""Makes the shipped corpus and tokenizer; it was run once, and its output is committed under `data/embedded/`.
 
     python -m data.build_embedded --shakespeare DIR --austen DIR --wordnet /usr/share/wordnet
 

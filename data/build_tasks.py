@@ -1,4 +1,4 @@
-"""How the shipped lm-evaluation-harness tasks were made from the corpus's test split: `python -m data.build_tasks`.
+"""Makes the shipped lm-evaluation-harness tasks from the corpus's test split: `python -m data.build_tasks`.
 
 The YAML files under `data/embedded/tasks` are written by hand; the items beside them are made here. Coefficients must
 not be chosen on the test split; the same tasks on another one:

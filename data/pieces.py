@@ -1,6 +1,7 @@
 """Real text of a wanted length: pieces of the shipped corpus, in the tokens of the model that is measured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ def document_beginnings(
         UserError: there are fewer such documents.
     """
     per_domain = -(-count // len(domains))
-    by_domain = [_beginnings(tokenizer, split, domain, tokens, per_domain) for domain in domains]
+    by_domain = [list(islice(_beginnings(tokenizer, split, domain, tokens), per_domain)) for domain in domains]
     in_turn = [rows[i] for i in range(per_domain) for rows in by_domain if i < len(rows)]
     if len(in_turn) < count:
         raise UserError(
@@ -32,17 +33,11 @@ def document_beginnings(
     return in_turn[:count]
 
 
-def _beginnings(
-    tokenizer: PreTrainedTokenizerBase, split: str, domain: str, tokens: int, count: int
-) -> list[list[int]]:
-    found: list[list[int]] = []
+def _beginnings(tokenizer: PreTrainedTokenizerBase, split: str, domain: str, tokens: int) -> Iterator[list[int]]:
     for document in read_corpus(split, [domain]):
-        if len(found) == count:
-            break
         ids = tokenizer(document.text[: TOKEN_CHARACTERS * tokens], verbose=False)["input_ids"]
         if len(ids) >= tokens:
-            found.append(list(ids[:tokens]))
-    return found
+            yield list(ids[:tokens])
 
 
 def spread_pieces(

@@ -1,4 +1,4 @@
-"""Where text comes from: the shipped corpus, a local JSONL or text file, or a Hugging Face data set; row by row."""
+"""Sources of text: the shipped corpus, a local JSONL or text file, or a Hugging Face data set; row by row."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file that is not empty.
+    """The text of a UTF-8 file that is not empty.
 
     Raises:
         UserError: the file is missing, empty or not UTF-8.
@@ -65,10 +65,10 @@ def training_rows(args: DataArguments) -> Iterator[Row]:
 
 
 def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as a document; chats go through the tokenizer's chat template.
+    """The document that a row holds; chats go through the tokenizer's chat template.
 
     Raises:
-        UserError: it is none; the message begins with where it is.
+        UserError: the row holds no document; the message begins with where it is.
     """
     if not row.is_json:
         return row.content
@@ -81,7 +81,7 @@ def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """As in `read_text`, one line at a time; only newline ends one, as JSON strings may hold U+2028 and the like."""
+    """The lines of a UTF-8 file that is not empty; only a newline ends one, as JSON strings may hold U+2028 and the like."""
     if not path.is_file():
         raise UserError(f"text file {path} does not exist")
     is_empty, position = True, 0
@@ -101,7 +101,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """What stands between empty lines."""
+    """The paragraphs of a file: lines between empty lines."""
     part: list[str] = []
     for line in itertools.chain(_lines(path), ["\n"]):
         if line == "\n":
@@ -146,10 +146,10 @@ def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) 
 def _said_by_assistant(
     messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, int]]:
-    """Where the assistant's turns are in the chat's text: from after what asks for one to where it ends.
+    """The begin and end of each of the assistant's turns in the chat's text, without the words that ask for a turn.
 
     Raises:
-        UserError: there is none, or the template writes a chat's beginning differently once it goes on.
+        UserError: there is no such turn, or the template writes a chat's beginning differently once it goes on.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:

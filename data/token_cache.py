@@ -24,7 +24,7 @@ from data.sources import Row, text_of, training_rows
 
 IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
 CHUNK = 1000  # rows that are tokenized at a time
-NAMED = 10  # rows left out that are told one by one
+NAMED = 10  # rows left out that are named one by one
 
 
 class Documents(Sequence[np.ndarray]):
@@ -79,7 +79,7 @@ def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, 
 
 
 def left_out_text(documents: Documents, *, between: str = "\n  ") -> str:
-    """How many rows are no documents, and which."""
+    """A sentence on how many rows are no documents, and which of them come first."""
     more = documents.left_out - len(documents.first_left_out)
     lines = [*documents.first_left_out, *[f"and {more} more"] * bool(more)]
     total = documents.left_out + len(documents)
@@ -133,7 +133,7 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def _texts(rows: Sequence[Row], args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """The documents of these rows, and what is wrong with those that are none."""
+    """The documents of these rows, and messages about the rows that hold none."""
     texts, bad = [], []
     for row in rows:
         try:

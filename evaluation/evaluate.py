@@ -6,7 +6,7 @@
 import json
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.corpus import DOMAINS
 from data.pieces import document_beginnings, spread_pieces
+from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
 from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
@@ -33,22 +34,7 @@ from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
-from evaluation.results import (
-    BASE,
-    ArmResults,
-    LruCurves,
-    Measured,
-    ModelFacts,
-    Plan,
-    Replay,
-    Reproduction,
-    Results,
-    Routing,
-    Run,
-    TooSmall,
-    naming_the_place,
-)
-from evaluation.results import LruCurve as Curve
+from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
@@ -101,9 +87,9 @@ class EvaluationArguments:
 class Candidate:
     """One trained run that is to be compared with the base."""
 
-    router_delta: Path
+    routers: Mapping[str, torch.Tensor]
     seed: int | None
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]]  # the lines of its metrics.jsonl
 
 
 @dataclass
@@ -115,7 +101,21 @@ class Arm:
     candidates: list[Candidate]
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmall]:
+def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
+    """The arm of router deltas that were trained alike.
+
+    Raises:
+        UserError: a folder is no delta, or one of another base.
+    """
+    about = [router_delta.describe(folder) for folder in deltas]
+    candidates = [
+        Candidate(router_delta.load_for(local_folder(model), folder), said["config"]["seed"], _history(folder.parent))
+        for folder, said in zip(deltas, about, strict=True)
+    ]
+    return Arm(about[0]["objective"], coefficients(about[0]["config"]), candidates)
+
+
+def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
     """What becomes of every memory budget, each divided and tried in a process of its own.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
@@ -138,31 +138,33 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[Plan | TooSmal
         return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]
 
 
-def _divided(budget: str, dividing: Future[dict[str, Any]]) -> Plan | TooSmall:
+def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
     try:
-        return Plan.model_validate(dividing.result())
+        return results.Plan.model_validate({**dividing.result(), "memory_budget": budget})
     except BudgetTooSmall as error:
-        return TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
+        return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
 
 
 def evaluate(
-    model: str, arms: Mapping[str, Arm], args: EvaluationArguments, *, plans: Sequence[Plan | TooSmall] | None = None
-) -> Measured:
-    """Measure the base and every candidate.
+    model: str,
+    arms: Iterable[tuple[str, Arm]],
+    args: EvaluationArguments,
+    *,
+    plans: Sequence[results.Plan | results.TooSmall] | None = None,
+    found: Callable[[str, results.Run], None] = lambda _, __: None,
+) -> results.Measured:
+    """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
         plans: what `divide_budgets` found, if that was done already.
+        found: told the arm's name and what is known of a run: first its routing, then its quality too.
 
     Raises:
-        UserError: see the parts; a delta that belongs to another base is found before anything is measured.
+        UserError: see the parts.
     """
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    routers = {
-        name: [router_delta.load_for(model_dir, candidate.router_delta) for candidate in arm.candidates]
-        for name, arm in arms.items()
-    }
     plans = divide_budgets(model, args) if plans is None else plans
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(
@@ -170,76 +172,89 @@ def evaluate(
     )
     with naming_the_place("what was measured"):
         facts = _model_facts(model, model_dir, args)
-        found = _measure_arms(model_dir, arms, routers, tokenizer, args, device=device)
+        measure = partial(_measure_arm, model_dir, tokenizer=tokenizer, args=args, device=device)
+        untouched = Arm("", {}, [Candidate({}, None, [])])
+        runs, (base_scores,) = measure(untouched, found=partial(found, BASE))
+        measured = {BASE: results.ArmResults(objective=None, coefficients={}, runs=runs)}
+        sides = [*untouched.candidates]
+        for name, arm in arms:
+            runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
+            measured[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
+            sides += arm.candidates
         before = processor_times()
         decoded = decode_in_turns(
-            model_dir, [None, *(weights for of_arm in routers.values() for weights in of_arm)], prompts, args.decode,
+            model_dir, [side.routers or None for side in sides], prompts, args.decode,
             token_demand_bytes=facts.token_demand_bytes or 0, device=device,
         )  # fmt: skip
-        load = machine_load(before, processor_times())
-        for run, rows in zip((run for arm in found.values() for run in arm.runs), decoded, strict=True):
+        busy = machine_load(before, processor_times())
+        for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
             run.decode = rows
-        return Measured(
-            model=facts,
-            plans=[divided for divided in plans if isinstance(divided, Plan)],
-            budgets_too_small=[refused for refused in plans if isinstance(refused, TooSmall)],
-            arms=found,
-            machine_load=load,
+        divided = [plan for plan in plans if isinstance(plan, results.Plan)]
+        too_small = [plan for plan in plans if isinstance(plan, results.TooSmall)]
+        return results.Measured(
+            model=facts, plans=divided, budgets_too_small=too_small, arms=measured, machine_load=busy
         )
 
 
-def assemble(measured: Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]) -> Results:
+def assemble(
+    measured: results.Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]
+) -> results.Results:
     """Add what someone needs to measure the same again."""
-    reproduce = Reproduction(
+    reproduce = results.Reproduction(
         command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
     )
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return Results(created=created, reproduce=reproduce, **dict(measured))
+    return results.Results(created=created, reproduce=reproduce, **dict(measured))
 
 
-def _measure_arms(
-    model_dir: str, arms: Mapping[str, Arm], routers: Mapping[str, Sequence[Mapping[str, torch.Tensor]]],
-    tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, device: torch.device,
-) -> dict[str, ArmResults]:  # fmt: skip
-    """All but the decode. One model is measured with the routers of each candidate in turn, first with its own."""
+def _measure_arm(
+    model_dir: str,
+    arm: Arm,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    args: EvaluationArguments,
+    device: torch.device,
+    found: Callable[[results.Run], None],
+    base_scores: dict[str, TaskScores] | None = None,
+) -> tuple[list[results.Run], list[dict[str, TaskScores]]]:
+    """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    base, base_scores = _measure(model, tokenizer, args, name=BASE)
-    found = {BASE: ArmResults(objective=None, coefficients={}, runs=[base])}
-    for name, arm in arms.items():
-        runs = []
-        for candidate, weights in zip(arm.candidates, routers[name], strict=True):
-            copy_into_routers(model, weights)
-            run, scores = _measure(model, tokenizer, args, name=name)
-            run.seed, run.history = candidate.seed, candidate.history
-            run.difference = differences(base_scores, scores)
-            runs.append(run)
-        found[name] = ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
-    return found
+    runs, scores = [], []
+    for candidate in arm.candidates:
+        if candidate.routers:
+            copy_into_routers(model, candidate.routers)
+        run = _routed(model, tokenizer, args, candidate)
+        found(run)
+        scores.append(run_tasks(model, tokenizer, args.quality))
+        run.quality = summarize(scores[-1])
+        if base_scores is not None:
+            run.difference = differences(base_scores, scores[-1])
+        found(run)
+        runs.append(run)
+    return runs, scores
 
 
-def _measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, *, name: str
-) -> tuple[Run, dict[str, TaskScores]]:
-    """Quality, routing and replay of one model, and the scores of its items."""
-    scores = run_tasks(model, tokenizer, args.quality)
+def _routed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, candidate: Candidate
+) -> results.Run:
+    """Routing and replay of one model; its quality is not known yet."""
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
-    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress=f"{name}: trace")
+    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace")
     per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
-    run = Run(
-        seed=None,
-        history=[],
-        quality=summarize(scores),
+    return results.Run(
+        seed=candidate.seed,
+        history=candidate.history,
+        quality=None,
         difference=None,
-        routing=Routing(**routing_summary(trace), nll=nll),
+        routing=results.Routing(**routing_summary(trace), nll=nll),
         replay=_replays(trace, per_layer, args.replay),
-        lru_curves=LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
         decode=None,
     )
-    return run, scores
 
 
-def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[Replay]:
+def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
     """The trace through every chosen policy and size; LRU is read off its curve."""
     requests = requests_of(trace)
     replays = [
@@ -254,8 +269,8 @@ def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[
     return [_replay_row(result, optimum=belady.get(result.slots)) for result in replays]
 
 
-def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
-    return Replay(
+def _replay_row(result: ReplayResult, *, optimum: int | None) -> results.Replay:
+    return results.Replay(
         policy=result.policy,
         cache_scope="per_layer",
         slots=result.slots,
@@ -269,8 +284,8 @@ def _replay_row(result: ReplayResult, *, optimum: int | None) -> Replay:
     )
 
 
-def _at_every_size(curve: LruCurve) -> Curve:
-    return Curve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
+def _at_every_size(curve: LruCurve) -> results.LruCurve:
+    return results.LruCurve(accesses=int(curve.accesses.sum()), misses=curve.misses.sum(axis=(0, 1)).tolist())
 
 
 def _pieces_of_text(
@@ -282,13 +297,13 @@ def _pieces_of_text(
     )
 
 
-def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelFacts:
+def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> results.ModelFacts:
     """Counted without any weights: on the meta device, and from the headers of the shards."""
     model, store = empty_model(model_dir, dtype="auto"), ExpertStore(model_dir)
     routers = find_routers(model)
     router: Any = next(iter(routers.values()))
     dtype = compute_dtype(args.decode.dtype, config=model.config, store=store)
-    return ModelFacts(
+    return results.ModelFacts(
         name=name,
         n_parameters=model.num_parameters(),
         layers=len(routers),
@@ -300,7 +315,7 @@ def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> ModelF
     )
 
 
-def read_history(run_dir: Path) -> list[dict[str, Any]]:
+def _history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; empty if there is none."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

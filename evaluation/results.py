@@ -197,6 +197,7 @@ class PlanTimes(Part):
 class Plan(Part):
     """A memory budget, divided and tried."""
 
+    memory_budget: str | None = None  # as it was asked for
     division: Division
     read_bandwidth: ReadBandwidth
     measured: PlanTimes

@@ -1,4 +1,8 @@
-"""None"""
+"""The routing of given text, teacher-forced: what a model chooses when every token is the text's own.
+
+Traces of decoding are the engine's (`record_trace`); what a cache makes of either is worked out in `engine/cache/`.
+Letters: B batch, S sequence, T tokens, L layers, K chosen, V vocabulary.
+"""
 
 from collections.abc import Sequence
 
@@ -37,13 +41,8 @@ def teacher_forced_trace(
     chosen_TLK, nll, predicted = [], 0.0, 0
     for start in tqdm(range(0, len(requests), batch_size), desc=progress, disable=progress is None, unit="batch"):
         batch = requests[start : start + batch_size]
-        length = max(map(len, batch))
-        ids_BS = torch.zeros(len(batch), length, dtype=torch.long)
-        labels_BS = torch.full((len(batch), length), IGNORE_LABEL)
-        for row, request in enumerate(batch):  # padding on the right is invisible to causal attention
-            ids_BS[row, : len(request)] = torch.from_numpy(request.astype(np.int64))
-            labels_BS[row, : len(request) - 1] = ids_BS[row, 1 : len(request)]
-        with observer.recording(len(batch), length) as routings:
+        ids_BS, labels_BS = _padded(batch)
+        with observer.recording(*ids_BS.shape) as routings:
             logits_BSV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits
         nll += float(token_sums(logits_BSV, labels_BS.to(model.device)).cross_entropy)
         predicted += int((labels_BS != IGNORE_LABEL).sum())
@@ -64,6 +63,17 @@ def teacher_forced_trace(
     return trace, nll / predicted
 
 
+def _padded(requests: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and what each is to predict, [B, S]; padding on the right is invisible to causal attention."""
+    length = max(map(len, requests))
+    ids_BS = torch.zeros(len(requests), length, dtype=torch.long)
+    labels_BS = torch.full((len(requests), length), IGNORE_LABEL)
+    for row, request in enumerate(requests):
+        ids_BS[row, : len(request)] = torch.from_numpy(request.astype(np.int64))
+        labels_BS[row, : len(request) - 1] = ids_BS[row, 1 : len(request)]
+    return ids_BS, labels_BS
+
+
 def _layer_number(router_name: str) -> int:
-    """`model.layers.3.mlp.gate` -> 3."""
+    """The 3 of `model.layers.3.mlp.gate`."""
     return next(int(part) for part in router_name.split(".") if part.isdigit())

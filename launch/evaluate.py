@@ -10,9 +10,9 @@ import tyro
 
 from configs.command import parse
 from configs.load import keys_help, load
-from evaluation.evaluate import Arm, Candidate, EvaluationArguments, assemble, coefficients, evaluate, read_history
+from evaluation.evaluate import EvaluationArguments, assemble, evaluate, trained_arm
 from evaluation.report.markdown import write_results
-from training.run_folder import router_delta
+from launch.narration import Narration, say_the_end
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the results and both reports."""
     command = parse(Evaluate, argv, prog="remoe evaluate", epilog=keys_help(EvaluationArguments))
     config = load(EvaluationArguments, command.config, command.overrides)
+    arms = [trained_arm(command.model, [Path(command.router_delta)])] if command.router_delta else []
     started = time.perf_counter()
-    results = evaluate(command.model, _arms(command.router_delta), config)
-    line = f"remoe evaluate {' '.join(sys.argv[1:] if argv is None else argv)}"
+    measured = evaluate(command.model, [(arm.objective, arm) for arm in arms], config, found=Narration().found)
     seconds = {"evaluate": time.perf_counter() - started}
-    write_results(assemble(results, command=line, config=asdict(config), seconds=seconds), Path(command.output))
-    print(f"wrote {Path(command.output) / 'report.html'}, report.md and results.json")
-
-
-def _arms(delta: str | None) -> dict[str, Arm]:
-    """The one arm of a router delta, named for its objective."""
-    if delta is None:
-        return {}
-    about = router_delta.describe(delta)
-    candidate = Candidate(Path(delta), about["config"]["seed"], read_history(Path(delta).parent))
-    return {about["objective"]: Arm(about["objective"], coefficients(about["config"]), [candidate])}
+    line = f"remoe evaluate {' '.join(sys.argv[1:] if argv is None else argv)}"
+    results = assemble(measured, command=line, config=asdict(config), seconds=seconds)
+    write_results(results, Path(command.output))
+    say_the_end(results, Path(command.output))

@@ -1,7 +1,7 @@
 """`remoe run`: the whole loop. Train every arm, evaluate base and arms, write the report; all in one run folder."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,9 @@ import tyro
 from configs.command import parse
 from configs.files import write_yaml
 from configs.load import UserError, keys_help, load
-from evaluation.evaluate import (
-    Arm,
-    Candidate,
-    EvaluationArguments,
-    assemble,
-    coefficients,
-    divide_budgets,
-    evaluate,
-    read_history,
-)
+from evaluation.evaluate import Arm, EvaluationArguments, assemble, evaluate, trained_arm
 from evaluation.report.markdown import write_results
+from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
 from training.train import launch_training
 
@@ -45,7 +37,9 @@ class RunArguments:
 
 
 def pipeline(args: RunArguments, *, command: str) -> Path:
-    """Train, evaluate, report; arms that are already trained are not trained again.
+    """Measure the base, then train and measure one arm after the other, then decode with all of them; write the report.
+
+    Arms that are already trained are not trained again.
 
     Returns:
         The folder with results.json, report.md and report.html.
@@ -54,26 +48,39 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     evaluation = load(EvaluationArguments, args.evaluation)
     trainings = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
     model = str(next(iter(trainings.values()))[0].model_name_or_path)
-    plans = divide_budgets(model, evaluation)  # first, so that what is refused is refused before hours of training
+    all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
     out.mkdir(parents=True, exist_ok=True)
     write_yaml(out / "config.yaml", args)
+    seeds = f" with seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else ""
+    say(f"comparing {model} as it is with its routers trained as {', '.join(args.arms)}{seeds}; results go to {out}")
     started = time.perf_counter()
-    all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
-    arms = {}
-    for name, of_arm in trainings.items():
-        for training in of_arm:
-            launch_training(training, args.accelerate_config)
-        folders = [(Path(training.output_dir), training.seed) for training in of_arm]
-        runs = [Candidate(folder / "router_delta", seed, read_history(folder)) for folder, seed in folders]
-        arms[name] = Arm(of_arm[0].objective, coefficients(asdict(of_arm[0])), runs)
-    trained = time.perf_counter()
-    results = evaluate(model, arms, evaluation, plans=plans)
-    seconds = {"evaluate": time.perf_counter() - trained}
+    arms = _Training(trainings, model, args.accelerate_config)
+    measured = evaluate(model, arms, evaluation, found=Narration().found)
+    seconds = {"evaluate": time.perf_counter() - started - arms.seconds}
     if all_new:  # time of a training that was only taken up again says nothing
-        seconds["train"] = trained - started
+        seconds["train"] = arms.seconds
     config = {"run": asdict(args), "evaluation": asdict(evaluation)}
-    write_results(assemble(results, command=command, config=config, seconds=seconds), out)
+    results = assemble(measured, command=command, config=config, seconds=seconds)
+    write_results(results, out)
+    say_the_end(results, out)
     return out
+
+
+class _Training:
+    """Trains an arm when the evaluation asks for it."""
+
+    def __init__(self, trainings: dict[str, list[TrainArguments]], model: str, accelerate_config: str | None) -> None:
+        self._trainings, self._model, self._accelerate_config = trainings, model, accelerate_config
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[tuple[str, Arm]]:
+        for name, of_arm in self._trainings.items():
+            say(f"{name}: training {of_arm[0].max_steps} steps")
+            started = time.perf_counter()
+            for training in of_arm:
+                launch_training(training, self._accelerate_config)
+            self.seconds += time.perf_counter() - started
+            yield name, trained_arm(self._model, [Path(t.output_dir) / "router_delta" for t in of_arm])
 
 
 def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:
@@ -102,5 +109,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the loop and say where the report is."""
     command = parse(Run, argv, prog="remoe run", epilog=keys_help(RunArguments))
     line = " ".join(["remoe run", command.config, *command.overrides])
-    out = pipeline(load(RunArguments, command.config, command.overrides), command=line)
-    print(f"\nThe report is {out / 'report.html'} (text: {out / 'report.md'}, numbers: {out / 'results.json'})")
+    pipeline(load(RunArguments, command.config, command.overrides), command=line)

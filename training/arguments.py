@@ -1,6 +1,6 @@
 """Everything that decides a training run, as keys of one YAML."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import SchedulerType
@@ -14,30 +14,30 @@ from training.objective.terms import ObjectiveArguments
 class OptimizerArguments:
     """AdamW and its schedule."""
 
-    max_steps: int = 2000  # optimizer steps
+    max_steps: int = 2000  # optimizer steps of the whole run
     per_device_train_batch_size: int = 8  # rows of a micro-batch on each process
     gradient_accumulation_steps: int = 1  # micro-batches of a step
-    learning_rate: float = 5e-5
-    lr_scheduler_type: str = "cosine"  # any name transformers' get_scheduler takes
-    warmup_steps: int = 200
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    learning_rate: float = 5e-5  # AdamW's step size after warm-up
+    lr_scheduler_type: str = "cosine"  # any name that transformers' get_scheduler takes
+    warmup_steps: int = 200  # steps in which the learning rate grows from 0
+    weight_decay: float = 0.0  # AdamW's decoupled decay, multiplied by the learning rate
+    adam_beta1: float = 0.9  # decay of the running mean of gradients, per step
+    adam_beta2: float = 0.999  # decay of the running mean of squared gradients, per step
+    max_grad_norm: float = 1.0  # gradients of all tensors together are clipped to this norm
 
 
 @dataclass
 class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, OptimizerArguments):
     """`remoe train`: everything that decides a run."""
 
-    output_dir: str = field(default="???")  # the run's own folder; all that a run writes is in it
-    run_name: str | None = None  # the folder's name if left out
-    seed: int = 0  # data order and, for a new model, its weights
-    logging_steps: int = 10  # a line of metrics.jsonl every so many steps
-    save_steps: int = 200  # a checkpoint every so many steps
-    save_total_limit: int = 2  # newest checkpoints that are kept
-    resume_from_checkpoint: str | None = None  # auto, or a checkpoint folder
-    report_to: str = "none"  # none or wandb
+    output_dir: str = "???"  # the run's own folder; all that a run writes is in it
+    run_name: str | None = None  # what messages and W&B call the run; null: the name of its folder
+    seed: int = 0  # decides the order of the data and, for a new model, its weights
+    logging_steps: int = 10  # steps from one line of metrics.jsonl to the next
+    save_steps: int = 200  # steps from one checkpoint to the next
+    save_total_limit: int = 2  # checkpoints that are kept, the newest
+    resume_from_checkpoint: str | None = None  # auto (the newest), or a checkpoint folder; null: start afresh
+    report_to: str = "none"  # none, or wandb for a copy of the metrics at Weights & Biases
 
     def __post_init__(self) -> None:
         for base in (ModelArguments, DataArguments, ObjectiveArguments):

@@ -5,8 +5,11 @@ addressed by index, so a resumed run reads what an uninterrupted one would have 
 """
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,11 +26,10 @@ from training.run import Run, build, finish, save_checkpoint
 from training.run_folder import proof
 from training.run_folder.folder import update_json
 from training.run_folder.metrics import Tracker
-from training.stop_signal import StopSignal, listening
 
 
 def train(args: TrainArguments) -> Path:
-    """Run (or go on with) the training that `args` describes.
+    """Run the training that `args` describes, or resume it.
 
     Returns:
         The router delta's folder, or the model's folder when everything was trained.
@@ -43,15 +45,32 @@ def train(args: TrainArguments) -> Path:
     )  # fmt: skip
     run.wandb_id = tracker.wandb_id
     try:
-        with listening() as stop:
+        with _stop_signals() as came:
             while run.step < args.max_steps:
-                _one_step(run, tracker, stop)
+                _one_step(run, tracker, came)
     finally:
         tracker.close()
     return finish(run)
 
 
-def _one_step(run: Run, tracker: Tracker, stop: StopSignal) -> None:
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that fills when SIGUSR1 comes, which batch systems send some time before they end a job: save and stop.
+
+    Only a process's main thread can listen; in another one the list stays empty.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _one_step(run: Run, tracker: Tracker, came: list[int]) -> None:
     """Train, record, and save when it is time to.
 
     Raises:
@@ -62,12 +81,11 @@ def _one_step(run: Run, tracker: Tracker, stop: StopSignal) -> None:
     if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
         tracker.log(run.step, metrics)
     tracker.advance(run.step, metrics)
-    told = torch.tensor(float(stop.came), device=run.accelerator.device)
-    told_to_stop = bool(_sum_over_processes(run.accelerator, {"told": told})["told"]) and run.step < args.max_steps
-    if run.step % args.save_steps == 0 or run.step == args.max_steps or told_to_stop:
+    must_stop = _any_process(run.accelerator, bool(came)) and run.step < args.max_steps
+    if run.step % args.save_steps == 0 or run.step == args.max_steps or must_stop:
         tracker.flush()
         save_checkpoint(run)
-    if told_to_stop:
+    if must_stop:
         raise UserError(
             f"{args.run_name} was told to stop (SIGUSR1) after step {run.step}; everything is saved: start it again with "
             "resume_from_checkpoint=auto"
@@ -120,14 +138,14 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
     if not torch.isfinite(share.loss):
         raise UserError(
             f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
-            f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+            f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto resumes from the last save"
         )
     share.loss.backward()
     return share
 
 
 def _outputs(run: Run, batch: Batch) -> Tensor:
-    """Last hidden states where the loss takes them through the head itself, logits otherwise."""
+    """The last hidden states where the loss takes them through the head itself, logits otherwise."""
     inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
     with run.accelerator.autocast():
         outputs: Tensor = run.model.base_model(**inputs)[0] if run.head else run.model(**inputs).logits
@@ -143,7 +161,7 @@ def _under_autocast(head: Head, accelerator: Accelerator) -> Head:
 
 
 def _add_up_gradients(run: Run) -> None:
-    """Every process has its shares of the objective; what trains is small, so one exchange after the last is enough."""
+    """Add the processes' gradients up; what trains is small, so one exchange after the last micro-batch is enough."""
     if run.accelerator.num_processes == 1:
         return
     tensors = list(run.trained.values())
@@ -168,20 +186,20 @@ def _clip(run: Run) -> float:
     if bad or not math.isfinite(norm):
         raise UserError(
             f"gradient of {bad[0] if bad else 'all tensors together'} is not finite at step {run.step + 1}: stopped before "
-            "the step. Lower learning_rate; resume_from_checkpoint=auto goes on from the last save"
+            "the step. Lower learning_rate; resume_from_checkpoint=auto resumes from the last save"
         )
     return norm
 
 
 def _record_gradients(run: Run) -> None:
-    """At step 1: every trained tensor has a finite, non-zero gradient and nothing else has any."""
+    """Check at step 1 that every trained tensor has a finite, non-zero gradient and nothing else any; write it down."""
     norms = proof.check_gradients(run.model, run.trained)
     if run.accelerator.is_main_process:
         update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})
 
 
 def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
-    """The step's metrics, added over micro-batches and processes; names as in the README."""
+    """The step's metrics, added over micro-batches and processes, by their names in `metrics.jsonl`."""
     total = _sum_over_processes(
         run.accelerator,
         {f"train/{key}": sum_of([share.terms[key] for share in shares]) for key in shares[0].terms}
@@ -203,6 +221,11 @@ def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
 
 def sum_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
+
+
+def _any_process(accelerator: Accelerator, yes: bool) -> bool:
+    flag = torch.tensor(float(yes), device=accelerator.device)
+    return bool(_sum_over_processes(accelerator, {"flag": flag})["flag"])
 
 
 def _sum_over_processes(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

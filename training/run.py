@@ -1,6 +1,7 @@
-"""A training run: how it is built, saved, taken up again and finished; what happens in between is loop.py."""
+"""A training run: how it is built, saved, resumed and finished; what happens in between is in `loop.py`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ from training.model.loading import (
     weights_dtype,
 )
 from training.model.routers import RouterObserver
-from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
+from training.model.skeleton import LayerwiseCheckpoint
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
 from training.run_folder.folder import check_output_dir, code_commit, update_json
-from training.sharding.launcher import REPLICATED, ZERO3, make_accelerator, wanted
-from training.sharding.placement import check_room
-from training.sharding.spread import place, spread, whole_tensors
+from training.sharding.launcher import REPLICATED, make_accelerator, weight_layout
+from training.sharding.layerwise import load_layerwise, move_whole_tensors, whole_tensors
+from training.sharding.placement import check_memory
 
 
 @dataclass
@@ -61,48 +62,28 @@ class Run:
 
 
 def build(args: TrainArguments) -> Run:
-    """Load model and data, freeze, and take up a checkpoint if there is one."""
+    """Load model and data, freeze, and resume from a checkpoint if there is one."""
     accelerator = make_accelerator(bf16=args.bf16)
     out = Path(args.output_dir)
     resume_from = checkpoint.find(out, args.resume_from_checkpoint)
     check_output_dir(args, out, resume_from)
-    held = wanted(accelerator)
-    _check_can_be_held(args, how=held)
-    check_room(args, accelerator, how=held)
+    layout = weight_layout(accelerator)
+    if layout != REPLICATED and args.trainable == "all":
+        raise UserError(
+            f"{layout} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
+        )
+    check_memory(args, accelerator, layout=layout)
     torch.manual_seed(args.seed)
     weights = None
-    if held != REPLICATED:
+    if layout != REPLICATED:
         weights = LayerwiseCheckpoint(local_folder(str(args.model_name_or_path)), dtype=weights_dtype(args))
     model = build_model(args, seed=args.seed, weights=weights)
     tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
-    documents = _read(args, tokenizer, accelerator)
-    place(model, accelerator.device, how=held)
-    observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
-    if args.miss_coef and not observer.kind.takes_largest:
-        raise UserError(
-            f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
-            "not by the largest logits, which soft misses are made of; write objective=cache"
-        )
-    parameters, n_all = trained_parameters(model), model.num_parameters()
-    head: Head | None = None
-    if weights is None:
-        trained, digest_of = dict[str, Tensor](parameters), proof.digests(model.state_dict().items(), parameters)
-        with accelerator.autocast():
-            head = plain_head(model)
-    else:
-        trained, digest_of = spread(model, parameters, accelerator, how=held, weights=weights)
-    if args.torch_compile:
-        for layer in decoder_layers(model).values():
-            layer.compile()
-    optimizer = torch.optim.AdamW(
-        trained.values(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.weight_decay,
-    )
-    scheduler = get_scheduler(
-        args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
-    )
+    documents, n_parameters = _read(args, tokenizer, accelerator), model.num_parameters()
+    move_whole_tensors(model, accelerator.device, layout=layout)
+    observer = _observe(args, model)
+    trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
+    optimizer, scheduler = _optimizer(args, trained)
     run = Run(
         args=args, accelerator=accelerator, model=model, tokenizer=tokenizer, documents=documents,
         rows=PackedRows(documents, max_length=args.max_length, seed=args.seed), observer=observer, optimizer=optimizer,
@@ -111,22 +92,50 @@ def build(args: TrainArguments) -> Run:
     if resume_from is not None:
         _resume(run, resume_from)
     if accelerator.is_main_process:
-        _announce(run, f"{n_all:,} parameters", held=held)
+        _announce(run, f"{n_parameters:,} parameters", layout=layout)
     return run
 
 
-def _check_can_be_held(args: TrainArguments, *, how: str) -> None:
-    if how != REPLICATED and args.trainable == "all":
+def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
+    """The observer of the model's routers, which keeps the original ones where the objective may compare with them.
+
+    Raises:
+        UserError: soft misses were asked for, and the routers do not always choose the largest logits.
+    """
+    observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
+    if args.miss_coef and not observer.kind.takes_largest:
         raise UserError(
-            f"{how} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
+            f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
+            "not by the largest logits, which soft misses are made of; write objective=cache"
         )
-    if how == ZERO3 and args.torch_compile:
-        raise UserError(
-            "torch_compile=true cannot see when ZeRO-3 gathers weights; write torch_compile=false, or use fsdp2"
-        )
+    return observer
 
 
-def _announce(run: Run, size: str, *, held: str) -> None:
+def _trained(
+    model: PreTrainedModel, accelerator: Accelerator, *, layout: str, weights: LayerwiseCheckpoint | None
+) -> tuple[dict[str, Tensor], dict[str, str], Head | None]:
+    """The trained tensors, the digests of all others, and the head if it may be applied to some positions at a time.
+
+    With `weights` the decoder layers are loaded and sharded; a sharded head is left to the model.
+    """
+    parameters = trained_parameters(model)
+    if weights is not None:
+        return *load_layerwise(model, parameters, accelerator, layout=layout, weights=weights), None
+    with accelerator.autocast():
+        head = plain_head(model)
+    return dict[str, Tensor](parameters), proof.digests(model.state_dict().items(), parameters), head
+
+
+def _optimizer(args: TrainArguments, trained: Mapping[str, Tensor]) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW over what trains, and the schedule of its learning rate."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
+    return optimizer, get_scheduler(
+        args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
+    )
+
+
+def _announce(run: Run, size: str, *, layout: str) -> None:
     """Say what trains, and write it into the run's folder."""
     out = Path(run.args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +146,7 @@ def _announce(run: Run, size: str, *, held: str) -> None:
     print(
         f"{run.args.run_name}: {len(run.trained)} tensors train ({n_trained:,} of {size}), e.g. {next(iter(run.trained))}; "
         f"routers: {run.observer.kind}; frozen tensors {run.frozen_sha256[:16]}; objective {run.args.objective}; "
-        f"weights {held}; {rows_summary(run)}"
+        f"weights {layout}; {rows_summary(run)}"
     )
 
 

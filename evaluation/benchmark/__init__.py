@@ -1,1 +1,1 @@
-"""What measures the engine beside its peers; nothing here is needed to run it."""
+"""Measurements of the engine beside its peers; nothing here is needed to run it."""

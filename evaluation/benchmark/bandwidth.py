@@ -1,4 +1,4 @@
-"""What the machine can do: reads of expert size from the model's own files at several depths, and memory reads."""
+"""The limits of the machine: reads of expert size from the model's own files at several depths, and memory reads."""
 
 import os
 import random
@@ -24,10 +24,10 @@ MATRIX, MATRICES = 1024, 64  # 128 MiB in 16-bit precision
 
 @dataclass(frozen=True)
 class DiskRate:
-    """Bytes per second of random reads of `read_bytes` each, by how many are in flight; past the page cache or not."""
+    """Bytes per second of random reads by how many are in flight; the yardstick of the engine's own reader."""
 
-    read_bytes: int
-    direct: bool
+    read_bytes: int  # of each read
+    direct: bool  # past the page cache
     by_depth: dict[int, float]
 
     @property
@@ -38,7 +38,7 @@ class DiskRate:
 def disk_rate(
     files: Sequence[Path], read_bytes: int, *, depths: Sequence[int] = DEPTHS, seconds: float = SECONDS
 ) -> DiskRate:
-    """Measure on files that are there already. Where O_DIRECT is refused, through the page cache, and it says so."""
+    """Measure on files that are there already; where O_DIRECT is refused, through the page cache, and the result says so."""
     length = -(-read_bytes // PAGE_BYTES) * PAGE_BYTES
     direct = takes_direct_reads(files[0])
     descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
@@ -58,7 +58,7 @@ def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -
 
 
 def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: int) -> int:
-    """Read random places until `end`; returns the bytes that came."""
+    """Read random places until `end`; returns how many bytes were read."""
     draw, buffer, total = random.Random(seed), memoryview(huge_pages(length))[:length], 0
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
     while True:
@@ -71,7 +71,7 @@ def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: in
 
 @contextmanager
 def products_beside(threads: int) -> Iterator[None]:
-    """Meanwhile `threads` threads multiply one row by one matrix after the other, as decoding does."""
+    """Let `threads` threads multiply one row by one matrix after the other meanwhile, as decoding does."""
     ended = threading.Event()
     matrices = torch.ones(MATRICES, MATRIX, MATRIX, dtype=torch.bfloat16)
 

@@ -79,21 +79,16 @@ def _pairs(runs: Sequence[SideRun], of: str, to: str, leg: str) -> list[tuple[Si
 
 def equal_tokens(runs: Sequence[SideRun], *, of: str, to: str) -> float | None:
     """Share of tokens, over all legs and repeats, up to the first that differs; None without a common leg."""
-    shares = [
-        (_common(a.legs[leg]["token_ids"], b.legs[leg]["token_ids"]), min(_lengths(a, b, leg)))
+    equal = [
+        [x == y for x, y in zip(a.legs[leg]["token_ids"], b.legs[leg]["token_ids"], strict=False)]
         for leg in dict.fromkeys(name for run in runs for name in run.legs)
         for a, b in _pairs(runs, of, to, leg)
     ]
-    return sum(common for common, _ in shares) / sum(most for _, most in shares) if shares else None
+    return sum(map(_first_different, equal)) / sum(map(len, equal)) if equal else None
 
 
-def _lengths(a: SideRun, b: SideRun, leg: str) -> tuple[int, int]:
-    return len(a.legs[leg]["token_ids"]), len(b.legs[leg]["token_ids"])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    pairs = list(zip(a, b, strict=False))
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+def _first_different(equal: Sequence[bool]) -> int:
+    return equal.index(False) if False in equal else len(equal)
 
 
 def decode_bound(

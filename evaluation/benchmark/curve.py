@@ -1,4 +1,4 @@
-"""How many expert accesses per second `lru_curve` takes, on made-up traces shaped like those of real models.
+"""The speed of `lru_curve` in expert accesses per second, on made-up traces shaped like those of real models.
 
 The routers are made up: every layer has experts it likes more (normal log-odds), and what it likes drifts from token to
 token, so that neighbouring tokens share experts about as often as in trained models. Time goes with the shape and with
@@ -68,7 +68,7 @@ def benchmark(options: CurveBenchmark) -> None:
 
 
 def accesses_per_second(trace: RouteTrace, cache_scope: str, *, repeats: int) -> tuple[float, float]:
-    """How fast `lru_curve` is, by wall time and by CPU time of this process; medians."""
+    """The median speed of `lru_curve`, by wall time and by CPU time of this process."""
     wall_seconds, cpu_seconds = [], []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""`remoe bench`: decode speed under a memory limit, beside peers and beside what the machine can do.
+"""Decode speed under a memory limit, beside peers and beside what the machine can do.
 
 Every side runs in a process of its own, the sides take turns in every repeat, and a side that fails is reported.
 """
@@ -24,7 +24,7 @@ from evaluation.benchmark.bandwidth import disk_rate, memory_bandwidth, products
 from evaluation.benchmark.comparison import decode_bound, equal_tokens, prompt_bound, ratios, summarise
 from evaluation.benchmark.memory_group import Hierarchy, find_hierarchy
 from evaluation.benchmark.order import COLD, LONG, WARM, Leg, Order
-from evaluation.benchmark.processes import SideRun, run_side
+from evaluation.benchmark.processes import Limits, SideRun, run_side
 from evaluation.benchmark.sides.contenders import Contender, opponent, our_contenders, parse_opponents
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
@@ -97,7 +97,7 @@ def benchmark(options: DecodeBenchmark) -> None:
     legs, more_notes = _legs(model_dir, options)
     contenders = _contenders(model_dir, options, hierarchy)
     bandwidth = {"before": _bandwidth(model_dir, options.threads)}
-    runs = _take_turns(contenders, legs, options, hierarchy)
+    runs = _take_turns(contenders, legs, options.against_new_tokens)
     bandwidth["after"] = _bandwidth(model_dir, options.threads)
     result = {
         "config": {**asdict(options), "model_dir": model_dir},
@@ -105,7 +105,7 @@ def benchmark(options: DecodeBenchmark) -> None:
         "notes": [*notes, *more_notes],
         "bandwidth": bandwidth,
         **_compared(runs, contenders, bandwidth, model_dir),
-        "runs": [one.as_json() for one in runs],
+        "runs": [asdict(one) for one in runs],
     }
     if output:
         write_json(output, result)
@@ -113,7 +113,7 @@ def benchmark(options: DecodeBenchmark) -> None:
 
 
 def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, list[str]]:
-    """Where processes can be limited, and what to say about it.
+    """The place where processes can be limited, and notes on it.
 
     Raises:
         UserError: a limit was asked for where none can be set.
@@ -132,7 +132,7 @@ def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, list[str
 
 
 def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], list[str]]:
-    """For every repeat a cold leg, a warm leg with another text, and the long prompt; and what had to be left out."""
+    """A cold leg, a warm leg with another text and the long prompt for every repeat; and notes on what was left out."""
     tokenizer = load_tokenizer(model_dir)
     context = int(read_config(model_dir).get_text_config().max_position_embeddings)
     new_tokens, repeats = options.max_new_tokens, options.repeats
@@ -155,70 +155,45 @@ def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], li
 def _contenders(model_dir: str, options: DecodeBenchmark, hierarchy: Hierarchy | None) -> list[Contender]:
     limit = options.memory_limit_cgroup
     limit_bytes = parse_size(limit, what="--memory-limit-cgroup") if limit else None
+    limits = Limits(options.timeout, limit_bytes, hierarchy)
     base = Order("", model_dir, [], options.threads, cache_policy=options.cache_policy)
     work_dir = Path(options.work_dir).resolve()
     gguf = Path(options.gguf).resolve() if options.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
     opponents = parse_opponents(options.against)
-    ours = our_contenders(
-        base,
-        caches=_words(options.expert_cache),
-        budgets=_words(options.memory_budget),
-        prefetches=options.prefetches,
-        limit_bytes=limit_bytes,
-    )
+    caches, budgets = _words(options.expert_cache), _words(options.memory_budget)
+    ours = our_contenders(base, limits, caches=caches, budgets=budgets, prefetches=options.prefetches)
     return ours + [
-        opponent(
-            name,
-            base,
-            work_dir=work_dir,
-            gguf=gguf,
-            ours=ours[0].order,
-            hierarchy=hierarchy,
-            limit_bytes=limit_bytes,
-            timeout_seconds=options.timeout,
-        )
+        opponent(name, base, limits, work_dir=work_dir, gguf=gguf, ours=ours[0].order)
         for name in tqdm(opponents, desc="prepare", unit="opponent")
     ]
 
 
 def _words(text: str) -> list[str]:
-    """What stands between commas."""
+    """The words between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _take_turns(
-    contenders: Sequence[Contender],
-    legs: Sequence[list[Leg]],
-    options: DecodeBenchmark,
-    hierarchy: Hierarchy | None,
+    contenders: Sequence[Contender], legs: Sequence[list[Leg]], against_new_tokens: int | None
 ) -> list[SideRun]:
-    """Every repeat begins with another side."""
+    """Run all sides with the legs of every repeat, each of which begins with another side."""
     turns = [(i, contenders[(i + j) % len(contenders)]) for i in range(len(legs)) for j in range(len(contenders))]
     runs = []
     with tqdm(turns, unit="process") as progress:
         for repeat, contender in progress:
             progress.set_description(f"repeat {repeat + 1}: {contender.name}")
-            runs.append(_turn(contender, legs[repeat], options, hierarchy, repeat=repeat))
+            runs.append(_turn(contender, _legs_of(contender, legs[repeat], against_new_tokens), repeat=repeat))
     return runs
 
 
-def _turn(
-    contender: Contender, legs: Sequence[Leg], options: DecodeBenchmark, hierarchy: Hierarchy | None, *, repeat: int
-) -> SideRun:
+def _turn(contender: Contender, legs: list[Leg], *, repeat: int) -> SideRun:
     """One process, from dropped page caches, and the disk's rate around it."""
     if contender.unable:
-        return SideRun(contender.name, repeat, contender.limit_bytes, failure=contender.unable)
-    order = replace(contender.order, legs=_legs_of(contender, legs, options.against_new_tokens))
+        return SideRun(contender.name, repeat, contender.limits.memory_bytes, failure=contender.unable)
+    order = replace(contender.order, legs=legs)
     before = _read_rate(order)
     page_cache.drop([*_shards(order.model_dir), *([Path(order.gguf)] if order.gguf else [])])
-    one = run_side(
-        order,
-        contender=contender.name,
-        repeat=repeat,
-        hierarchy=hierarchy,
-        limit_bytes=contender.limit_bytes,
-        timeout_seconds=options.timeout,
-    )
+    one = run_side(order, contender.limits, contender=contender.name, repeat=repeat)
     one.read_rate = (before + _read_rate(order)) / 2
     if order.offload_dir:
         shutil.rmtree(order.offload_dir)
@@ -227,7 +202,7 @@ def _turn(
 
 
 def _legs_of(contender: Contender, legs: Sequence[Leg], against_new_tokens: int | None) -> list[Leg]:
-    """The long prompt only for the sides its bound is made of; fewer tokens for slow opponents if so asked."""
+    """The legs of one side: the long prompt is for those its bound is made of; slow opponents may decode fewer tokens."""
     side = contender.order.side
     kept = [leg for leg in legs if leg.name != LONG or side in LONG_SIDES]
     if side in LONG_SIDES or against_new_tokens is None:

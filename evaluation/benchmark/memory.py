@@ -1,8 +1,8 @@
-"""Whether a memory budget is kept: random budgets, contexts and batches, each in a memory group hardly larger.
+"""Memory budgets that are kept or not: random budgets, contexts and batches, each in a memory group hardly larger.
 
 Every trial is a process that loads the model under a random budget and serves one random request. Its group may hold what
 the process held before it loaded anything, and the budget with three percent on top, page cache included; the kernel
-kills what needs more. What is reported is the peak of private memory (RssAnon), sampled from outside, less what was held
+kills what needs more. The figure is the peak of private memory (RssAnon), sampled from outside, less what was held
 before, as a share of the budget.
 """
 
@@ -42,7 +42,7 @@ MOST_REFUSALS = 10  # before anything was served
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBenchmark:
-    """Whether a memory budget is kept: random budgets, contexts and batches, each in a memory group hardly larger.
+    """Measure whether memory budgets are kept, with random budgets, contexts and batches.
 
     example:
       remoe make-model --output runs/models/mid
@@ -52,7 +52,7 @@ class MemoryBenchmark:
     model: str  # folder with safetensors weights, or hub name
     trials: int = 50  # requests to serve
     most_tokens: int = 2048  # batch x context
-    seed: int = 0  # of what is drawn
+    seed: int = 0  # decides what is drawn
     threads: int = 1  # of every process
     output: str | None = None  # JSON file to write every trial to
 
@@ -80,7 +80,7 @@ class Outcome:
 
     @property
     def kept(self) -> bool:
-        """Whether the budget held: nothing was killed or failed, and the peak was within the tolerance."""
+        """Nothing was killed and nothing failed, and the peak was within the tolerance."""
         return self.outcome in ("served", "refused") and self.share <= 1 + TOLERANCE
 
 

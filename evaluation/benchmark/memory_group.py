@@ -33,7 +33,7 @@ V2 = Version("cgroup v2", "memory.max", "memory.peak", "memory.events")
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """Where groups can be made."""
+    """A place where groups can be made."""
 
     version: Version
     parent: Path
@@ -100,7 +100,7 @@ class MemoryGroup:
         return self
 
     def limit(self, limit_bytes: int) -> None:
-        """Let the group hold so much from now on."""
+        """Let the group hold at most that many bytes from now on."""
         (self.path / self._version.limit).write_text(str(limit_bytes), encoding="ascii")
         swap = self.path / "memory.swap.max"  # version 2: the limit is for memory alone
         if swap.is_file():

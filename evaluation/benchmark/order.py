@@ -1,4 +1,4 @@
-"""What the benchmark asks of one side's process: which side, which requests, with which settings."""
+"""The order that the benchmark gives to one side's process: which side, which requests, with which settings."""
 
 import json
 from dataclasses import asdict, dataclass, field

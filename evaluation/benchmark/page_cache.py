@@ -1,4 +1,4 @@
-"""Files out of the page cache, and how much of them is still in it: a cold start that is checked, not assumed."""
+"""Takes files out of the page cache, and counts what is still in it: a cold start that is checked, not assumed."""
 
 import ctypes
 import mmap

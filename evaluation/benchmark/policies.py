@@ -1,4 +1,4 @@
-"""Which cache policy wins: the misses of each, in units of the optimum's, on held-out text of every shipped domain.
+"""Cache policies beside the optimum: the misses of each, in units of the optimum's, on held-out text of every domain.
 
 Teacher-forced routing of the model that ships (or another) on the test split, cold per request; and `all domains`, one
 request that goes from domain to domain and back, as a long conversation does. `static` gets a profile of all domains

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,6 +85,15 @@ class Child:
         return said[-1].removeprefix("error: ") if said else "nothing on standard error"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a side's process."""
+
+    seconds: float
+    memory_bytes: int | None = None  # page cache included; None: it is only measured
+    hierarchy: Hierarchy | None = None  # where memory groups can be made, if anywhere
+
+
 @dataclass
 class SideRun:
     """One process. `failure` says why not all of its legs are there; those that are count."""
@@ -100,45 +109,31 @@ class SideRun:
     settings: dict[str, Any] = field(default_factory=dict)
     legs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def run_side(
-    order: Order,
-    *,
-    contender: str,
-    repeat: int,
-    hierarchy: Hierarchy | None,
-    limit_bytes: int | None,
-    timeout_seconds: float,
-) -> SideRun:
+def run_side(order: Order, limits: Limits, *, contender: str, repeat: int) -> SideRun:
     """Run the order to its end, its death or the timeout. Never raises for what happens inside the process."""
-    run = SideRun(contender, repeat, limit_bytes)
+    run = SideRun(contender, repeat, limits.memory_bytes)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         order_path, result_path = Path(folder) / "order.json", Path(folder) / "result.json"
         order.write(order_path)
-        group = stack.enter_context(MemoryGroup(hierarchy, limit_bytes)) if hierarchy else None
+        group = stack.enter_context(MemoryGroup(limits.hierarchy, limits.memory_bytes)) if limits.hierarchy else None
         with Child(MODULE, str(order_path), str(result_path), group=group) as child:
-            code = child.wait(timeout_seconds)
+            code = child.wait(limits.seconds)
             last_words = child.last_words
         if result_path.is_file():
             for name, value in json.loads(result_path.read_text(encoding="utf-8")).items():
                 setattr(run, name, value)
         run.peak_memory_bytes = group.peak_bytes if group else None
         if code != 0 or len(run.legs) < len(order.legs):
-            killed = group is not None and group.was_killed
-            run.failure = _failure(code, last_words, killed, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds)
+            run.failure = _failure(code, last_words, limits, killed=group is not None and group.was_killed)
     return run
 
 
-def _failure(
-    code: int | None, last_words: str, killed: bool, *, limit_bytes: int | None, timeout_seconds: float
-) -> str:
+def _failure(code: int | None, last_words: str, limits: Limits, *, killed: bool) -> str:
     if code is None:
-        return f"not finished after {timeout_seconds:g} seconds and ended; raise --timeout or ask for fewer tokens"
+        return f"not finished after {limits.seconds:g} seconds and ended; raise --timeout or ask for fewer tokens"
     if killed:
-        limit = "" if limit_bytes is None else f" of {readable(limit_bytes)}"
+        limit = "" if limits.memory_bytes is None else f" of {readable(limits.memory_bytes)}"
         return f"killed by the kernel: more than the memory limit{limit}, page cache included"
     if "ModuleNotFoundError" in last_words:
         return f"{last_words}; {INSTALL}"

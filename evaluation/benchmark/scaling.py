@@ -1,4 +1,4 @@
-"""How much faster several processes train than one, with the same rows in every step; each process has one thread.
+"""The speed of several training processes beside one, with the same rows in every step; each process has one thread.
 
 The sides take turns, every run starts anew, and a run's figure is the median of its steps after the first five.
 """
@@ -32,7 +32,7 @@ WARM_UP = 5  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingBenchmark:
-    """Tokens per second of several training processes beside one, same rows in every step.
+    """Measure how many more tokens per second several training processes make than one, on the same rows.
 
     example:
       remoe bench scaling configs/train/tiny.yaml objective=remoe

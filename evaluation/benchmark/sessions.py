@@ -1,4 +1,4 @@
-"""How near the plan and the online controller come to the best division of memory, on the real engine.
+"""The plan and the online controller beside the best division of memory, on the real engine.
 
 Two workloads of real text. `mixed`: conversations with long beginnings that take turns. `changing`: the same in its first
 half; in the second one-off requests with short prompts and long answers, which have no use for kept blocks. Every
@@ -40,7 +40,7 @@ WORKLOADS = ("mixed", "changing")
 
 @dataclass(frozen=True, kw_only=True)
 class SessionsBenchmark:
-    """How near the plan and the online controller come to the best division of memory, on the real engine.
+    """Measure how near the plan and the online controller come to the best division of memory, on the real engine.
 
     example:
       remoe make-model --size 600MiB --output runs/models/small

@@ -1,4 +1,4 @@
-"""`remoe bench training`: our trainer beside transformers' own, on the same rows, training the same routers.
+"""Our trainer beside transformers' own, on the same rows, training the same routers.
 
 Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
 machine changes from one second to the next. The opponent computes the task loss alone, with each
@@ -34,7 +34,7 @@ Runs = Mapping[str, Sequence[Measured]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBenchmark:
-    """Tokens per second and memory of router fine-tuning, beside transformers' Trainer.
+    """Measure tokens per second and memory of router fine-tuning, beside transformers' Trainer.
 
     All sides are loaded at once and take turns step by step; the speed ratio is the median over steps of the same turn.
     Memory is what a process held at its peak above what it held before the first step: on CPU resident memory, on an
@@ -134,7 +134,7 @@ class _Side:
         self.wait()
 
     def measured(self) -> Measured:
-        """What the process said at its end."""
+        """The figures that the process printed at its end."""
         return Measured(**json.loads(self._last))
 
     def wait(self) -> None:

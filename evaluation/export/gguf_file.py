@@ -57,8 +57,8 @@ def write_gguf(model_dir: str | Path, path: str | Path, *, precision: str = "flo
     """Write the checkpoint of `model_dir` to `path`, aside and renamed; one tensor is in memory at a time.
 
     Raises:
-        UserError: another family, a form llama.cpp computes differently, an unknown precision, a number that float16
-            cannot hold, no byte-level BPE tokenizer.
+        UserError: the model is of another family, or of a form that llama.cpp computes differently; the precision is
+            unknown, or float16 cannot hold a number; the tokenizer is no byte-level BPE.
     """
     if precision not in PRECISIONS:
         raise UserError(f"GGUF precision {precision!r} is not known; write one of {', '.join(PRECISIONS)}")

@@ -1,6 +1,6 @@
 """Tuned routers in a copy of an existing GGUF file: `ffn_gate_inp` is float32 also where experts are quantised.
 
-The copy has some text fields more, which say what was done; every tensor but the routers keeps its bytes. Layout:
+The copy has a few more text fields, which say what was done; every tensor but the routers keeps its bytes. Layout:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (header, fields, tensor infos, padding, data; a tensor's offset
 counts from the start of the data, so more fields move none of them).
 """
@@ -28,18 +28,22 @@ Floats = npt.NDArray[np.float32]
 
 
 def patch_gguf(
-    base: Path, output: Path, routers: Mapping[str, Tensor], *, stored: Mapping[str, StoredTensor],
+    base: Path,
+    output: Path,
+    routers: Mapping[str, Tensor],
+    *,
+    stored: Mapping[str, StoredTensor],
     about: Mapping[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Write `base` with these routers to `output`, aside and renamed.
 
     Args:
         routers: by name in the loaded model.
-        stored: where the base's checkpoint has them, whose values the file must have too.
+        stored: where they lie in the base's checkpoint; the file must have the same values there.
         about: the delta's description.
 
     Raises:
-        UserError: no GGUF, or one of another base: routers missing, of another shape, type or value.
+        UserError: `base` is no GGUF, or one of another base: routers are missing or have another shape, type or value.
     """
     reader = _read(base)
     places = _places(reader, base, routers, stored)
@@ -73,7 +77,11 @@ def _read(path: Path) -> gguf.GGUFReader:
 def _places(
     reader: gguf.GGUFReader, path: Path, routers: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
 ) -> dict[str, Any]:
-    """Where each router is in the file, by its name in the loaded model; all of them are the base's."""
+    """The file's tensor of each router, by its name in the loaded model; all of them have the base's values.
+
+    Raises:
+        UserError: a router is missing, or has another shape, type or value.
+    """
     architecture = str(reader.fields["general.architecture"].contents())
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
@@ -108,8 +116,7 @@ def _places(
 
 def _base_values(place: StoredTensor) -> Floats:
     with safe_open(place.shard, framework="pt") as tensors:
-        values: Floats = tensors.get_tensor(place.name).float().numpy()
-    return values
+        return np.asarray(tensors.get_tensor(place.name).float())
 
 
 def _infos_end(reader: gguf.GGUFReader) -> int:

@@ -26,10 +26,10 @@ from training.model.transformers_internals import revert_weight_conversion
 
 
 def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
-    """Where in the checkpoint each router tensor lies, by its name in the loaded model.
+    """The place of each router tensor in the checkpoint, by its name in the loaded model.
 
     Raises:
-        UserError: it is not there, or has another shape.
+        UserError: one is not there, or has another shape.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # initialising on meta warns, in some families
@@ -48,10 +48,14 @@ def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, 
 
 
 def write_folder(
-    model_dir: Path, output: Path, routers: Mapping[str, Tensor], *, stored: Mapping[str, StoredTensor],
+    model_dir: Path,
+    output: Path,
+    routers: Mapping[str, Tensor],
+    *,
+    stored: Mapping[str, StoredTensor],
     about: Mapping[str, Any],
-) -> None:  # fmt: skip
-    """The whole model as a Hugging Face folder, aside and renamed.
+) -> None:
+    """Write the whole model as a Hugging Face folder, aside and renamed.
 
     Raises:
         OSError: the disk is full, for example; nothing is left behind.
@@ -94,9 +98,12 @@ def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
     licence = getattr(base_card, "license", None)
     base = str(about["base_model"])
     data = ModelCardData(
-        license=licence, license_name=getattr(base_card, "license_name", None), library_name="transformers",
-        base_model=None if Path(base).exists() else base, tags=["mixture-of-experts", "remoe", "expert-reuse"],
-    )  # fmt: skip
+        license=licence,
+        license_name=getattr(base_card, "license_name", None),
+        library_name="transformers",
+        base_model=None if Path(base).exists() else base,
+        tags=["mixture-of-experts", "remoe", "expert-reuse"],
+    )
     config, metrics = about["config"], about["metrics"]
     coefficients = {key: value for key, value in config.items() if key.endswith("_coef") and value}
     rows = [

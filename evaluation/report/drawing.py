@@ -5,6 +5,7 @@ takes the page's font. Matplotlib's global settings are not touched.
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from configs.files import prepare, writing_aside
-from evaluation.report.summary import SeedMean, all_runs, runs_of
+from evaluation.report.summary import SeedMean, all_runs
 from evaluation.results import BASE, Results
 
 KNOWN_COLOURS = {
@@ -88,7 +89,8 @@ def legend(
     handles = [Patch(color=looks[arm]["color"]) if as_bars else Line2D([], [], **looks[arm]) for arm in arms]
     labels = [_label(results, arm) for arm in arms]
     texts = [*labels, *(label for _, label in extra)]
-    columns = 6 if sum(map(len, texts)) <= 90 else 4  # as many as fit the width
+    wanted_inches = 0.075 * sum(map(len, texts)) + 0.55 * len(texts)  # as the font and the spacing below have it
+    columns = math.ceil(len(texts) / math.ceil(wanted_inches / figure.get_figwidth()))
     drawn = [*handles, *(handle for handle, _ in extra)]
     figure.legend(drawn, texts, loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.6)
 
@@ -104,7 +106,7 @@ def looks_of(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _label(results: Results, arm: str) -> str:
-    n = len(runs_of(results, arm))
+    n = len(results.arms[arm].runs)
     return arm if n == 1 else f"{arm} (n = {n})"
 
 

@@ -39,10 +39,10 @@ class Unit:
         return f"{self.over_seeds(value.value)}\n[{self.bare(value.low)}, {self.bare(value.high)}]"
 
     def extent(self, value: Extent | None) -> str:
-        """`12.3 ms (11.0 to 14.5)`: the median, the least and the most."""
+        """`12.3 ms`, the median, on a second line `11.0 to 14.5`."""
         if value is None:
             return MISSING
-        return f"{self.text(value.median)} ({self.bare(value.least)} to {self.bare(value.most)})"
+        return f"{self.text(value.median)}\n{self.bare(value.least)} to {self.bare(value.most)}"
 
     def bare(self, value: float) -> str:
         """Without the unit."""

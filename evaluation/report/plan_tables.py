@@ -2,8 +2,9 @@
 
 from functools import partial
 
-from evaluation.report.numbers import CHANGE, COUNT, MILLISECONDS, MISSING, PLAIN, bytes_text, data_size
-from evaluation.report.summary import Number, over_base, runs_of, seed_mean
+from evaluation.report import summary
+from evaluation.report.numbers import CHANGE, COUNT, MILLISECONDS, MISSING, PLAIN, bytes_text
+from evaluation.report.summary import Number, seed_mean
 from evaluation.report.tables import Table
 from evaluation.results import Plan, Results, Run
 
@@ -48,7 +49,7 @@ def _costs(results: Results) -> Table:
         [_name(plan), arm, *_cost_cells(results, arm, plan)]
         for plan in results.plans
         for arm in results.arms
-        if any(misses_per_token(run, plan) is not None for run in runs_of(results, arm))
+        if any(misses_per_token(run, plan) is not None for run in results.arms[arm].runs)
     ]
     note = (
         "One LRU pool for all layers on the traced text; TPOT is the measured time of computing plus the bytes over "
@@ -59,11 +60,11 @@ def _costs(results: Results) -> Table:
 
 
 def _cost_cells(results: Results, arm: str, plan: Plan) -> list[str]:
-    runs, expert_bytes = runs_of(results, arm), results.model.expert_bytes
+    runs, expert_bytes = results.arms[arm].runs, results.model.expert_bytes
     misses = [misses_per_token(run, plan) for run in runs]
     return [
         PLAIN.over_seeds(seed_mean(misses)),
-        CHANGE.over_seeds(over_base(results, arm, partial(misses_per_token, plan=plan))),
+        CHANGE.over_seeds(summary.over_base(results, arm, partial(misses_per_token, plan=plan))),
         bytes_text(seed_mean(_times(count, expert_bytes) for count in misses)),
         MILLISECONDS.over_seeds(seed_mean(expected_tpot_ms(run, plan, expert_bytes) for run in runs)),
     ]
@@ -95,5 +96,6 @@ def _all_experts(results: Results) -> Number:
 
 
 def _name(plan: Plan) -> str:
-    budget = plan.division.budget_bytes
-    return data_size(budget).text(budget)
+    """The budget's size, on a second line what was asked for if that was in parts of something."""
+    size, asked = bytes_text(plan.division.budget_bytes), plan.memory_budget or ""
+    return f"{size}\n{asked}" if "%" in asked or "smallest" in asked else size

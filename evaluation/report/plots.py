@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from configs.load import UserError
+from evaluation.report import summary
 from evaluation.report.drawing import (
     SEEDS,
     band,
@@ -24,31 +25,7 @@ from evaluation.report.drawing import (
     write_png,
 )
 from evaluation.report.numbers import data_size, demands_text
-from evaluation.report.summary import (
-    PERPLEXITY_LIMIT,
-    Change,
-    FrontierPoint,
-    SeedMean,
-    decode_budgets,
-    decode_rows,
-    decoded,
-    domain_names,
-    frontier,
-    frontier_budgets,
-    layer_means,
-    lru_miss_rate,
-    lru_sizes,
-    miss_rate,
-    perplexity_change,
-    replay_sizes,
-    routed,
-    runs_of,
-    seed_mean,
-    task_change,
-    task_names,
-    tuned_arms,
-    turn_times,
-)
+from evaluation.report.summary import PERPLEXITY_LIMIT, Change, FrontierPoint, SeedMean, seed_mean
 from evaluation.report.wording import LIMIT_TEXT
 from evaluation.results import BASE, MEAN, Results, Run
 from evaluation.turns import extent
@@ -61,18 +38,18 @@ CHANCE: dict[str, Any] = {"color": "#222222", "linestyle": ":", "linewidth": 1.3
 
 def miss_rate_figure(results: Results) -> str | None:
     """Miss rate against slots per layer: LRU solid, at every size; Belady's optimum dashed; marks at the tables' sizes."""
-    sizes, every_size = replay_sizes(results), lru_sizes(results)
+    sizes, every_size = summary.replay_sizes(results), summary.lru_sizes(results)
     if not sizes:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for arm, look in looks_of(results).items():
-            runs = runs_of(results, arm)
-            lru = [seed_mean(lru_miss_rate(run, size) for run in runs) for size in every_size]
+            runs = results.arms[arm].runs
+            lru = [seed_mean(summary.lru_miss_rate(run, size) for run in runs) for size in every_size]
             line(axes, every_size, lru, scale=100, **{**look, "marker": ""})
             for policy, style in (("lru", {"linestyle": ""}), ("belady", DASHED)):
-                rates = [seed_mean(miss_rate(run, size, policy=policy) for run in runs) for size in sizes]
+                rates = [seed_mean(summary.miss_rate(run, size, policy) for run in runs) for size in sizes]
                 line(axes, sizes, rates, scale=100, **{**look, **style})
         axes.set(xlabel="cache size C, expert slots per layer", ylabel="miss rate, % of accesses")
         from_zero(axes)
@@ -86,7 +63,9 @@ def miss_rate_figure(results: Results) -> str | None:
 
 def reuse_figure(results: Results) -> str | None:
     """Bars of the reuse rate per layer and their mean, with the chance level."""
-    layers = {arm: layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer) for arm in results.arms}
+    layers = {
+        arm: summary.layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer) for arm in results.arms
+    }
     n_layers = max(map(len, layers.values()))
     if not n_layers:
         return None
@@ -95,9 +74,9 @@ def reuse_figure(results: Results) -> str | None:
         axes = figure.subplots()
         for i, arm in enumerate(results.arms):
             rates = [*layers[arm], *[None] * (n_layers - len(layers[arm]))]
-            rates.append(routed(results, arm, lambda routing: routing.reuse_rate_mean))
+            rates.append(summary.routed(results, arm, lambda routing: routing.reuse_rate_mean))
             _bars(axes, rates, colours(results)[arm], shift=i - (len(layers) - 1) / 2, width=0.8 / len(layers))
-        chance = routed(results, BASE, lambda routing: routing.chance_reuse_rate)
+        chance = summary.routed(results, BASE, lambda routing: routing.chance_reuse_rate)
         extra = []
         if chance is not None:
             axes.axhline(chance.mean, **CHANCE)
@@ -132,7 +111,7 @@ def _name_layers(axes: Axes, n_layers: int) -> None:
 
 def training_figure(results: Results) -> str | None:
     """Cross entropy and reuse rate over the steps, lightly smoothed; one line per seed."""
-    arms = [arm for arm in results.arms if any(run.history for run in runs_of(results, arm))]
+    arms = [arm for arm in results.arms if any(run.history for run in results.arms[arm].runs)]
     if not arms:
         return None
 
@@ -141,7 +120,7 @@ def training_figure(results: Results) -> str | None:
         keys = (("train/loss", "cross entropy, nats per token"), ("moe/reuse_rate_mean", "expert reuse rate (EOR)"))
         for axes, (key, label) in zip(panels, keys, strict=True):
             for arm in arms:
-                for run in runs_of(results, arm):
+                for run in results.arms[arm].runs:
                     steps, values = _curve(run, key)
                     axes.plot(steps, values, color=colours(results)[arm], linewidth=1.4, alpha=0.85)
             axes.set(xlabel="step", title=label)
@@ -166,20 +145,22 @@ def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
 
 def quality_figure(results: Results) -> str | None:
     """Forest plot: differences from base with intervals, tasks left, perplexities right."""
-    arms = tuned_arms(results)
-    tasks = [task for task in task_names(results) if any(task_change(results, arm, task) for arm in arms)]
+    arms = summary.tuned_arms(results)
+    tasks = [
+        task for task in summary.task_names(results) if any(summary.task_change(results, arm, task) for arm in arms)
+    ]
     domains = [
         domain
-        for domain in [*domain_names(results), MEAN]
-        if any(perplexity_change(results, arm, domain) for arm in arms)
+        for domain in [*summary.domain_names(results), MEAN]
+        if any(summary.perplexity_change(results, arm, domain) for arm in arms)
     ]
     if not tasks and not domains:
         return None
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        _forest(left, results, tasks, task_change)
-        _forest(right, results, domains, perplexity_change)
+        _forest(left, results, tasks, summary.task_change)
+        _forest(right, results, domains, summary.perplexity_change)
         left.set(title="tasks", xlabel="difference from base, percentage points (right is better)")
         right.set(title="perplexity", xlabel="change from base, % (left is better)")
         if domains:
@@ -195,7 +176,7 @@ def quality_figure(results: Results) -> str | None:
 def _forest(
     axes: Axes, results: Results, rows: Sequence[str], change: Callable[[Results, str, str], Change | None]
 ) -> None:
-    arms, looks = tuned_arms(results), looks_of(results)
+    arms, looks = summary.tuned_arms(results), looks_of(results)
     axes.axvline(0, color=colours(results)[BASE], linewidth=1.3)
     for row, name in enumerate(rows):
         for i, arm in enumerate(arms):
@@ -219,7 +200,7 @@ def frontier_figure(results: Results) -> str | None:
 
     Vertical bars are 95 % intervals over test items, horizontal ones a standard deviation over seeds.
     """
-    sizes = frontier_budgets(results)
+    sizes = summary.frontier_budgets(results)
     if not sizes:
         return None
     return svg_of(
@@ -235,7 +216,7 @@ def write_frontier(results: Results, path: Path) -> None:
     Raises:
         UserError: no tuned arm was both decoded and compared with base.
     """
-    sizes = frontier_budgets(results)[:2]
+    sizes = summary.frontier_budgets(results)[:2]
     if not sizes:
         raise UserError("these results have no frontier: no tuned arm was both decoded and compared with base")
     write_png(lambda figure: _draw_frontier(figure, results, sizes), path, height_inches=3.4)
@@ -244,7 +225,7 @@ def write_frontier(results: Results, path: Path) -> None:
 def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> None:
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
-        points = frontier(results, size)
+        points = summary.frontier(results, size)
         unit = data_size(max(point.bytes_per_token.mean for point in points.values()))
         for arm, point in points.items():
             _frontier_point(axes, point, scale=unit.scale, look=looks_of(results)[arm])
@@ -274,7 +255,7 @@ def _frontier_point(axes: Axes, point: FrontierPoint, *, scale: float, look: dic
 
 def decode_figure(results: Results) -> str | None:
     """Bytes per token, and time per output token from least to most, at each budget."""
-    if not decode_budgets(results):
+    if not summary.decode_budgets(results):
         return None
 
     def draw(figure: Figure) -> None:
@@ -290,21 +271,21 @@ def decode_figure(results: Results) -> str | None:
 
 
 def _draw_bytes(axes: Axes, results: Results) -> None:
-    unit = data_size(max((row.bytes_read_per_token or 0 for row in decode_rows(results)), default=0))
-    sizes = decode_budgets(results)
+    unit = data_size(max((row.bytes_read_per_token or 0 for row in summary.decode_rows(results)), default=0))
+    sizes = summary.decode_budgets(results)
     for arm, look in looks_of(results).items():
-        values = [decoded(results, arm, size, lambda row: row.bytes_read_per_token) for size in sizes]
+        values = [summary.decoded(results, arm, size, lambda row: row.bytes_read_per_token) for size in sizes]
         line(axes, sizes, values, scale=unit.scale, **look)
     axes.set(title=f"bytes read per token, {unit.suffix.strip()}")
 
 
 def _draw_times(axes: Axes, results: Results) -> None:
     """Medians with their extent, arms side by side; means where turns were not kept."""
-    sizes, arms = decode_budgets(results), list(results.arms)
+    sizes, arms = summary.decode_budgets(results), list(results.arms)
     for i, (arm, look) in enumerate(looks_of(results).items()):
         shifted = [size * 2 ** (0.08 * (i - (len(arms) - 1) / 2)) for size in sizes]
-        extents = [extent(turn_times(results, arm, size, "tpot_ms")) for size in sizes]
-        means = [decoded(results, arm, size, lambda row: row.mean_tpot_ms) for size in sizes]
+        extents = [extent(summary.turn_times(results, arm, size, "tpot_ms")) for size in sizes]
+        means = [summary.decoded(results, arm, size, lambda row: row.mean_tpot_ms) for size in sizes]
         middles = [
             mean if found is None else SeedMean(found.median, None, 1)
             for found, mean in zip(extents, means, strict=True)
@@ -322,7 +303,7 @@ def _budget_axis(axes: Axes, results: Results) -> None:
     axes.set(xlabel="expert cache" + (", in demands of one token and in bytes" if demand else ", bytes"))
     from_zero(axes)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(FixedLocator(decode_budgets(results)))
+    axes.xaxis.set_major_locator(FixedLocator(summary.decode_budgets(results)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _budget_tick(size, demand)))
 
 

@@ -2,21 +2,9 @@
 
 from collections.abc import Callable
 
+from evaluation.report import summary
 from evaluation.report.numbers import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit, bytes_text, data_size
-from evaluation.report.summary import (
-    Change,
-    Number,
-    SeedMean,
-    all_runs,
-    domain_names,
-    frontier,
-    frontier_budgets,
-    perplexity_change,
-    scored,
-    task_change,
-    task_names,
-    tuned_arms,
-)
+from evaluation.report.summary import Change, Number, SeedMean
 from evaluation.report.tables import Table
 from evaluation.results import MEAN, DomainPerplexity, Results, TaskValue
 
@@ -26,9 +14,9 @@ MEAN_LABEL = "mean over domains"
 def values_table(results: Results) -> Table:
     """Absolute quality, one column per arm."""
     arms = list(results.arms)
-    rows = [_task_row(results, task) for task in task_names(results)]
+    rows = [_task_row(results, task) for task in summary.task_names(results)]
     rows += _perplexity_rows(results, "perplexity per token", lambda domain: domain.perplexity)
-    means = [scored(results, arm, lambda quality: quality.mean_perplexity) for arm in arms]
+    means = [summary.scored(results, arm, lambda quality: quality.mean_perplexity) for arm in arms]
     if any(means):
         rows.append([MEAN_LABEL, "perplexity per token", MISSING, MISSING, *map(PLAIN.over_seeds, means)])
     rows += _perplexity_rows(results, "perplexity per word", lambda domain: domain.word_perplexity)
@@ -40,7 +28,8 @@ def values_table(results: Results) -> Table:
 
 def _task_row(results: Results, task: str) -> list[str]:
     about = next(
-        (run.quality.tasks[task] for run in all_runs(results) if run.quality and task in run.quality.tasks), None
+        (run.quality.tasks[task] for run in summary.all_runs(results) if run.quality and task in run.quality.tasks),
+        None,
     )
     cells = []
     for arm in results.arms:
@@ -53,13 +42,15 @@ def _task_row(results: Results, task: str) -> list[str]:
 
 
 def _task_mean(results: Results, arm: str, task: str, value_of: Callable[[TaskValue], Number]) -> SeedMean | None:
-    return scored(results, arm, lambda quality: value_of(quality.tasks[task]) if task in quality.tasks else None)
+    return summary.scored(
+        results, arm, lambda quality: value_of(quality.tasks[task]) if task in quality.tasks else None
+    )
 
 
 def _perplexity_rows(results: Results, metric: str, value_of: Callable[[DomainPerplexity], Number]) -> list[list[str]]:
     rows = []
-    for domain in domain_names(results):
-        entries = [run.quality.perplexity.get(domain) for run in all_runs(results) if run.quality]
+    for domain in summary.domain_names(results):
+        entries = [run.quality.perplexity.get(domain) for run in summary.all_runs(results) if run.quality]
         items = next((entry.n for entry in entries if entry is not None), None)
         found = [_domain_mean(results, arm, domain, value_of) for arm in results.arms]
         if any(found):
@@ -70,24 +61,24 @@ def _perplexity_rows(results: Results, metric: str, value_of: Callable[[DomainPe
 def _domain_mean(
     results: Results, arm: str, domain: str, value_of: Callable[[DomainPerplexity], Number]
 ) -> SeedMean | None:
-    return scored(
+    return summary.scored(
         results, arm, lambda quality: value_of(quality.perplexity[domain]) if domain in quality.perplexity else None
     )
 
 
 def differences_table(results: Results) -> Table:
     """Tuned minus base, one column per tuned arm."""
-    arms = tuned_arms(results)
+    arms = summary.tuned_arms(results)
     rows = [
-        ["task", task, *(_starred(task_change(results, arm, task), POINTS) for arm in arms)]
-        for task in task_names(results)
+        ["task", task, *(_starred(summary.task_change(results, arm, task), POINTS) for arm in arms)]
+        for task in summary.task_names(results)
     ] + [
         [
             "perplexity",
             MEAN_LABEL if domain == MEAN else domain,
-            *(_starred(perplexity_change(results, arm, domain), FINE_CHANGE) for arm in arms),
+            *(_starred(summary.perplexity_change(results, arm, domain), FINE_CHANGE) for arm in arms),
         ]
-        for domain in [*domain_names(results), MEAN]
+        for domain in [*summary.domain_names(results), MEAN]
     ]
     note = "pt: percentage points. A star marks an interval that excludes zero."
     return Table("Differences from base", ["kind", "name", *arms], rows if arms else [], note, text_columns=2)
@@ -102,7 +93,7 @@ def frontier_table(results: Results) -> Table:
     header = ["expert cache", "arm", "bytes / token", "mean perplexity"]
     rows = [
         [data_size(size).text(size), arm, bytes_text(point.bytes_per_token), FINE_CHANGE.change(point.cost)]
-        for size in frontier_budgets(results)
-        for arm, point in frontier(results, size).items()
+        for size in summary.frontier_budgets(results)
+        for arm, point in summary.frontier(results, size).items()
     ]
     return Table("Price of reading less", header, rows, text_columns=2)

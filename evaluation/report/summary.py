@@ -82,10 +82,6 @@ def relative_change(value: Number, base: Number) -> Number:
     return None if value is None or not base else (value - base) / base
 
 
-def runs_of(results: Results, arm: str) -> list[Run]:
-    return results.arms[arm].runs
-
-
 def all_runs(results: Results) -> list[Run]:
     return [run for arm in results.arms.values() for run in arm.runs]
 
@@ -96,10 +92,10 @@ def tuned_arms(results: Results) -> list[str]:
 
 def over_base(results: Results, arm: str, value_of: Callable[[Run], Number]) -> SeedMean | None:
     """Relative change of `value_of(run)` against the mean of base, over seeds; None for base itself."""
-    base = seed_mean(map(value_of, runs_of(results, BASE)))
+    base = seed_mean(map(value_of, results.arms[BASE].runs))
     if arm == BASE or base is None:
         return None
-    return seed_mean(relative_change(value_of(run), base.mean) for run in runs_of(results, arm))
+    return seed_mean(relative_change(value_of(run), base.mean) for run in results.arms[arm].runs)
 
 
 # Routing and replay
@@ -107,12 +103,12 @@ def over_base(results: Results, arm: str, value_of: Callable[[Run], Number]) -> 
 
 def routed(results: Results, arm: str, value_of: Callable[[Routing], Number]) -> SeedMean | None:
     """A figure of every run's routing, over seeds."""
-    return seed_mean(value_of(run.routing) for run in runs_of(results, arm) if run.routing)
+    return seed_mean(value_of(run.routing) for run in results.arms[arm].runs if run.routing)
 
 
 def layer_means(results: Results, arm: str, values_of: Callable[[Routing], Sequence[Number]]) -> list[SeedMean | None]:
     """Figures of every layer's routing, over seeds."""
-    return place_means(values_of(run.routing) for run in runs_of(results, arm) if run.routing)
+    return place_means(values_of(run.routing) for run in results.arms[arm].runs if run.routing)
 
 
 def reuse_rate(run: Run) -> Number:
@@ -124,13 +120,19 @@ def replay_row(run: Run, policy: str, slots: int) -> Replay | None:
     return next((row for row in run.replay or [] if (row.policy, row.slots) == (policy, slots)), None)
 
 
-def miss_rate(run: Run, slots: int, *, policy: str = "lru", first_touches: bool = True) -> Number:
+def miss_rate(run: Run, slots: int, policy: str = "lru", *, first_touches: bool = True) -> Number:
     """Misses per access, all of them or those that are no first touches."""
     row = replay_row(run, policy, slots)
     if row is None or not row.accesses:
         return None
     misses = row.misses if first_touches else row.misses_without_first_touches
     return None if misses is None else misses / row.accesses
+
+
+def policy_regret(run: Run, slots: int, policy: str) -> Number:
+    """Misses per miss of Belady's optimum."""
+    row = replay_row(run, policy, slots)
+    return None if row is None else row.policy_regret
 
 
 def lru_miss_rate(run: Run, slots: int) -> Number:
@@ -185,7 +187,7 @@ def decode_value(run: Run, budget_bytes: int, value_of: Callable[[Decode], Numbe
 
 def decoded(results: Results, arm: str, budget_bytes: int, value_of: Callable[[Decode], Number]) -> SeedMean | None:
     """A figure of every run's decode with one expert cache, over seeds."""
-    return seed_mean(decode_value(run, budget_bytes, value_of) for run in runs_of(results, arm))
+    return seed_mean(decode_value(run, budget_bytes, value_of) for run in results.arms[arm].runs)
 
 
 def decode_rows(results: Results) -> list[Decode]:
@@ -211,7 +213,7 @@ def headline_budget(results: Results) -> int | None:
 
 def turn_times(results: Results, arm: str, budget_bytes: int, time: Time) -> list[Number]:
     """A time of every turn, mean over seeds; none where only the mean of all turns was kept."""
-    rows = [decode_row(run, budget_bytes) for run in runs_of(results, arm)]
+    rows = [decode_row(run, budget_bytes) for run in results.arms[arm].runs]
     means = place_means(getattr(row, time) or [] for row in rows if row)
     return [None if found is None else found.mean for found in means]
 
@@ -233,7 +235,7 @@ def is_busy(results: Results) -> bool:
 
 def scored(results: Results, arm: str, value_of: Callable[[Quality], Number]) -> SeedMean | None:
     """A figure of every run's quality, over seeds."""
-    return seed_mean(value_of(run.quality) for run in runs_of(results, arm) if run.quality)
+    return seed_mean(value_of(run.quality) for run in results.arms[arm].runs if run.quality)
 
 
 def task_change(results: Results, arm: str, task: str) -> Change | None:
@@ -266,7 +268,7 @@ def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
 
 
 def _differences(results: Results, arm: str) -> list[Difference]:
-    return [run.difference for run in runs_of(results, arm) if run.difference]
+    return [run.difference for run in results.arms[arm].runs if run.difference]
 
 
 def _change(entries: Sequence[tuple[Number, Number, Number]]) -> Change | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from evaluation.report import summary
 from evaluation.report.numbers import (
     CHANGE,
     COUNT,
@@ -22,34 +23,7 @@ from evaluation.report.numbers import (
     data_size,
     demands_text,
 )
-from evaluation.report.summary import (
-    Number,
-    SeedMean,
-    Time,
-    decode_budgets,
-    decode_row,
-    decode_rows,
-    decode_value,
-    decoded,
-    headline_budget,
-    headline_sizes,
-    layer_means,
-    miss_rate,
-    over_base,
-    perplexity_change,
-    replay_policies,
-    replay_row,
-    replay_sizes,
-    reuse_rate,
-    routed,
-    runs_of,
-    scored,
-    seed_mean,
-    time_ratio,
-    turn_times,
-    verdict,
-    worst_task,
-)
+from evaluation.report.summary import Number, SeedMean, Time, seed_mean
 from evaluation.report.wording import LIMIT_TEXT, decode_policy, machine_sentence, time_change
 from evaluation.results import BASE, Results, Run
 from evaluation.turns import extent
@@ -69,31 +43,34 @@ class Table:
 
 def headline_table(results: Results) -> Table:
     """What matters most, one row per arm."""
-    sizes, budget = headline_sizes(results), headline_budget(results)
+    sizes, budget = summary.headline_sizes(results), summary.headline_budget(results)
     header = ["arm", "EOR", *(f"LRU misses\nC = {size}" for size in sizes), "mean perplexity", "worst task"]
     note = (
-        "Second lines are changes against base; under perplexity and worst task the 95 % interval. "
-        f"Chance EOR is {RATE.over_seeds(routed(results, BASE, lambda routing: routing.chance_reuse_rate))}. "
+        "Lesser lines are changes against base; under perplexity and worst task the 95 % interval. "
+        f"Chance EOR is {RATE.over_seeds(summary.routed(results, BASE, lambda routing: routing.chance_reuse_rate))}. "
         f"Marked: the arm with the fewest LRU misses among those within {LIMIT_TEXT} mean perplexity."
     )
     if budget is not None:
         at = f"at {_budget(results, budget)}"
         header += [f"bytes / token\n{at}", f"TPOT\n{at}"]
-        note += f" LRU misses are replayed; bytes and times are of real decoding (cache: {decode_policy(results)})."
+        note += (
+            " TPOT: median, least to most, change. LRU misses are replayed; bytes and times are of real decoding (cache: "
+            f"{decode_policy(results)})."
+        )
         note += f" {machine_sentence(results)}"
     rows = [_headline_row(results, arm, sizes, budget) for arm in results.arms]
-    return Table("Headline", header, rows, note.rstrip(), marked=verdict(results).best)
+    return Table("Headline", header, rows, note.rstrip(), marked=summary.verdict(results).best)
 
 
 def _headline_row(results: Results, arm: str, sizes: Sequence[int], budget: int | None) -> list[str]:
-    n = len(runs_of(results, arm))
-    row = [arm if n == 1 else f"{arm}\nn = {n}", _beside_base(results, arm, RATE.over_seeds, reuse_rate)]
-    row += [_beside_base(results, arm, PERCENT.over_seeds, partial(miss_rate, slots=size)) for size in sizes]
+    n = len(results.arms[arm].runs)
+    row = [arm if n == 1 else f"{arm}\nn = {n}", _beside_base(results, arm, RATE.over_seeds, summary.reuse_rate)]
+    row += [_beside_base(results, arm, PERCENT.over_seeds, partial(summary.miss_rate, slots=size)) for size in sizes]
     if arm == BASE:
-        row.append(PLAIN.over_seeds(scored(results, arm, lambda quality: quality.mean_perplexity)))
+        row.append(PLAIN.over_seeds(summary.scored(results, arm, lambda quality: quality.mean_perplexity)))
     else:
-        row.append(FINE_CHANGE.change(perplexity_change(results, arm)))
-    worst = worst_task(results, arm)
+        row.append(FINE_CHANGE.change(summary.perplexity_change(results, arm)))
+    worst = summary.worst_task(results, arm)
     row.append(MISSING if worst is None else f"{POINTS.change(worst[1])}\n{worst[0]}")
     if budget is not None:
         row.append(_bytes_cell(results, arm, budget))
@@ -105,23 +82,23 @@ def _beside_base(
     results: Results, arm: str, write: Callable[[SeedMean | None], str], value_of: Callable[[Run], Number]
 ) -> str:
     """The value over seeds, on a second line its change against base."""
-    text = write(seed_mean(map(value_of, runs_of(results, arm))))
-    against = over_base(results, arm, value_of)
+    text = write(seed_mean(map(value_of, results.arms[arm].runs)))
+    against = summary.over_base(results, arm, value_of)
     return text if against is None else f"{text}\n{CHANGE.over_seeds(against)}"
 
 
 def _bytes_cell(results: Results, arm: str, budget: int) -> str:
     return _beside_base(
-        results, arm, bytes_text, lambda run: decode_value(run, budget, lambda row: row.bytes_read_per_token)
+        results, arm, bytes_text, lambda run: summary.decode_value(run, budget, lambda row: row.bytes_read_per_token)
     )
 
 
 def _time_cell(results: Results, arm: str, budget: int, time: Time) -> str:
-    """Median, least and most of all turns, on a second line the change against base; else the mean that was kept."""
-    found = extent(turn_times(results, arm, budget, time))
+    """Median, least and most of all turns, below them the change against base; else the mean that was kept."""
+    found = extent(summary.turn_times(results, arm, budget, time))
     if found is None:
-        return MILLISECONDS.over_seeds(decoded(results, arm, budget, lambda row: getattr(row, f"mean_{time}")))
-    ratio = time_ratio(results, arm, budget, time)
+        return MILLISECONDS.over_seeds(summary.decoded(results, arm, budget, lambda row: getattr(row, f"mean_{time}")))
+    ratio = summary.time_ratio(results, arm, budget, time)
     return MILLISECONDS.extent(found) + ("" if ratio is None else f"\n{time_change(ratio)}")
 
 
@@ -138,52 +115,48 @@ def arms_table(results: Results) -> Table:
 
 def miss_tables(results: Results) -> list[Table]:
     """Miss rate with and without first touches, and regret: a row per arm and policy, a column per size."""
-    sizes, policies = replay_sizes(results), replay_policies(results)
-    header = ["arm", "policy", *(f"C = {size}" for size in sizes)]
-
-    def rows(unit: Unit, value_of: Callable[[Run, int, str], Number], shown: Sequence[str]) -> list[list[str]]:
-        return [
-            [
-                arm,
-                policy,
-                *(
-                    unit.over_seeds(seed_mean(value_of(run, size, policy) for run in runs_of(results, arm)))
-                    for size in sizes
-                ),
-            ]
-            for arm in results.arms
-            for policy in shown
-        ]
-
-    def regret(run: Run, size: int, policy: str) -> Number:
-        row = replay_row(run, policy, size)
-        return None if row is None else row.policy_regret
-
-    all_misses = rows(PERCENT, lambda run, size, policy: miss_rate(run, size, policy=policy), policies)
-    without_first = rows(
-        PERCENT, lambda run, size, policy: miss_rate(run, size, policy=policy, first_touches=False), policies
-    )
-    regrets = rows(PLAIN, regret, [policy for policy in policies if policy != "belady"])
-    accesses = seed_mean(row.accesses for run in runs_of(results, BASE) for row in run.replay or [])
+    policies = summary.replay_policies(results)
+    accesses = seed_mean(row.accesses for run in results.arms[BASE].runs for row in run.replay or [])
     note = f"Of all accesses ({COUNT.over_seeds(accesses)} in base); C slots per layer, cold at every request."
+    without_first = partial(summary.miss_rate, first_touches=False)
+    online = [policy for policy in policies if policy != "belady"]
     return [
-        Table("Miss rate", header, all_misses, note, 2),
-        Table("Miss rate without first touches", header, without_first, note, 2),
-        Table("Policy regret", header, regrets, "Misses / Belady's misses; 1 is optimal.", 2),
+        _by_size(results, "Miss rate", PERCENT, summary.miss_rate, policies, note),
+        _by_size(results, "Miss rate without first touches", PERCENT, without_first, policies, note),
+        _by_size(
+            results, "Policy regret", PLAIN, summary.policy_regret, online, "Misses / Belady's misses; 1 is optimal."
+        ),
     ]
+
+
+def _by_size(
+    results: Results,
+    title: str,
+    unit: Unit,
+    value_of: Callable[[Run, int, str], Number],
+    policies: Sequence[str],
+    note: str,
+) -> Table:
+    sizes = summary.replay_sizes(results)
+    rows = []
+    for arm, measured in results.arms.items():
+        for policy in policies:
+            means = [seed_mean(value_of(run, size, policy) for run in measured.runs) for size in sizes]
+            rows.append([arm, policy, *map(unit.over_seeds, means)])
+    return Table(title, ["arm", "policy", *(f"C = {size}" for size in sizes)], rows, note, text_columns=2)
 
 
 def decode_table(results: Results) -> Table:
     """Hits, bytes and times of real decoding, one row per cache size and arm."""
     header = ["arm", "expert cache", "hit rate\nprefill", "hit rate\ndecode", "bytes / token"]
-    header += ["TTFT\nmedian (least to most)", "TPOT\nmedian (least to most)", "tokens / s"]
+    header += ["TTFT\nmedian, least to most", "TPOT\nmedian, least to most", "tokens / s"]
     rows = [
         [arm, *_decode_cells(results, arm, budget)]
-        for budget in decode_budgets(results)
+        for budget in summary.decode_budgets(results)
         for arm in results.arms
-        if any(decode_row(run, budget) for run in runs_of(results, arm))
+        if any(summary.decode_row(run, budget) for run in results.arms[arm].runs)
     ]
-    all_rows = decode_rows(results)
+    all_rows = summary.decode_rows(results)
     prompts, tokens = (
         COUNT.over_seeds(seed_mean(getattr(row, key) for row in all_rows)) for key in ("n_prompts", "n_tokens")
     )
@@ -199,7 +172,7 @@ def decode_table(results: Results) -> Table:
 
 def _turns(results: Results) -> str:
     """How times were taken, and how they may be compared."""
-    rows = decode_rows(results)
+    rows = summary.decode_rows(results)
     if not rows or not all(row.repeats for row in rows):
         return ""
     repeats = COUNT.over_seeds(seed_mean(row.repeats for row in rows))
@@ -213,7 +186,9 @@ def _turns(results: Results) -> str:
 
 def _exactness(results: Results) -> str:
     """Whether paging changed a token, where that was compared."""
-    compared = [row.tokens_equal_resident for row in decode_rows(results) if row.tokens_equal_resident is not None]
+    compared = [
+        row.tokens_equal_resident for row in summary.decode_rows(results) if row.tokens_equal_resident is not None
+    ]
     if not compared:
         return ""
     if all(compared):
@@ -223,15 +198,15 @@ def _exactness(results: Results) -> str:
 
 
 def _decode_cells(results: Results, arm: str, budget: int) -> list[str]:
-    demands = decoded(results, arm, budget, lambda row: row.demands)
+    demands = summary.decoded(results, arm, budget, lambda row: row.demands)
     return [
         f"{data_size(budget).text(budget)}\n{demands_text(None if demands is None else demands.mean)}",
-        PERCENT.over_seeds(decoded(results, arm, budget, lambda row: row.hit_rate.prefill)),
-        PERCENT.over_seeds(decoded(results, arm, budget, lambda row: row.hit_rate.decode)),
-        bytes_text(decoded(results, arm, budget, lambda row: row.bytes_read_per_token)),
+        PERCENT.over_seeds(summary.decoded(results, arm, budget, lambda row: row.hit_rate.prefill)),
+        PERCENT.over_seeds(summary.decoded(results, arm, budget, lambda row: row.hit_rate.decode)),
+        bytes_text(summary.decoded(results, arm, budget, lambda row: row.bytes_read_per_token)),
         _time_cell(results, arm, budget, "ttft_ms"),
         _time_cell(results, arm, budget, "tpot_ms"),
-        Unit(digits=1).over_seeds(decoded(results, arm, budget, lambda row: row.output_throughput)),
+        Unit(digits=1).over_seeds(summary.decoded(results, arm, budget, lambda row: row.output_throughput)),
     ]
 
 
@@ -245,15 +220,15 @@ def balance_table(results: Results) -> Table:
 
 
 def _balance_row(results: Results, arm: str) -> list[str]:
-    entropies = _means(layer_means(results, arm, lambda routing: routing.load_entropy_per_layer))
-    variations = _means(layer_means(results, arm, lambda routing: routing.load_cv_per_layer))
+    entropies = _means(summary.layer_means(results, arm, lambda routing: routing.load_entropy_per_layer))
+    variations = _means(summary.layer_means(results, arm, lambda routing: routing.load_cv_per_layer))
     evenness = [_mean(entropies), min(entropies, default=None), _mean(variations), max(variations, default=None)]
-    dead = [run.routing.dead_experts_per_layer for run in runs_of(results, arm) if run.routing]
+    dead = [run.routing.dead_experts_per_layer for run in results.arms[arm].runs if run.routing]
     totals = [sum(layer or 0 for layer in layers) for layers in dead if layers and None not in layers]
     return [
         arm,
-        COUNT.over_seeds(routed(results, arm, lambda routing: routing.n_tokens)),
-        RATE.over_seeds(routed(results, arm, lambda routing: routing.nll)),
+        COUNT.over_seeds(summary.routed(results, arm, lambda routing: routing.n_tokens)),
+        RATE.over_seeds(summary.routed(results, arm, lambda routing: routing.nll)),
         *map(PLAIN.text, evenness),
         _few(seed_mean(totals)),
     ]
@@ -263,10 +238,10 @@ def layer_table(results: Results) -> Table:
     """Every measure of the routing, layer by layer."""
     rows = []
     for arm in results.arms:
-        reuse = layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer)
-        entropy = layer_means(results, arm, lambda routing: routing.load_entropy_per_layer)
-        variation = layer_means(results, arm, lambda routing: routing.load_cv_per_layer)
-        dead = layer_means(results, arm, lambda routing: routing.dead_experts_per_layer)
+        reuse = summary.layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer)
+        entropy = summary.layer_means(results, arm, lambda routing: routing.load_entropy_per_layer)
+        variation = summary.layer_means(results, arm, lambda routing: routing.load_cv_per_layer)
+        dead = summary.layer_means(results, arm, lambda routing: routing.dead_experts_per_layer)
         rows += [[arm, "EOR", *map(RATE.over_seeds, reuse)]] if reuse else []
         rows += [[arm, "entropy", *map(PLAIN.over_seeds, entropy)]] if entropy else []
         rows += [[arm, "CV", *map(PLAIN.over_seeds, variation)]] if variation else []

@@ -2,21 +2,9 @@
 
 from dataclasses import replace
 
+from evaluation.report import summary
 from evaluation.report.numbers import CHANGE, FINE_CHANGE, MISSING, PERCENT, PLAIN, POINTS, Unit
-from evaluation.report.summary import (
-    BUSY_SHARE,
-    PERPLEXITY_LIMIT,
-    SeedMean,
-    decode_rows,
-    headline_sizes,
-    is_busy,
-    miss_change,
-    perplexity_change,
-    task_change,
-    task_names,
-    tuned_arms,
-    verdict,
-)
+from evaluation.report.summary import BUSY_SHARE, PERPLEXITY_LIMIT, SeedMean
 from evaluation.results import Results
 from evaluation.turns import PairedRatio
 
@@ -27,12 +15,12 @@ SCOPES = {"global": "one pool for all layers", "per_layer": "a pool for each lay
 
 def headline(results: Results) -> str:
     """One sentence: what the best arm won and cost, or why there is none."""
-    if not tuned_arms(results):
+    if not summary.tuned_arms(results):
         return "Only the untouched model was measured: there is no tuned arm to compare it with."
-    found = verdict(results)
+    found = summary.verdict(results)
     if found.best is not None:
         return _praise(results, found.best)
-    cost = found.closest and perplexity_change(results, found.closest)
+    cost = found.closest and summary.perplexity_change(results, found.closest)
     if not cost:
         return "No arm's mean perplexity was compared with base, so none can be called the best."
     cheapest = f"the cheapest, {found.closest}, is at {FINE_CHANGE.over_seeds(cost.value)}"
@@ -42,8 +30,8 @@ def headline(results: Results) -> str:
 
 
 def _praise(results: Results, arm: str) -> str:
-    cost = perplexity_change(results, arm)
-    changes = {size: miss_change(results, arm, size) for size in headline_sizes(results)}
+    cost = summary.perplexity_change(results, arm)
+    changes = {size: summary.miss_change(results, arm, size) for size in summary.headline_sizes(results)}
     saved = {size: found for size, found in changes.items() if found is not None}
     assert cost is not None, f"{arm} was chosen by its perplexity"
     parts: list[str] = []
@@ -61,7 +49,7 @@ def _praise(results: Results, arm: str) -> str:
 
 
 def _tasks(results: Results, arm: str) -> str:
-    changes = {task: task_change(results, arm, task) for task in task_names(results)}
+    changes = {task: summary.task_change(results, arm, task) for task in summary.task_names(results)}
     measured = {task: found for task, found in changes.items() if found is not None}
     if not measured:
         return "no task was compared"
@@ -87,7 +75,7 @@ def time_change(ratio: PairedRatio | None) -> str:
 
 def decode_policy(results: Results) -> str:
     """The cache policy of the live decode and its pools, as `decayed, one pool for all layers`."""
-    used = {(row.cache_policy, row.cache_scope) for row in decode_rows(results)}
+    used = {(row.cache_policy, row.cache_scope) for row in summary.decode_rows(results)}
     named = sorted(f"{policy}, {SCOPES.get(scope, scope)}" for policy, scope in used if policy and scope)
     return " and ".join(named) or "policy not noted"
 
@@ -102,7 +90,7 @@ def machine_sentence(results: Results) -> str:
         f"hypervisor took {PERCENT.text(load.stolen_share)} (load average {PLAIN.text(load.load_average_before)} before, "
         f"{PLAIN.text(load.load_average_after)} after)"
     )
-    if is_busy(results):
+    if summary.is_busy(results):
         return f"{facts}: the machine was busy with other work, more than {PERCENT.text(BUSY_SHARE)}: times say little."
     return f"{facts}."
 
@@ -141,8 +129,8 @@ DEFINITIONS = (
     ("Bytes per token", "expert bytes read during decoding, per token, counted by the engine."),
     (
         "TTFT, TPOT",
-        "time to the first token, and per output token after it: the median over prompts and repeats, in parentheses the "
-        "least and the most. Arms decode each prompt one after another, so a change is the median of the ratios to base of "
+        "time to the first token, and per output token after it: the median over prompts and repeats, below it the least "
+        "and the most. Arms decode each prompt one after another, so a change is the median of the ratios to base of "
         "the same prompt and repeat, with the 95 % interval of that median; it is given only where the interval excludes "
         "no difference.",
     ),

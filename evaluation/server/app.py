@@ -30,13 +30,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 @dataclass(frozen=True)
 class Backend:
-    """What the routes need."""
+    """The parts of the server that the routes need."""
 
     intake: Intake
     worker: Worker
     metrics: Metrics
     created: int  # Unix time
-    changed_shards: Callable[[], Sequence[Path]]  # of the model: what was written to since it was loaded
+    changed_shards: Callable[[], Sequence[Path]]  # the model's, that were written to since it was loaded
 
 
 def create_app(backend: Backend, *, api_key: str | None, max_request_bytes: int) -> FastAPI:

@@ -36,7 +36,7 @@ from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer
 
 GRACE_SECONDS = 20
-"""How long a stopping server lets requests finish before it breaks them off."""
+"""The time that a stopping server gives requests to finish before it breaks them off."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class ServerOptions:
     port: int = 8000  # 0: any free one
     served_model_name: str | None = None  # the model's name for clients; left out: what --model says
     max_model_len: int | None = None  # the longest prompt and answer, in tokens; left out: the model's
-    # keep keys and values of so many bytes for later requests that begin the same; 0: none; left out: under a memory
-    # budget what saves most time, moved while requests run, otherwise none
+    # bytes of keys and values to keep for later requests that begin the same; 0: none; left out: under a memory budget as
+    # many as save most time, moved while requests run, otherwise none
     prefix_cache: str | None = None
-    # tokens of what is kept together; with a prefix cache prompts are computed that many tokens at a time
+    # tokens that are kept together; with a prefix cache prompts are computed that many tokens at a time
     block_tokens: int = BLOCK_TOKENS
     max_queue: int = 16  # requests that may wait; more are answered with 429
     max_request_bytes: int = 2**21  # the longest request body
@@ -94,7 +94,7 @@ def application(
     name: str,
     router_delta: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Application]:
-    """Everything but the HTTP server.
+    """Load the model and put everything together but the HTTP server.
 
     Args:
         name: the model's name for clients.
@@ -176,8 +176,8 @@ class HttpServer(uvicorn.Server):
 
 
 def _keeps_prefixes(config: PretrainedConfig, engine_options: EngineOptions, options: ServerOptions) -> bool:
-    """Whether keys and values are kept between requests: what the options say, else yes under a memory budget, if the
-    model allows it.
+    """Whether keys and values are kept between requests: as the options say, or else under a memory budget if the model
+    allows it.
 
     Raises:
         UserError: a size was given for a model whose context cannot be kept.
@@ -197,7 +197,7 @@ def _keeps_prefixes(config: PretrainedConfig, engine_options: EngineOptions, opt
 def _conversations(
     model: PreTrainedModel, engine: Engine, options: ServerOptions
 ) -> tuple[Conversations, MemoryController | None]:
-    """What keeps keys and values, and what decides how many, where no size is given."""
+    """The conversations that keep keys and values, and a controller that decides how many if no size is given."""
     if options.prefix_cache is not None:
         capacity_bytes = parse_size(options.prefix_cache, whole_bytes=total_memory_bytes())
     else:

@@ -13,10 +13,10 @@ LOWEST_LOGPROB = -9999.0
 
 
 class Choice:
-    """Row `index` of a request.
+    """The answer in row `index` of a request.
 
     Attributes:
-        tokens: how many came, the one that ends the text included.
+        tokens: how many have come, the one that ends the text included.
         finish_reason: `stop` or `length` once it is over, else None.
     """
 
@@ -38,7 +38,7 @@ class Choice:
         self._pending: list[TokenLogprob] = []
 
     def push(self, token_id: int, scores_V: torch.Tensor | None) -> Delta | None:
-        """One more token, chosen by these scores over the vocabulary; None if nothing can be shown yet."""
+        """Take one more token, chosen by these scores over the vocabulary; returns None if nothing can be shown yet."""
         self.tokens += 1
         if token_id in self._end_ids:
             return self._finish("", "stop")
@@ -77,9 +77,7 @@ class Choice:
         return TokenLogprob(self._token(token_id), logprobs_V[token_id].item(), top, self._decoded_length)
 
     def _token(self, token_id: int) -> str:
-        text = self._tokenizer.decode([token_id])
-        assert isinstance(text, str), "one list of ids is one text"
-        return text
+        return str(self._tokenizer.decode([token_id]))
 
 
 def utf8(token: str) -> list[int] | None:

@@ -8,17 +8,17 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 LONGEST_ECHO = 200
-"""Characters of what a client sent that are repeated to it."""
+"""Characters that are repeated at most to the client that sent them."""
 SHAPES = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists; none empty, at most 128 prompts",
     "stop": "a text or a list of at most four, none of them empty",
     "messages": "a list of objects with a role (system, developer, user or assistant) and a content that is text",
 }
-"""What a field with several forms may be; the checks of each form would say it in several sentences."""
+"""The forms that a field may have, in one sentence; the checks of each form would say it in several."""
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error in OpenAI's words."""
 
     message: str
     type: str
@@ -36,7 +36,7 @@ class ApiError(HTTPException):
     """An answer other than success; an `HTTPException`, as FastAPI passes no others on while it reads a body.
 
     Args:
-        param: the parameter that is to blame.
+        param: the parameter that is wrong.
         code: a name for programs.
     """
 
@@ -70,7 +70,7 @@ class ApiError(HTTPException):
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What is wrong with a body, from what pydantic says about it (the first of `errors`)."""
+    """The error for a malformed body, made of the first of pydantic's `errors` about it."""
     first = errors[0]
     path = [speakable(str(part))[:LONGEST_ECHO] for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
@@ -91,5 +91,5 @@ def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def speakable(text: str) -> str:
-    """`text` as something that can be encoded: JSON may escape halves of characters."""
+    """`text` with halves of characters replaced, which JSON may escape and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")

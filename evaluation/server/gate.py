@@ -1,4 +1,4 @@
-"""What every HTTP request passes before the routes: it is counted, must hold the key, and may only be so long."""
+"""The gate before the routes: every HTTP request is counted, must hold the key, and may not be too long."""
 
 import hmac
 from typing import Any
@@ -18,8 +18,8 @@ class Gate:
     """ASGI middleware.
 
     Args:
-        api_key: what `/v1` wants as `Authorization: Bearer ...`; None: nothing.
-        max_request_bytes: longest body.
+        api_key: the key that `/v1` wants as `Authorization: Bearer ...`; None: no key is needed.
+        max_request_bytes: the longest body.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, api_key: str | None, max_request_bytes: int) -> None:
@@ -52,7 +52,7 @@ def set_outcome(scope: Scope, status: str) -> None:
 
 
 class _Counted:
-    """Sends on, and notes the status."""
+    """A `send` that notes the status of the answer."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope, self._send = scope, send
@@ -73,7 +73,7 @@ class _Counted:
 
 
 def _limited(scope: Scope, receive: Receive, max_bytes: int) -> Receive:
-    """`receive`, raising an `ApiError` once the body is longer than allowed, or says it will be."""
+    """A `receive` that raises an `ApiError` once the body is longer than allowed, or is announced to be."""
     announced = Headers(scope=scope).get("content-length", "")
     seen_bytes = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     came_bytes = 0

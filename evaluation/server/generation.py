@@ -2,8 +2,8 @@
 
 Greedy choices are the tokens of `model.generate(do_sample=False)`. Sampled ones are those of
 `torch.manual_seed(seed); model.generate(do_sample=True, num_return_sequences=n, ...)`, prompt by prompt. With a prefix
-cache, prompts of a single choice are computed in blocks (`prefill_chunk_size`), see `engine/conversations.py`.
-Knows threads only in that a job may be cancelled from another one: between tokens and between layers.
+cache, prompts of a single choice are computed in blocks (`prefill_chunk_size`), see `engine/sessions/conversations.py`.
+Of threads it knows only that another one may cancel a job, which ends it between tokens or between layers.
 """
 
 import secrets
@@ -31,9 +31,15 @@ class Generator:
     """The model with all it takes to serve jobs, one at a time, always from the same thread."""
 
     def __init__(
-        self, model: PreTrainedModel, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, metrics: Metrics,
-        chat: Conversations | None = None, controller: MemoryController | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        metrics: Metrics,
+        chat: Conversations | None = None,
+        controller: MemoryController | None = None,
+    ) -> None:
         self._model, self._engine, self._tokenizer, self._metrics = model, engine, tokenizer, metrics
         self._chat, self._controller = chat, controller
         self._job: Job | None = None
@@ -58,7 +64,7 @@ class Generator:
             self._job = None
             if self._controller is not None:
                 self._controller.request_done()  # also of a job that was broken off: it forgets what is old
-        remoe = {**_what_the_engine_did(before, self._engine.stats()), **clock.figures()}
+        remoe = {**_engine_figures(before, self._engine.stats()), **clock.figures()}
         cached = self._found_tokens() - found_before
         self._metrics.request_done(
             job.work.prompt_tokens, tokens, cached_tokens=cached, tpot_seconds=clock.tpot_seconds
@@ -72,12 +78,9 @@ class Generator:
     def _answer(self, job: Job, position: int, clock: "_JobClock") -> int:
         """Generate all choices of one prompt; returns how many tokens they have."""
         work, limit = job.work, job.work.max_new_tokens[position]
-        choices = [
-            Choice(
-                position * work.n + i, self._tokenizer, work=work, max_new_tokens=limit, end_ids=self._end_ids()
-            )
-            for i in range(work.n)
-        ]  # fmt: skip
+        rows = range(position * work.n, (position + 1) * work.n)
+        end_ids = self._end_ids()
+        choices = [Choice(i, self._tokenizer, work=work, max_new_tokens=limit, end_ids=end_ids) for i in rows]
         scores = _Scores()
         watcher = _Watcher(choices, scores, clock=clock, send=job.send, check=self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
@@ -98,7 +101,7 @@ class Generator:
         return sum(choice.tokens for choice in choices)
 
     def _sampling(self, work: Work) -> dict[str, Any]:
-        """What `generate` is told; it takes from the model's generation_config what is not said."""
+        """The sampling options for `generate`, which takes what is left out from the model's generation_config."""
         default = self._model.generation_config.temperature
         temperature = (1.0 if default is None else default) if work.temperature is None else work.temperature
         if temperature == 0:
@@ -124,7 +127,7 @@ class Generator:
 
 
 class _Scores(LogitsProcessor):
-    """Looks at the scores of the token that is chosen next, before temperature, top_k and top_p; changes nothing."""
+    """A look at the scores of the token that is chosen next, before temperature, top_k and top_p; it changes nothing."""
 
     def __init__(self) -> None:
         self.last_BV: torch.Tensor | None = None
@@ -135,7 +138,7 @@ class _Scores(LogitsProcessor):
 
 
 class _Watcher(StoppingCriteria):
-    """Called by `generate` after every step: gives the new tokens to their choices, tells which are over."""
+    """The hook that `generate` calls after every step: gives the new tokens to their choices, says which are over."""
 
     def __init__(
         self,
@@ -164,7 +167,7 @@ class _Watcher(StoppingCriteria):
 
 @dataclass
 class _JobClock:
-    """When the steps of a job were done."""
+    """The times at which the steps of a job were done."""
 
     job: Job
     metrics: Metrics
@@ -173,7 +176,7 @@ class _JobClock:
     _last: float | None = None
 
     def next_prompt(self) -> None:
-        """What comes now is a prefill, no gap between tokens."""
+        """Begin another prompt: the time until its first token is no gap between tokens."""
         self._last = None
 
     def step(self) -> None:
@@ -199,8 +202,8 @@ class _JobClock:
         }
 
 
-def _what_the_engine_did(before: EngineStats, after: EngineStats) -> dict[str, Any]:
-    """The difference between two readings of the counters; None is what was not measured."""
+def _engine_figures(before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    """The difference between two readings of the counters; a rate of nothing is None."""
     accesses = {name: after.accesses_by_phase[name] - before.accesses_by_phase[name] for name in PHASES}
     misses = {name: after.misses_by_phase[name] - before.misses_by_phase[name] for name in PHASES}
     return {

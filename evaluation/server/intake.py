@@ -1,4 +1,4 @@
-"""From a request to work for this model: texts become token ids, lengths are checked against the context."""
+"""The intake makes work for this model out of a request: texts become token ids, lengths are checked against the context."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ COMPLETION_TOKENS = 16
 
 
 class Intake:
-    """Tokenizer, name and context of the model that is served. To be called by one thread at a time."""
+    """Tokenizer, name and context of the model that is served. Only one thread at a time may call it."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, served_name: str, context_tokens: int, vocabulary: int
@@ -99,7 +99,7 @@ class Intake:
             )
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
-        """One list of ids for every prompt, whichever of the four forms it comes in."""
+        """One list of ids for every prompt, in whichever of the four forms the prompts came."""
         if isinstance(prompt, str) or isinstance(prompt[0], int):
             prompt = [prompt]
         return [self._encode(one) if isinstance(one, str) else self._checked(one) for one in prompt]

@@ -1,4 +1,4 @@
-"""Events of one job on their way from the worker's thread to the request's coroutine."""
+"""The way of a job's events from the worker's thread to the request's coroutine."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -17,19 +17,19 @@ class ClientGone(Exception):
 
 
 class Mailbox:
-    """Made in the coroutine that reads it."""
+    """A queue of events. It must be made in the coroutine that reads it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def send(self, event: Event) -> None:
-        """To be called from another thread."""
+        """Put an event in; called from another thread."""
         with suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def events(self) -> AsyncIterator[Event]:
-        """All events, up to the last."""
+        """The events as they come, up to the last."""
         while True:
             event = await self._events.get()
             yield event
@@ -38,10 +38,10 @@ class Mailbox:
 
 
 async def unless_gone(request: Request, waiting: Coroutine[Any, Any, T]) -> T:
-    """What `waiting` returns, if the client stays that long; the request's body must have been read.
+    """The result of `waiting`, if the client stays until then; the request's body must have been read.
 
     Raises:
-        ClientGone: it did not.
+        ClientGone: the client left first.
     """
     answer, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(_disconnected(request))
     try:

@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' text format. Rates are left to Prometheus: all figures are counters or histograms.
+"""The figures of `/metrics`, in Prometheus' text format: counters, gauges and histograms, no rates: Prometheus makes them.
 
 The hit rate of decoding over a minute is
 `1 - rate(remoe_expert_misses_total{phase="decode"}[1m]) / rate(remoe_expert_accesses_total{phase="decode"}[1m])`.
@@ -37,7 +37,7 @@ class Metrics:
     def request_done(
         self, prompt_tokens: int, generation_tokens: int, *, cached_tokens: int, tpot_seconds: float | None
     ) -> None:
-        """A request was served to its end."""
+        """Count a request that was served to its end."""
         self._prompt_tokens.inc(prompt_tokens)
         self._cached_tokens.inc(cached_tokens)
         self._generation_tokens.inc(generation_tokens)
@@ -45,7 +45,7 @@ class Metrics:
             self.tpot_seconds.observe(tpot_seconds)
 
     def show(self, collector: Collector) -> None:
-        """Show figures that somebody else holds."""
+        """Show the figures of another collector too."""
         self.registry.register(collector)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:

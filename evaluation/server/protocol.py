@@ -1,4 +1,4 @@
-"""What clients may send: the part of OpenAI's API that is served, checked strictly.
+"""The requests that clients may send: the part of OpenAI's API that is served, checked strictly.
 
 Every parameter is used, is listed as harmless, or is refused by name; none is dropped in silence. Names and meanings:
 https://platform.openai.com/docs/api-reference; `top_k` is an extension under the name vLLM gives it.
@@ -64,13 +64,13 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """How to stream."""
+    """Options of a stream."""
 
     include_usage: bool | None = Field(None, description="one more event at the end, with usage and `remoe`")
 
 
 class Sampled(Strict):
-    """What both kinds of request have in common; null is the same as leaving a field out."""
+    """The fields that both kinds of request share; null is the same as leaving a field out."""
 
     model: str | None = Field(None, description="the served model's name; may be left out")
     max_tokens: int | None = Field(None, ge=1, description="most new tokens of a choice")
@@ -119,7 +119,7 @@ class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
     prompt: Prompt
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="so many alternatives beside each token")
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="number of alternatives beside each token")
 
 
 class TextPart(Strict):

@@ -29,7 +29,7 @@ class Completions:
         return {**self._head, "object": self.whole_object, "choices": choices, **_account(done)}
 
     def first_chunks(self, choices: int) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """The chunks that a stream begins with."""
         return []
 
     def chunk(self, delta: Delta, *, wants_usage: bool) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class ChatCompletions(Completions):
     prefix = "chatcmpl"
 
     def first_chunks(self, choices: int) -> list[dict[str, Any]]:
-        """Who speaks, for every choice."""
+        """The role of the speaker, for every choice."""
         return [
             self._chunk([_chat_choice(i, {"role": "assistant", "content": ""}, None, None)]) for i in range(choices)
         ]

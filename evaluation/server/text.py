@@ -1,15 +1,18 @@
-"""Tokens to text, piece by piece: only what is certain is given out, so that nothing has to be taken back."""
+"""Makes text of tokens, piece by piece; only text that is certain is given out, so that nothing has to be taken back."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no whole character yet."""
+"""The character that a decoder writes for bytes that are no whole character yet."""
 
 
 class Detokenizer:
-    """Token by token the text that `tokenizer.decode(all_ids, skip_special_tokens=True)` gives in the end."""
+    """Gives token by token the text that `tokenizer.decode(all_ids, skip_special_tokens=True)` gives in the end.
+
+    tokenizers' `DecodeStream` does the same, but keeps bytes at the end that never became a character to itself.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -26,7 +29,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """The rest, at the end: bytes that never became a character are shown as such."""
+        """The rest at the end: a replacement character for bytes that never became one."""
         piece, self._pending = self._piece(), []
         return piece
 
@@ -34,16 +37,14 @@ class Detokenizer:
         return self._decode(self._given + self._pending)[len(self._decode(self._given)) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str), "one list of ids is one text"
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back what may be the beginning of one.
+    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
 
     Attributes:
-        stopped: one was found; nothing comes any more.
+        stopped: whether one was found; then no more text comes.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -52,7 +53,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """What can be shown now."""
+        """The text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
@@ -65,7 +66,7 @@ class StopStrings:
         return text
 
     def flush(self) -> str:
-        """What was held back, once it is certain that no more text comes."""
+        """The text that was held back, once it is certain that no more comes."""
         text, self._held = "" if self.stopped else self._held, ""
         return text
 

@@ -1,4 +1,4 @@
-"""What passes between the event loop, which talks HTTP, and the one thread that owns the model: jobs, and events back."""
+"""Jobs and events: they pass between the event loop, which talks HTTP, and the one thread that owns the model."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from evaluation.server.errors import ApiError
 
 @dataclass(frozen=True)
 class Work:
-    """One request, as token ids; what is None is as the model's generation_config.json or transformers says."""
+    """One request, as token ids; where a field is None, the model's generation_config.json or transformers decides."""
 
     prompts: list[list[int]]
     max_new_tokens: list[int]  # of each prompt
@@ -40,7 +40,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What became certain of one choice."""
+    """The part of one choice that became certain."""
 
     index: int
     text: str
@@ -50,7 +50,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Done:
-    """The last event of a request that worked."""
+    """The last event of a request that was served."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -60,7 +60,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of one that did not."""
+    """The last event of a request that could not be served."""
 
     error: ApiError
 
@@ -69,11 +69,11 @@ Event = Delta | Done | Failed
 
 
 class Cancelled(Exception):
-    """Nobody waits for this job any more."""
+    """Raised where a job ends because nobody waits for it any more."""
 
 
 class Job:
-    """Work, where its events go, and whether anybody still waits for them.
+    """One request's work, with where its events go and whether anybody still waits for them.
 
     Args:
         send: called from the worker's thread.
@@ -85,7 +85,7 @@ class Job:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """End it soon, wherever it is; does nothing when it is over."""
+        """Ask for its end, wherever it is; this does nothing once it is over."""
         self._cancelled.set()
 
     @property

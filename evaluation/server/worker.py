@@ -1,4 +1,4 @@
-"""The one thread that owns the model, and the bounded line of jobs before it. Knows neither HTTP nor tokens."""
+"""The one thread that owns the model, and the bounded queue of jobs before it. It knows neither HTTP nor tokens."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobRunner(Protocol):
-    """Whoever serves a job (`Generator`)."""
+    """Runs one job at a time; `Generator` is one."""
 
     def run(self, job: Job) -> Done: ...
 
@@ -53,7 +53,7 @@ class Worker(Collector):
         self._thread.join()
 
     def stop(self) -> None:
-        """Break off what runs and what waits, all with an error that says why; take no more."""
+        """Take no more jobs, and end the running one and those that wait with an error that says why."""
         with self._changed:
             self._closed = True
             for job in (*self._waiting, *([self._running] if self._running else [])):
@@ -65,10 +65,10 @@ class Worker(Collector):
         return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the line.
+        """Put a job into the queue.
 
         Raises:
-            ApiError: the line is full, or the server is stopping.
+            ApiError: the queue is full, or the server is stopping.
         """
         with self._changed:
             if self._closed:
@@ -85,7 +85,7 @@ class Worker(Collector):
             self._changed.notify()
 
     def collect(self) -> Iterator[Any]:
-        """For `/metrics`."""
+        """The lengths of the queue for `/metrics`."""
         with self._changed:
             self._forget_cancelled()
             running, waiting = int(self._running is not None), len(self._waiting)
@@ -101,7 +101,7 @@ class Worker(Collector):
             job.send(last_event)  # only now: who hears it finds a place in the queue
 
     def _next(self) -> Job | None:
-        """Wait for a job; None when the server stops."""
+        """The next job, once there is one; None when the server stops."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
@@ -112,7 +112,7 @@ class Worker(Collector):
             return self._running
 
     def _serve(self, job: Job) -> Event:
-        """Whatever happens to one job, the next finds a working model."""
+        """Run one job; whatever happens to it, the next one finds a working model."""
         try:
             if job.is_cancelled:
                 raise Cancelled

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.files import write_yaml
-from configs.load import UserError, keys_help, load
+from configs.load import UserError, field_comments, keys_help, load
 from evaluation.evaluate import EvaluationArguments
 from training.arguments import TrainArguments
 
@@ -137,6 +137,7 @@ def test_help_names_every_key_with_default_and_comment() -> None:
     shown = keys_help(TrainArguments)
     for key in fields(TrainArguments):
         assert f"\n  {key.name}=" in shown
-    assert re.search(r"\n  max_steps=2000 +optimizer steps\n", shown)
+        assert field_comments(TrainArguments)[key.name], f"{key.name} has no comment"
+    assert re.search(r"\n  max_steps=2000 +optimizer steps of the whole run\n", shown)
     assert re.search(r"\n  output_dir=\(required\) +the run's own folder", shown)
     assert "\n  decode.max_new_tokens=32" in keys_help(EvaluationArguments)

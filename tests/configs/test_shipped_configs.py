@@ -11,7 +11,7 @@ import yaml
 from configs.files import write_yaml
 from configs.load import load
 from training.arguments import TrainArguments
-from training.objective.terms import TERMS
+from training.objective.terms import PRESETS, TERMS
 
 ROOT = Path(__file__).parents[2]
 TRAIN = sorted((ROOT / "configs" / "train").rglob("*.yaml"))
@@ -38,6 +38,11 @@ def test_what_a_training_config_names_below_data_is_there(path: Path) -> None:
     config = load(TrainArguments, path)
     for value in (config.config_name, config.tokenizer_name, config.train_file):
         assert value is None or not value.startswith("data/") or (ROOT / value).exists(), value
+
+
+def test_every_objective_is_an_arm_of_a_shipped_run() -> None:
+    runs = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / "configs" / "run").glob("*.yaml")]
+    assert {arm["objective"] for run in runs for arm in run["arms"].values()} == set(PRESETS)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=named)

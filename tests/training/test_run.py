@@ -165,7 +165,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(train_args: Arguments) ->
     args = train_args()
     train(args)
     before = {path: path.read_bytes() for path in Path(args.output_dir).rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="already holds a run; write resume_from_checkpoint=auto to go on with it"):
+    with pytest.raises(UserError, match="already holds a run; write resume_from_checkpoint=auto to resume it"):
         train(args)
     assert before == {path: path.read_bytes() for path in Path(args.output_dir).rglob("*") if path.is_file()}
 
@@ -212,13 +212,13 @@ def test_a_checkpoint_of_another_program_is_refused(train_args: Arguments, tmp_p
         train(train_args(resume_from_checkpoint=str(tmp_path / "checkpoint-5")))
 
 
-def test_compiling_what_zero3_gathers_is_refused_before_anything_is_loaded(
+def test_sharding_what_trains_is_refused_before_anything_is_loaded(
     train_args: Arguments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "wanted", lambda _: run_module.ZERO3)
+    monkeypatch.setattr(run_module, "weight_layout", lambda _: "fsdp2")
     monkeypatch.setattr(run_module, "LayerwiseCheckpoint", None)  # would fail
-    with pytest.raises(UserError, match="torch_compile=true cannot see when ZeRO-3 gathers weights"):
-        train(train_args(torch_compile=True))
+    with pytest.raises(UserError, match=r"fsdp2 here shards what does not train; with trainable=all use .*multi_gpu"):
+        train(train_args(trainable="all", distill_coef=0.0))
 
 
 # a full disk

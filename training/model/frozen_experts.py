@@ -1,7 +1,7 @@
 """Experts that do not train: forward, and the gradients of their input and of the routing weights; nothing else.
 
-In transformers' experts interface, so every family whose experts it serves can be trained through this. What autograd
-would keep of every layer - the sorted inputs, the outputs, the weighted outputs - is not kept, only what gate and up
+It is part of transformers' experts interface, so every family that the interface serves can be trained through it. What
+autograd would keep of every layer - the sorted inputs, the outputs, the weighted outputs - is not kept, only what gate and up
 projection gave: the gradient of a routing weight is <grad W_down, act(gate) * up>, which needs no output.
 
 Rows go through in parts: on an accelerator all of them at once, on the CPU those of some experts after the other, so that
@@ -37,7 +37,6 @@ def register() -> None:
     register_experts_function(IMPLEMENTATION, frozen_experts_forward)
 
 
-@torch.compiler.disable  # how many rows an expert gets is known only when it runs
 def frozen_experts_forward(
     self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
@@ -130,9 +129,9 @@ def _is_swiglu(experts: Any) -> bool:
 
 
 def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, weights_r1: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the routing weights, and of `gate_up_rJ`, with that of the unweighted activation, which is overwritten.
+    """Gradients of the routing weights and of `gate_up_rJ`; `grad_rI`, of the unweighted activation, is overwritten.
 
-    For silu(gate) * up written out, in the order in which autograd computes it, without what that allocates.
+    For silu(gate) * up they are written out in the order in which autograd computes them, without what it allocates.
     """
     if not _is_swiglu(experts):
         with torch.enable_grad():
@@ -168,7 +167,7 @@ def _product(experts: Any, name: str, rows_rN: Tensor, part: _Part, sorted_R: Te
 
 
 def _product_back(experts: Any, name: str, grad_rN: Tensor, part: _Part) -> Tensor:
-    """The gradient of what `_product` was given."""
+    """The gradient of the rows that `_product` was given."""
     weight_e = getattr(experts, name)[part.experts]
     out: Tensor = grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)
     return out

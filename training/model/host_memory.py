@@ -11,10 +11,10 @@ LARGE_BYTES, USUAL_BYTES = 4 << 20, 32 << 20  # the second is what glibc comes t
 
 
 def spare_memory() -> None:
-    """Settings of the whole process, under which loading takes little more than what is loaded.
+    """Change settings of the whole process so that loading takes little more memory than what is loaded.
 
-    Otherwise transformers reads weights ahead faster than it stacks them, and glibc keeps the room of what was freed, too
-    cut up to be used again; memory of large tensors is given back instead, which makes allocating them slower.
+    Otherwise transformers reads weights ahead faster than it stacks them, and glibc keeps what was freed in pieces too small
+    to be used again. Memory of large tensors is given back at once instead, which makes allocating them slower.
     """
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     _set_mmap_threshold(LARGE_BYTES)
@@ -22,7 +22,7 @@ def spare_memory() -> None:
 
 @contextmanager
 def sparing_memory() -> Iterator[None]:
-    """`spare_memory` for a while."""
+    """Do as `spare_memory` while the block runs."""
     spare_memory()
     try:
         yield
@@ -38,7 +38,7 @@ def _set_mmap_threshold(size: int) -> None:
 
 
 def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Of the memory group this process is in, if it or one above it has any (cgroup v2, else v1).
+    """The least limit, in bytes, of this process's memory group and those above it (cgroup v2, else v1); None without one.
 
     Source: kernel documentation, admin-guide/cgroup-v2 (memory.max) and cgroup-v1/memory (memory.limit_in_bytes).
     """

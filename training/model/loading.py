@@ -26,16 +26,13 @@ class ModelArguments:
     model_name_or_path: str | None = None  # folder or hub name of the base model; null: a new one from config_name
     config_name: str | None = None  # folder of a model configuration, to pretrain from nothing
     tokenizer_name: str | None = None  # where the tokenizer is, if not with the model
-    trainable: str = "routers"  # routers (fine-tuning) or all (pretraining)
-    bf16: bool = False  # bfloat16 autocast; routers and optimizer state stay float32
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    torch_compile: bool = False  # compile decoder layers; routers and experts stay as they are. Minutes at first
+    trainable: str = "routers"  # what trains: routers (fine-tuning) or all (pretraining)
+    bf16: bool = False  # compute in bfloat16 (autocast); routers and optimizer state stay float32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
         if self.trainable not in ("routers", "all"):
             raise ValueError(f"trainable={self.trainable!r}: write routers or all")
-        if self.torch_compile and self.gradient_checkpointing:
-            raise ValueError("torch_compile=true has no effect inside gradient_checkpointing=true; write one of them")
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
         if self.model_name_or_path is None and self.trainable != "all":

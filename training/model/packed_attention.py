@@ -1,7 +1,7 @@
 """Attention over packed rows that does not compute what the mask rules out.
 
-In transformers' attention interface. torch's kernel for the CPU computes every pair of a row's positions and masks what is
-in the future or in another document. Here neighbouring queries attend together, through transformers' own function, to no
+It is part of transformers' attention interface. torch's kernel for the CPU computes every pair of a row's positions and masks
+what is in the future or in another document. Here neighbouring queries attend together, through transformers' own function, to no
 more keys than from the first to the last that their mask allows; the rest of the mask is applied as ever, so this is right
 for any mask. Rows need not be packed: of one document about a third less is computed.
 Letters: B batch, H heads, S positions, N numbers of a head.
@@ -21,7 +21,7 @@ IMPLEMENTATION = "remoe_packed"
 MOST_QUERIES = 192
 """Queries that attend together: few enough to skip much of the future, enough for the kernel's own blocks ..."""
 FEWEST_QUERIES = 64
-"""... and at least so many, whatever the documents' lengths, to outweigh the calls."""
+"""... and at least that many, whatever the documents' lengths, to outweigh the calls."""
 
 
 def register() -> None:
@@ -31,14 +31,13 @@ def register() -> None:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' own, on the CPU also where the kernel could be told in a word: that all rows are one document."""
+    """transformers' own mask; on the CPU also where its kernel could do without, because all rows are one document."""
     if torch.device(kwargs.get("device", "cpu")).type == "cpu":
         kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
 
 
-@torch.compiler.disable  # where documents begin is known only when it runs
 def packed_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

@@ -140,7 +140,6 @@ class RouterObserver:
             self._uses_reference = False
 
     def _hook(self, name: str, reference: nn.Module | None) -> Any:
-        @torch.compiler.disable  # it keeps what it sees
         def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
             if self._uses_reference:
                 assert reference is not None, "the original routers are kept with with_reference=True only"

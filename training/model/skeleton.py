@@ -151,5 +151,5 @@ def _stored_dtype(slices: Mapping[str, Any]) -> torch.dtype:
 
 
 def expert_modules(module: nn.Module) -> list[nn.Module]:
-    """Those that hold the stacked weights of all experts of a layer, [experts, rows, columns]."""
+    """The modules that hold the stacked weights of all experts of a layer, [experts, rows, columns]."""
     return [m for m in module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]

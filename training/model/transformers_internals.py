@@ -8,47 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.integrations.moe import (
-    ALL_EXPERTS_FUNCTIONS,
-    _batched_linear,
-    _default_apply_gate,
-    _grouped_linear,
-    grouped_mm_experts_forward,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import LoadStateDictConfig
-
-__all__ = [
-    "GradientCheckpointingLayer",
-    "LoadStateDictConfig",
-    "WeightConverter",
-    "WeightRenaming",
-    "applies_plain_gate",
-    "batched_linear",
-    "convert_and_load_state_dict_in_model",
-    "get_model_conversion_mapping",
-    "grouped_linear",
-    "grouped_mm_experts_forward",
-    "is_expert_parallel",
-    "register_experts_function",
-    "rename_source_key",
-    "revert_weight_conversion",
-    "router_class",
-    "sdpa_attention_forward",
-    "sdpa_mask",
-    "unset_hf_deepspeed_config",
-]
+from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter as WeightConverter
+from transformers.core_model_loading import WeightRenaming as WeightRenaming
+from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert_and_load_state_dict_in_model
+from transformers.core_model_loading import rename_source_key as rename_source_key
+from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config as unset_hf_deepspeed_config
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _default_apply_gate, _grouped_linear
+from transformers.integrations.moe import grouped_mm_experts_forward as grouped_mm_experts_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask as sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer as GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 
 batched_linear, grouped_linear = _batched_linear, _grouped_linear
 

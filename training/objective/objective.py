@@ -17,7 +17,7 @@ from configs.load import UserError
 from data.batches import Batch
 from training.model.routers import Routing
 from training.objective import losses
-from training.objective.terms import Layers, ObjectiveArguments, at_least_one, layers_of, values_of, weights_at
+from training.objective.terms import Layers, ObjectiveArguments, at_least_one, values_of, weights_at
 from training.objective.token_loss import Head, token_sums
 
 STACKED_NUMBERS = 2**20
@@ -25,7 +25,7 @@ STACKED_NUMBERS = 2**20
 
 
 def total_counts(args: ObjectiveArguments, batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """The items of all micro-batches of one process; the caller adds them over processes."""
+    """How many items all micro-batches of one process have; the caller adds them over processes."""
     parts = [
         losses.counts(b.document_ids_BS, b.labels_BS, lags=args.lags, window=args.working_set_window) for b in batches
     ]
@@ -67,7 +67,7 @@ def objective(
     weights, distill = weights_at(args, step), args.coefficient("distill_coef")
     groups = []
     for n_layers, stacked in _stacked(routings):
-        layers = layers_of(args, stacked, n_layers, batch.document_ids_BS, count=count, weights=weights)
+        layers = Layers(args, stacked, n_layers, batch.document_ids_BS, count=count, weights=weights)
         groups.append(_Group(values_of(layers, weights), _reuse_rates(layers), _hit_rates(layers)))
     terms = {name: torch.stack([g.terms[name] for g in groups]).sum() / len(routings) for name in groups[0].terms}
     assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
@@ -98,7 +98,7 @@ def _check_slots(args: ObjectiveArguments, *, top_k: int) -> None:
 
 
 def _stacked(routings: Sequence[Routing]) -> Iterator[tuple[int, Routing]]:
-    """How many layers, and these as more rows of one; a layer too large to gain from company comes alone, not copied."""
+    """Numbers of layers, and these layers as more rows of one; a layer too large to gain from company is not copied."""
     for _, alike in groupby(routings, key=lambda routing: (routing.logits_BSE.shape, routing.ids_BSK.shape)):
         layers = list(alike)
         at_once = max(1, STACKED_NUMBERS // layers[0].logits_BSE.numel())

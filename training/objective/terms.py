@@ -88,46 +88,47 @@ class ObjectiveArguments:
         return value
 
 
-@dataclass(frozen=True)
 class Layers:
     """What the terms are made of: the routing of some layers, held as more rows of one.
 
-    Attributes:
-        routing: the rows of one layer after those of the other; `n_layers` of them.
-        document_ids_BS: which document each position is of.
+    Args:
+        routing: the rows of one layer after those of the other, `n_layers` of them.
+        document_ids_BS: which document each position of one layer's rows is of.
         count: over how many items the terms are averaged, over all micro-batches and processes.
+        weights: what each term is multiplied by, by its name.
+
+    Attributes:
         before_BSE: bool: the experts of the token before.
         cached: [B, S, E] bool for each of `cache_slots`: what the cache holds; none if the objective is not about caches.
         change: lag -> mean symmetric KL between tokens at that distance.
     """
 
-    args: ObjectiveArguments
-    routing: Routing
-    n_layers: int
-    document_ids_BS: Tensor
-    count: Mapping[str, Tensor]
-    log_probs_BSE: Tensor
-    probs_BSE: Tensor
-    before_BSE: Tensor
-    cached: list[Tensor]
-    change: dict[int, Tensor]
+    def __init__(
+        self, args: ObjectiveArguments, routing: Routing, n_layers: int, document_ids_BS: Tensor, *,
+        count: Mapping[str, Tensor], weights: Mapping[str, float],
+    ) -> None:  # fmt: skip
+        self.args, self.routing, self.n_layers, self.count = args, routing, n_layers, count
+        self.document_ids_BS, self.top_k = document_ids_BS.repeat(n_layers, 1), routing.ids_BSK.shape[-1]
+        self.log_probs_BSE = routing.logits_BSE.log_softmax(-1)
+        self.probs_BSE = self.log_probs_BSE.exp()
+        events = (routing.ids_BSK, self.document_ids_BS, routing.logits_BSE.shape[-1])
+        self.before_BSE = losses.previous_choice(*events)
+        self.cached = [losses.lru_content(*events, slots) for slots in (args.cache_slots if args.rewards_cache else [])]
+        lags = sorted({1, *args.lags})
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
+            sums_D = losses.symmetric_kl_sums(self.probs_BSE, self.log_probs_BSE, self.document_ids_BS, lags)
+            pairs_D = [at_least_one(count[f"pairs_{lag}"]) for lag in lags]
+            self.change = {lag: total / n for lag, total, n in zip(lags, sums_D, pairs_D, strict=True)}
 
-    @property
-    def reusable(self) -> list[Tensor]:
-        """What is rewarded: what each cache holds, or the experts of the token before."""
-        return self.cached or [self.before_BSE]
-
-    @property
-    def top_k(self) -> int:
-        return self.routing.ids_BSK.shape[-1]
+    def mean_over_reusable(self, sum_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a sum over what is rewarded: what each cache holds, or the experts of the token before."""
+        return torch.stack([sum_of(held_BSE) for held_BSE in self.cached or [self.before_BSE]]).mean()
 
 
 def reuse(layers: Layers) -> Tensor:
-    sums = [
-        losses.reuse_loss_sum(layers.probs_BSE, held_BSE, layers.document_ids_BS, layers.top_k)
-        for held_BSE in layers.reusable
-    ]
-    return torch.stack(sums).mean()
+    return layers.mean_over_reusable(
+        lambda held_BSE: losses.reuse_loss_sum(layers.probs_BSE, held_BSE, layers.document_ids_BS, layers.top_k)
+    )
 
 
 def smooth(layers: Layers) -> Tensor:
@@ -144,12 +145,14 @@ def working_set(layers: Layers) -> Tensor:
 
 
 def missed(layers: Layers) -> Tensor:
-    logits_BSE, temperature = layers.routing.logits_BSE, layers.args.miss_temperature
-    sums = [
-        losses.miss_loss_sum(logits_BSE, held_BSE, layers.document_ids_BS, layers.top_k, temperature)
-        for held_BSE in layers.reusable
-    ]
-    return torch.stack(sums).mean()
+    logits_BSE, documents_BS, temperature = (
+        layers.routing.logits_BSE,
+        layers.document_ids_BS,
+        layers.args.miss_temperature,
+    )
+    return layers.mean_over_reusable(
+        lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, documents_BS, layers.top_k, temperature)
+    )
 
 
 def trust(layers: Layers) -> Tensor | None:
@@ -218,30 +221,12 @@ def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     They are the coefficients that are not 0, and the ramps and settings of their terms.
     """
-    counting = [term for term in TERMS if config[term.coefficient]]
     keys = ["distill_coef"] * bool(config["distill_coef"])
-    for term in counting:
-        keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
+    for term in TERMS:
+        if config[term.coefficient]:
+            keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
     without = set() if config["objective"] in REWARDING_CACHES else {"cache_slots"}
     return {key: config[key] for key in keys if key not in without}
-
-
-def layers_of(
-    args: ObjectiveArguments, routing: Routing, n_layers: int, document_ids_BS: Tensor, *, count: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-) -> Layers:  # fmt: skip
-    """What the terms of these layers are made of; `document_ids_BS` are those of one layer's rows."""
-    documents_BS, n_experts = document_ids_BS.repeat(n_layers, 1), routing.logits_BSE.shape[-1]
-    log_probs_BSE = routing.logits_BSE.log_softmax(-1)
-    probs_BSE = log_probs_BSE.exp()
-    before_BSE = losses.previous_choice(routing.ids_BSK, documents_BS, n_experts)
-    slots_C = args.cache_slots if args.rewards_cache else []
-    cached = [losses.lru_content(routing.ids_BSK, documents_BS, n_experts, slots) for slots in slots_C]
-    lags = sorted({1, *args.lags})
-    with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
-        kl_sums_D = losses.symmetric_kl_sums(probs_BSE, log_probs_BSE, documents_BS, lags)
-        change = {lag: total / at_least_one(count[f"pairs_{lag}"]) for lag, total in zip(lags, kl_sums_D, strict=True)}
-    return Layers(args, routing, n_layers, documents_BS, count, log_probs_BSE, probs_BSE, before_BSE, cached, change)
 
 
 def values_of(layers: Layers, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from data.batches import IGNORE_LABEL
 PART_NUMBERS = 2**20
 """Logits worked on together: few enough to stay in a processor's cache, enough to outweigh the calls ..."""
 PART_POSITIONS = 128
-"""... but at least so many positions, for a head's matrix product to be one."""
+"""... but at least that many positions, so that a head multiplies a matrix and no single rows."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -40,9 +40,9 @@ def token_sums(
 
     Args:
         outputs_BSX: the model's logits, or with `head` its last hidden states; only they get a gradient.
-        base_outputs_BSX: the base's.
+        base_outputs_BSX: those of the base; None: there is no KL.
         head: makes logits [t, V] of hidden states [t, X]; its own weights do not train.
-        weights: of cross entropy and KL in `loss`.
+        weights: what cross entropy and KL are multiplied by in `loss`.
     """
     base_outputs_TX = None if base_outputs_BSX is None else base_outputs_BSX.detach().flatten(0, 1)
     outputs_TX = outputs_BSX.flatten(0, 1)
@@ -95,7 +95,7 @@ class _TokenSums(torch.autograd.Function):
 def _gradient(
     log_p_tV: Tensor, labels_t1: Tensor, log_q_tV: Tensor | None, of_cross_entropy_t1: Tensor, of_kl_t1: Tensor
 ) -> Tensor:
-    """With p ours, q the base's and y the label as probabilities: of L_CE p - y, of the KL p - q; written over both."""
+    """The gradient of the logits, p - y for L_CE and p - q for the KL: p ours, q the base's, y the label; overwrites both."""
     if log_q_tV is None:
         grad_tV = log_p_tV.exp_().mul_(of_cross_entropy_t1)
     else:
@@ -104,7 +104,7 @@ def _gradient(
 
 
 def _parts(outputs_TX: Tensor, labels_T: Tensor, head: Head) -> Iterator[slice]:
-    """Positions that are worked on together; a head is asked once how many logits it makes."""
+    """Slices of positions that are worked on together; a head is tried once to see how many logits it makes."""
     vocabulary = outputs_TX.shape[1]
     if head is not _as_it_is:
         with torch.no_grad():

@@ -61,7 +61,7 @@ def save(
 
 
 def find(run_dir: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint to go on from: the newest whole one for `auto`, the named one, or None to start afresh.
+    """The checkpoint to resume from: the newest whole one for `auto`, the named one, or None to start afresh.
 
     Raises:
         UserError: the named checkpoint is not one.
@@ -88,7 +88,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((checkpoint / STATE).read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before") from error
+        raise UserError(f"{checkpoint} is damaged ({error}); delete it to resume from the one before") from error
 
 
 def load(checkpoint: Path, *, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -102,7 +102,7 @@ def load(checkpoint: Path, *, trained: Mapping[str, Tensor], optimizer: torch.op
         moments = load_file(checkpoint / OPTIMIZER)
         random_state = load_file(checkpoint / RANDOM)["cpu"]
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{checkpoint} is damaged ({error}); delete it to go on from the one before") from error
+        raise UserError(f"{checkpoint} is damaged ({error}); delete it to resume from the one before") from error
     if {n: t.shape for n, t in weights.items()} != {n: p.shape for n, p in trained.items()}:
         raise UserError(f"{checkpoint} holds other tensors than this run trains; it belongs to another model or config")
     with torch.no_grad():

@@ -18,19 +18,19 @@ FREE_ON_RESUME = {
 
 
 def check_output_dir(args: Any, out: Path, resume_from: Path | None) -> None:
-    """A folder that holds a run is only touched to go on with that same run.
+    """Refuse a folder that holds a run, unless that same run is to be resumed.
 
     Args:
         args: the arguments dataclass of the run.
 
     Raises:
-        UserError: it holds another run, or going on was not asked for.
+        UserError: it holds another run, or resuming was not asked for.
     """
     if not (out / "config.yaml").exists():
         return
     if args.resume_from_checkpoint is None:
         raise UserError(
-            f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to go on with it, or another output_dir"
+            f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to resume it, or another output_dir"
         )
     before = asdict(load(type(args), out / "config.yaml"))
     changed = [key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value]
@@ -53,5 +53,6 @@ def code_commit() -> str | None:
 
 
 def update_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Add keys to a JSON file, which is made if it is not there."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, {**known, **values})

@@ -71,7 +71,7 @@ class Tracker:
 
     @contextmanager
     def _only_the_copy_is_lost(self) -> Iterator[None]:
-        """Whatever W&B fails with, its own service dying included, training goes on."""
+        """Let training go on whatever W&B fails with, the death of its own service included."""
         try:
             yield
         except Exception as error:

@@ -1,7 +1,7 @@
-"""What `accelerate launch` asked for: processes, and how frozen weights are to be held.
+"""What `accelerate launch` asked for: processes, and the layout of frozen weights over them.
 
-It is read from what the launcher put into the environment. A stage of ZeRO below 3 shards nothing but what trains, so weights
-are replicated then, and a message says so.
+Both are read from what the launcher put into the environment. A stage of ZeRO below 3 shards nothing but what trains, so
+weights are replicated then, and a message says so.
 """
 
 import os
@@ -40,8 +40,8 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
     return accelerator
 
 
-def wanted(accelerator: Accelerator) -> str:
-    """How frozen weights are to be held: `replicated`, `fsdp2` or `zero3`.
+def weight_layout(accelerator: Accelerator) -> str:
+    """How frozen weights are laid out over processes: `replicated`, `fsdp2` or `zero3`.
 
     Raises:
         UserError: FSDP1, which cannot shard weights beside others that train.

@@ -1,6 +1,6 @@
-"""What will be held where, said before anything is loaded; and which launcher to use where that does not fit.
+"""How many bytes of weights each process will hold where, before anything is loaded; which launcher makes them fit.
 
-Counted are weights alone, exactly, from the configuration; activations and what libraries hold come on top.
+Weights are counted exactly, from the configuration; activations and what libraries hold come on top.
 """
 
 import os
@@ -27,7 +27,7 @@ class Sizes:
     total: int
     experts: int
     largest_layer: int
-    swap_buffers: int  # that an offload to disk holds in memory
+    swap_buffers: int  # what an offload to disk holds in memory
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Placement:
     disk: int
 
 
-def placement(sizes: Sizes, *, how: str, offload: str | None, processes: int) -> Placement:
-    """Of each of so many processes; a sharded model has one layer whole at a time."""
-    if how == REPLICATED:
+def placement(sizes: Sizes, *, layout: str, offload: str | None, processes: int) -> Placement:
+    """What each of that many processes holds; a sharded model has one layer whole at a time."""
+    if layout == REPLICATED:
         return Placement(device=sizes.total, host=0, disk=0)
     share = -(-sizes.total // processes)
-    if how == FSDP2 or offload is None:
+    if layout == FSDP2 or offload is None:
         return Placement(device=share + sizes.largest_layer, host=0, disk=0)
     if offload != NVME:
         return Placement(device=sizes.largest_layer, host=share, disk=0)
@@ -53,18 +53,18 @@ def placement(sizes: Sizes, *, how: str, offload: str | None, processes: int) ->
     return Placement(device=sizes.largest_layer, host=rest + buffers, disk=-(-sizes.experts // processes))
 
 
-def check_room(args: ModelArguments, accelerator: Accelerator, *, how: str) -> None:
+def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str) -> None:
     """Print what every process will hold.
 
     Raises:
-        UserError: more than there is; the message names a launcher for which there is enough, if any.
+        UserError: there is less memory than that; the message names a launcher for which there is enough, if any.
     """
     if args.model_name_or_path is None:
         return
     model = empty_model(local_folder(args.model_name_or_path), dtype=weights_dtype(args))
     sizes = sizes_of(model)
     offload = offload_device(accelerator)
-    planned = placement(sizes, how=how, offload=offload, processes=accelerator.num_processes)
+    planned = placement(sizes, layout=layout, offload=offload, processes=accelerator.num_processes)
     where = accelerator.device.type
     parts = [f"{size_text(planned.device)} on its {where}"]
     parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
@@ -74,14 +74,15 @@ def check_room(args: ModelArguments, accelerator: Accelerator, *, how: str) -> N
         f"{size_text(sizes.experts)}, largest layer {size_text(sizes.largest_layer)}; each process will hold "
         f"{', '.join(parts)} (activations come on top)"
     )
-    room = Room(accelerator)
-    if room.lacks(planned) is not None:
+    free = FreeMemory(accelerator)
+    shortage = free.shortage_for(planned)
+    if shortage is not None:
         halved = "" if args.bf16 or model.dtype != torch.float32 else ", or bf16=true, which may halve them"
-        raise UserError(f"{room.lacks(planned)}; {_advice(sizes, room)}{halved}")
+        raise UserError(f"{shortage}; {_advice(sizes, free)}{halved}")
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
-    """Of a model that may be on the meta device."""
+    """The sizes of a model's weights; it may be on the meta device."""
     experts = [list(module.parameters(recurse=False)) for module in expert_modules(model)]
     try:
         layers = list(decoder_layers(model).values())
@@ -97,19 +98,19 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     )
 
 
-class Room:
-    """What this machine has free for the processes of one run."""
+class FreeMemory:
+    """Bytes that this machine has free for the processes of one run."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.on_cpu = accelerator.device.type == "cpu"
         self.processes = accelerator.num_processes
-        # torch's launcher tells how many share the host; one process that was started alone has it to itself
+        # torch's launcher says how many share the host; one process that was started alone has it to itself
         self.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.host = min(psutil.virtual_memory().available, memory_limit() or 2**63)
         self.device = self.host if self.on_cpu else torch.accelerator.get_memory_info(accelerator.device)[0]
 
-    def lacks(self, planned: Placement) -> str | None:
-        """What there is too little of, in words."""
+    def shortage_for(self, planned: Placement) -> str | None:
+        """In words, what there is too little of; None if all fits."""
         host = self.local_processes * (planned.host + (planned.device if self.on_cpu else 0))
         if host > self.host:
             processes = f"{self.local_processes} process{'es' * (self.local_processes > 1)}"
@@ -119,14 +120,14 @@ class Room:
         return None
 
 
-def _advice(sizes: Sizes, room: Room) -> str:
+def _advice(sizes: Sizes, free: FreeMemory) -> str:
     launchers = {
         "fsdp2": (FSDP2, None),
         "deepspeed_zero3_cpu_offload": (ZERO3, "cpu"),
         "deepspeed_zero3_nvme": (ZERO3, NVME),
     }
-    for name, (how, offload) in launchers.items():
-        if room.lacks(placement(sizes, how=how, offload=offload, processes=room.processes)) is None:
+    for name, (layout, offload) in launchers.items():
+        if free.shortage_for(placement(sizes, layout=layout, offload=offload, processes=free.processes)) is None:
             return f"write --accelerate-config configs/accelerate/{name}.yaml"
     return "no launcher here makes them fit: give more memory or more processes on other machines"
 

@@ -68,7 +68,7 @@ class Zero3:
         object.__setattr__(self._model, "_zero3_engine", engine)  # lives as long as the model; no module of it
 
     def _swapping(self, offload: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-        """A folder of this process's own, buffers that hold one layer's experts, and nothing kept whole beyond them.
+        """Options of the offload: a folder of this process's own, buffers for one layer's experts, nothing kept whole beyond.
 
         Raises:
             UserError: there is no such folder, or nothing to write to it with.

@@ -31,7 +31,7 @@ UNSEEN = 0.05  # counts of a token that does not occur
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights: equal recipes give equal bytes on equal versions of torch."""
+    """Everything that decides the weights: equal recipes give equal bytes on equal versions of torch."""
 
     shape: Shape
     eor: float  # wanted mean over the layers, on real text
@@ -55,14 +55,11 @@ def write_checkpoint(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenize
         shards.write(weights)
         reached.append(eor)
     shards.finish()
-    return {
-        "shape": asdict(recipe.shape), "eor": recipe.eor, "seed": recipe.seed, "dtype": recipe.dtype,
-        "weight_bytes": shards.total_bytes, "calibrated_eor_per_layer": reached[:-1],
-    }  # fmt: skip
+    return {**asdict(recipe), "weight_bytes": shards.total_bytes, "calibrated_eor_per_layer": reached[:-1]}
 
 
 def weight_bytes(shape: Shape, dtype: str) -> int:
-    """Of all tensors."""
+    """The bytes of all tensors."""
     each = shape.attention_weights + shape.num_experts * (3 * shape.hidden * shape.intermediate)
     each += shape.hidden * (shape.num_experts + 3 * shape.shared_intermediate + 1 + 2)  # router, shared expert, norms
     whole = shape.layers * each + shape.hidden * (2 * shape.vocabulary + 1)
@@ -110,14 +107,13 @@ def _layer(sample: LayerRun, recipe: Recipe, *, layer: int, wanted: float) -> tu
 
 
 def _wanted_per_layer(recipe: Recipe) -> list[float]:
-    """Around the wanted mean, which they have."""
+    """The reuse wanted of each layer: random, with the wanted mean."""
     spread_L = LAYER_SPREAD * Source(recipe.seed, recipe.shape.layers + 2).normal(recipe.shape.layers)
-    wanted: list[float] = (recipe.eor + spread_L - spread_L.mean()).tolist()
-    return wanted
+    return [float(eor) for eor in recipe.eor + spread_L - spread_L.mean()]
 
 
 def _log_frequencies(tokenizer: PreTrainedTokenizerBase, shape: Shape) -> Tensor:
-    """[V]: of the tokens in the corpus."""
+    """[V]: the logarithms of how often each token occurs in the corpus."""
     count_V = torch.full((shape.vocabulary,), UNSEEN)
     documents = [d for domain in DOMAINS for d in islice(read_corpus(SPLIT, [domain]), FREQUENCY_DOCUMENTS)]
     for document in documents:
@@ -140,7 +136,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """The next shard."""
+        """Write the next shard."""
         self._written += 1
         name = f"model-{self._written:05}-of-{self._shards:05}.safetensors"
         apart = {key: tensor.clone() if tensor.dim() == 1 else tensor for key, tensor in tensors.items()}  # no aliases

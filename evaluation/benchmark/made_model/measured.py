@@ -1,4 +1,4 @@
-"""What the routing of a finished checkpoint is like, measured by the engine: reuse, load, and misses of an LRU cache."""
+"""The routing of a finished checkpoint, measured by the engine: reuse, load, and misses of an LRU cache."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from evaluation.engine.options import EngineOptions
 
 CACHE = "30%"  # of the experts, while the checkpoint is measured
 PROMPT_TOKENS = 256
-MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, at which LRU misses are told
+MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, for which LRU misses are given
 
 
 def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _of_phase(trace: RouteTrace, *, decoded: bool) -> RouteTrace:
 
 
 def _routing(trace: RouteTrace) -> dict[str, Any]:
-    """EOR, load, and what an LRU cache of a share of a layer's experts would miss, cold for every prompt."""
+    """EOR, load, and the misses of an LRU cache that holds a share of a layer's experts, cold for every prompt."""
     curve = lru_curve(trace, cache_scope="per_layer")
     misses, accesses = curve.misses.sum((0, 1)), int(curve.accesses.sum())
     slots = {share: round(share * trace.num_experts) for share in MISS_SHARES}

@@ -93,7 +93,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Parts:
-    """Which coordinates of the hidden state hold what."""
+    """The coordinates of the hidden state that hold token, context and memory."""
 
     token: slice
     context: slice
@@ -161,7 +161,7 @@ def _bias_per_power(head: int) -> float:
 
 
 def window_tokens(power: float, tokens: int = 256) -> float:
-    """How many equal weights average as much away as weights of distance^-power do."""
+    """The number of equal weights that average as much away as weights of distance^-power do."""
     weights = np.arange(1, tokens + 1) ** -power
     return float(weights.sum() ** 2 / (weights**2).sum())
 

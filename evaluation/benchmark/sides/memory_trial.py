@@ -20,7 +20,7 @@ from evaluation.engine.options import EngineOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one process is to do."""
+    """The task of one process."""
 
     model_dir: str
     memory_budget: int  # bytes

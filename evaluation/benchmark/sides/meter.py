@@ -1,4 +1,4 @@
-"""When tokens came and what the process had read by then, the same way for every side.
+"""A clock for tokens that also notes what the process had read by then; the same one for every side.
 
 `read_bytes` of /proc/self/io is what the kernel fetched from the device for this process, faults of mapped files and
 read-ahead included; `rchar` is what read calls returned, from the device or from the page cache, without mapped files.
@@ -6,9 +6,10 @@ read-ahead included; `rchar` is what read calls returned, from the device or fro
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from evaluation.engine.stats import Timing
 
@@ -16,10 +17,9 @@ COUNTERS = ("rchar", "read_bytes")
 
 
 def process_io() -> dict[str, int]:
-    """`COUNTERS` of this process so far, all threads."""
-    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
-    values = dict(line.split(": ") for line in lines)
-    return {name: int(values[name]) for name in COUNTERS}
+    """The `COUNTERS` of this process so far, of all its threads."""
+    counters = psutil.Process().io_counters()
+    return {"rchar": counters.read_chars, "read_bytes": counters.read_bytes}
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Meter:
     token_io: list[dict[str, int]] = field(default_factory=list)
 
     def tokens(self, ids: Sequence[int]) -> None:
-        """Some tokens came, now."""
+        """Note that these tokens came now."""
         seconds, counters = time.perf_counter() - self.start, process_io()
         for number in ids:
             self.token_ids.append(number)
@@ -41,7 +41,7 @@ class Meter:
             self.token_io.append(counters)
 
     def result(self) -> "LegResult":
-        """What the request was like. There must have been a token."""
+        """The figures of the request, which must have given a token."""
         assert self.token_ids, "a request without tokens"
         timing = Timing(self.token_seconds)
         decoded = len(self.token_ids) - 1
@@ -71,6 +71,3 @@ class LegResult:
     decode_io: dict[str, int]
     bytes_read_per_token: float | None
     engine: dict[str, Any] | None = None  # hit rates, misses, EOR: what only a paged engine knows
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)

@@ -6,6 +6,7 @@ process did before it was killed is not lost.
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def main(order_path: Path, result_path: Path) -> None:
                 serving.begin_cold()
                 page_cache.drop(serving.files)
                 left_bytes = page_cache.cached_bytes(serving.files)
-            measured = serving.request(leg).as_json()
+            measured = asdict(serving.request(leg))
             result["legs"][leg.name] = {**measured, "cached_bytes_at_start": left_bytes}
             result["peak_rss_bytes"] = peak_rss_bytes()
             write_json(result_path, result)

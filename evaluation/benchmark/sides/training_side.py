@@ -26,6 +26,7 @@ from transformers.trainer_callback import PrinterCallback
 from configs.command import run as run_command
 from configs.load import UserError, load
 from data.batches import Batch
+from evaluation.engine.memory.process import peak_rss_bytes
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model import packed_attention
@@ -33,7 +34,7 @@ from training.run import Run, build
 
 OURS = "remoe"
 READY = "ready for a step"
-"""What a process prints before each step; it takes the step when a line comes in."""
+"""A process prints this before each step, and takes the step when a line comes in."""
 RATE_SIZE, ACCELERATOR_RATE_SIZE, RATE_SECONDS = 1024, 8192, 0.5
 """The square matrices with which the machine's rate is measured (on an accelerator starting a small product takes longer
 than the product), and how long."""
@@ -41,7 +42,7 @@ than the product), and how long."""
 
 @dataclass
 class TrainingOrder:
-    """What one process is to do."""
+    """The task of one process."""
 
     side: str  # `OURS`, or a stock experts_implementation, trained by transformers' Trainer
     config: str  # YAML of a `TrainArguments` whose max_steps are all steps
@@ -50,10 +51,10 @@ class TrainingOrder:
 
 @dataclass
 class Measured:
-    """What one process says; the first step warms up."""
+    """The figures that one process prints; the first step warms up."""
 
     step_seconds: list[float]
-    losses: list[float]  # cross entropy of each step, nats per token
+    losses: list[float]  # the task loss of each step, in nats per token
     tokens_per_step: int
     model_bytes: int  # held before the first step
     peak_bytes: int  # above that
@@ -80,10 +81,15 @@ def main(order: TrainingOrder) -> None:
     seconds, losses = take_steps(run)
     peak_bytes = _peak_bytes(run.accelerator.device) - model_bytes
     measured = Measured(
-        step_seconds=seconds, losses=losses, tokens_per_step=run.rows_per_step * run.args.max_length, model_bytes=model_bytes,
-        peak_bytes=peak_bytes, forward_flop_per_step=flop, matrix_flop_per_second=_matrix_rate(run),
+        step_seconds=seconds,
+        losses=losses,
+        tokens_per_step=run.rows_per_step * run.args.max_length,
+        model_bytes=model_bytes,
+        peak_bytes=peak_bytes,
+        forward_flop_per_step=flop,
+        matrix_flop_per_second=_matrix_rate(run),
         attn_implementation=_attention(run),
-    )  # fmt: skip
+    )
     print(json.dumps(asdict(measured)), flush=True)
 
 
@@ -92,7 +98,7 @@ def _attention(run: Run) -> str:
 
 
 def _wait_for_turn() -> float:
-    """The moment at which the step may begin, in seconds."""
+    """Wait until the step may begin; returns the time of that moment."""
     print(READY, flush=True)
     if not sys.stdin.readline():
         raise UserError("whoever gives the turns has ended")
@@ -100,7 +106,7 @@ def _wait_for_turn() -> float:
 
 
 def _our_steps(run: Run) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and its loss."""
+    """Take all steps with our own loop; returns the seconds of each and its loss."""
     seconds, losses = [], []
     while run.step < run.args.max_steps:
         began = _wait_for_turn()
@@ -111,7 +117,7 @@ def _our_steps(run: Run) -> tuple[list[float], list[float]]:
 
 
 def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
-    """The same by transformers' Trainer: same rows in the same order, same optimizer settings; the task loss alone."""
+    """Take all steps with transformers' Trainer: same rows in the same order, same optimizer; the task loss alone."""
     args, clock = run.args, _StepClock()
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
@@ -148,7 +154,7 @@ class _StepClock(TrainerCallback):
 
 
 class _StockRows(IterableDataset[dict[str, Tensor]]):
-    """Our packed rows as transformers takes them: its labels stand at their own position, ours at the one before."""
+    """Our packed rows as transformers takes them: its labels stand at their own positions, ours one position earlier."""
 
     def __init__(self, run: Run) -> None:
         self.rows = run.rows
@@ -208,8 +214,9 @@ def _begin_counting(device: torch.device) -> int:
 def _peak_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    peak_bytes = peak_rss_bytes()
+    assert peak_bytes is not None, "where the peak can be set anew, it is told"
+    return peak_bytes
 
 
 if __name__ == "__main__":

@@ -49,15 +49,18 @@ def remoe(order: Order) -> Iterator[Serving]:
             return result
 
         settings = {
-            "expert_cache": order.expert_cache, "memory_budget": order.memory_budget, "expert_cache_bytes": engine.pool_bytes,
-            "cache_policy": order.cache_policy, "prefetch": order.prefetch, "dtype": str(engine.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }  # fmt: skip
+            "expert_cache": order.expert_cache,
+            "memory_budget": order.memory_budget,
+            "expert_cache_bytes": engine.pool_bytes,
+            "cache_policy": order.cache_policy,
+            "prefetch": order.prefetch,
+            **_precision(engine.dtype),
+        }
         yield Serving(request, _shards(order.model_dir), settings, engine.reset_cache)
 
 
 def _engine_figures(engine: Engine) -> dict[str, Any]:
-    """What the engine counted since its counters were reset."""
+    """The figures that the engine counted since its counters were reset."""
     stats = engine.stats()
     decoded = stats.tokens["decode"]
     return {
@@ -76,7 +79,7 @@ def _engine_figures(engine: Engine) -> dict[str, Any]:
 
 
 def _decode_reuse(trace: RouteTrace, last: int) -> float | None:
-    """EOR of those of the `last` tokens of the trace that were decoded."""
+    """EOR of the decoded tokens among the `last` ones of the trace; None for fewer than two."""
     kept_T = (np.arange(trace.tokens) >= trace.tokens - last) & (trace.phase == DECODE)
     if kept_T.sum() < 2:
         return None
@@ -89,8 +92,7 @@ def resident(order: Order) -> Iterator[Serving]:
     _prepare(order)
     model = AutoModelForCausalLM.from_pretrained(order.model_dir, dtype="auto").eval()
     _never_end(model)
-    settings = {"dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-                "experts_implementation": model.config._experts_implementation}  # fmt: skip
+    settings = {**_precision(model.dtype), "experts_implementation": model.config._experts_implementation}
     yield Serving(lambda leg: _generate(model, leg), _shards(order.model_dir), settings)
 
 
@@ -111,10 +113,11 @@ def accelerate(order: Order) -> Iterator[Serving]:
     _never_end(model)
     files = _shards(order.model_dir) + [path for path in Path(order.offload_dir).rglob("*") if path.is_file()]
     settings = {
-        "layers_with_experts_on_disk": len(on_disk), "weights_in_memory_bytes": order.resident_bytes,
+        "layers_with_experts_on_disk": len(on_disk),
+        "weights_in_memory_bytes": order.resident_bytes,
         "offload": "fused experts as safetensors in the offload folder, read layer by layer",
-        "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        **_precision(model.dtype),
+    }
     yield Serving(lambda leg: _generate(model, leg), files, settings)
 
 
@@ -152,6 +155,10 @@ def _generate(model: PreTrainedModel, leg: Leg) -> LegResult:
 def _prepare(order: Order) -> None:
     torch.set_num_threads(order.threads)
     transformers.utils.logging.disable_progress_bar()
+
+
+def _precision(dtype: torch.dtype) -> dict[str, Any]:
+    return {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
 
 def _never_end(model: PreTrainedModel) -> None:

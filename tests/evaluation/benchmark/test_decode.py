@@ -15,7 +15,7 @@ from evaluation.benchmark.decode import DecodeBenchmark
 from evaluation.benchmark.made_model.made_checkpoint import Recipe, write_checkpoint
 from evaluation.benchmark.made_model.synthetic import Shape
 from evaluation.benchmark.order import COLD, LONG, WARM, Order
-from evaluation.benchmark.processes import SideRun
+from evaluation.benchmark.processes import Limits, SideRun
 from evaluation.benchmark.sides import contenders
 from training.model.loading import load_tokenizer
 
@@ -42,10 +42,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Order]]:
     """No process is started: every side takes 10 ms a token, but accelerate is killed. What was asked is listed."""
     asked: list[tuple[str, int, Order]] = []
 
-    def run_side(order: Order, *, contender: str, repeat: int, limit_bytes: int | None, **_: Any) -> SideRun:
+    def run_side(order: Order, limits: Limits, *, contender: str, repeat: int) -> SideRun:
         asked.append((contender, repeat, order))
         if order.side == "accelerate" and repeat >= 0:
-            return SideRun(contender, repeat, limit_bytes, failure="killed by the kernel")
+            return SideRun(contender, repeat, limits.memory_bytes, failure="killed by the kernel")
         legs = {
             leg.name: {
                 "token_ids": [1, 2], "ttft_ms": 50.0, "tpot_ms": None if leg.name == LONG else 10.0, "itl_ms": [10.0],
@@ -54,7 +54,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, Order]]:
             }
             for leg in order.legs
         }  # fmt: skip
-        return SideRun(contender, repeat, limit_bytes, legs=legs, settings={"threads": 1}, peak_rss_bytes=1 << 20)
+        return SideRun(
+            contender, repeat, limits.memory_bytes, legs=legs, settings={"threads": 1}, peak_rss_bytes=1 << 20
+        )
 
     monkeypatch.setattr(bench, "run_side", run_side)
     monkeypatch.setattr(contenders, "run_side", run_side)
@@ -177,15 +179,14 @@ def test_accelerate_gets_less_memory_until_it_survives(
 ) -> None:
     tried: list[int | None] = []
 
-    def run_side(order: Order, *, contender: str, repeat: int, limit_bytes: int | None, **_: Any) -> SideRun:
+    def run_side(order: Order, limits: Limits, *, contender: str, repeat: int) -> SideRun:
         tried.append(order.resident_bytes)
-        return SideRun(contender, repeat, limit_bytes, failure="killed" if len(tried) < 3 else None)
+        return SideRun(contender, repeat, limits.memory_bytes, failure="killed" if len(tried) < 3 else None)
 
     monkeypatch.setattr(contenders, "run_side", run_side)
     found = contenders.opponent(
-        "accelerate", Order("", str(model), [], 1), work_dir=tmp_path, gguf=tmp_path / "g",
-        ours=Order("remoe", str(model), [], 1, expert_cache="30%"), hierarchy=None,
-        limit_bytes=2 << 30, timeout_seconds=1,
+        "accelerate", Order("", str(model), [], 1), Limits(1, 2 << 30), work_dir=tmp_path, gguf=tmp_path / "g",
+        ours=Order("remoe", str(model), [], 1, expert_cache="30%"),
     )  # fmt: skip
     assert tried == [(2048 - margin) << 20 for margin in (500, 700, 1000)]
     assert (found.order.resident_bytes, found.unable) == (1048 << 20, None)

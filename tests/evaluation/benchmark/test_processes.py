@@ -1,5 +1,6 @@
 """However a side's process ends, its run says how, and keeps what was measured before."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from evaluation.benchmark import processes
 from evaluation.benchmark.memory_group import find_hierarchy
 from evaluation.benchmark.order import COLD, WARM, Leg, Order
-from evaluation.benchmark.processes import SideRun, run_side
+from evaluation.benchmark.processes import Child, Limits, SideRun, run_side
 
 LEGS = [Leg(COLD, [1], 2), Leg(WARM, [1], 2)]
 ORDER = Order("remoe", "nowhere", LEGS, 1, expert_cache="1MiB")
@@ -25,9 +26,7 @@ def result_of(limit_bytes: int | None = None, timeout_seconds: float = 30) -> Si
     hierarchy = find_hierarchy() if limit_bytes else None
     if limit_bytes and hierarchy is None:
         pytest.skip("no memory controller in which this user may make groups")
-    return run_side(
-        ORDER, contender="c", repeat=3, hierarchy=hierarchy, limit_bytes=limit_bytes, timeout_seconds=timeout_seconds
-    )
+    return run_side(ORDER, Limits(timeout_seconds, limit_bytes, hierarchy), contender="c", repeat=3)
 
 
 def test_a_whole_result_has_no_failure(side: Path) -> None:
@@ -76,3 +75,20 @@ def test_an_endless_side_is_ended(side: Path) -> None:
 def test_orders_survive_the_way_to_the_process(tmp_path: Path) -> None:
     ORDER.write(tmp_path / "order.json")
     assert Order.read(tmp_path / "order.json") == ORDER
+
+
+def test_a_child_is_spoken_to_in_lines_and_its_last_words_are_kept(side: Path) -> None:
+    side.write_text("import sys\nprint('ready', flush=True)\ninput()\nprint('done')\nsys.exit('error: no more')\n")
+    with Child("made_side") as child:
+        assert child.line() == "ready\n"
+        child.nudge()
+        assert [child.line(), child.line()] == ["done\n", ""]
+        assert (child.wait(), child.last_words) == (1, "no more")
+
+
+def test_a_child_ends_with_its_block(side: Path) -> None:
+    side.write_text("print('ready', flush=True)\nwhile True: pass\n")
+    with Child("made_side", environment={"ANY": "thing"}) as child:
+        child.line()
+        assert child.last_words == "nothing on standard error"
+    assert child.process.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""The benchmark of conversations: every division and the controller, with the same answers."""
+"""The benchmark of sessions: every division and the controller take turns, and the plan is compared with the best."""
 
 import json
 import re
@@ -11,26 +11,24 @@ from configs.load import UserError
 from evaluation.benchmark.sessions import FROM_EVEN, FROM_PLAN, SessionsBenchmark, benchmark
 from evaluation.engine.sessions.workload import SHARES
 
-SHIPPED: dict[str, Any] = {"model": "data/embedded/model", "memory_budget": "64MiB"}
+
+def options(**changed: Any) -> SessionsBenchmark:
+    return SessionsBenchmark(model="data/embedded/model", memory_budget="64MiB", **changed)
 
 
 def test_the_benchmark_runs_every_division_and_the_controller(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "sessions.json"
-    options = SessionsBenchmark(
-        **SHIPPED,
-        conversations=2,
-        turns=2,
-        prefix_tokens=20,
-        question_tokens=8,
-        max_new_tokens=2,
-        block_tokens=16,
-        divisions="0,1",
-        repeats=2,
-        output=str(output),
-    )
-    benchmark(options)
+    small = {
+        "conversations": 2,
+        "turns": 2,
+        "prefix_tokens": 20,
+        "question_tokens": 8,
+        "max_new_tokens": 2,
+        "repeats": 2,
+    }
+    benchmark(options(**small, block_tokens=16, divisions="0,1", output=str(output)))
     found = json.loads(output.read_text())["workloads"]
     assert list(found) == ["mixed", "changing"]
     for workload in found.values():
@@ -46,7 +44,10 @@ def test_the_benchmark_runs_every_division_and_the_controller(
     assert all(name in printed for name in (FROM_PLAN, FROM_EVEN))
     order = re.findall(r"^(.+): [\d.]+ s, ", progress, re.MULTILINE)[: 2 * len(found["mixed"]["seconds"])]
     assert order == order[::-1], "the second repeat goes backwards"
+
+
+def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
-        SessionsBenchmark(**SHIPPED, divisions="0.5,0.3")
+        options(divisions="0.5,0.3")
     with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
-        SessionsBenchmark(**SHIPPED, workloads="changing,mixd")
+        options(workloads="changing,mixd")

@@ -25,6 +25,14 @@ def test_a_budgets_parts_and_what_every_arm_would_cost(results: Results) -> None
     assert cache[3].startswith("−")
 
 
+def test_a_budget_in_parts_of_the_smallest_is_named_as_it_was_asked_for(results: Results) -> None:
+    results.plans[0].memory_budget, results.plans[1].memory_budget = "smallest + 10%", "64MiB"
+    divided, costs = plan_tables(results)
+    names = ["46.0\N{NO-BREAK SPACE}MiB\nsmallest + 10%", "64.0\N{NO-BREAK SPACE}MiB"]
+    assert [row[0] for row in divided.rows] == names
+    assert [row[0] for row in costs.rows] == [name for name in names for _ in range(4)]
+
+
 def test_misses_are_those_of_one_pool_of_the_budgets_size_and_time_is_computing_plus_reading(
     results: Results,
 ) -> None:

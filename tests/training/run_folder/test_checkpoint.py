@@ -139,14 +139,14 @@ def test_a_damaged_checkpoint_is_refused(name: str, missing: bool, tmp_path: Pat
         (path / name).unlink()
     else:
         (path / name).write_bytes((path / name).read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"checkpoint-3 is damaged .*delete it to go on from the one before"):
+    with pytest.raises(UserError, match=r"checkpoint-3 is damaged .*delete it to resume from the one before"):
         small.load(path)
 
 
 def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
     path = Small().save(tmp_path, 3)
     (path / checkpoint.STATE).write_text('{"global_st', encoding="utf-8")
-    with pytest.raises(UserError, match=r"checkpoint-3 is damaged .*delete it to go on from the one before"):
+    with pytest.raises(UserError, match=r"checkpoint-3 is damaged .*delete it to resume from the one before"):
         checkpoint.load_state(path)
 
 

@@ -16,14 +16,14 @@ from training.model.host_memory import memory_limit
 from training.model.loading import load_pretrained
 from training.model.skeleton import empty_model
 from training.sharding import placement as module
-from training.sharding.placement import Placement, Sizes, check_room, placement, sizes_of
+from training.sharding.placement import Placement, Sizes, check_memory, placement, sizes_of
 
 SIZES = Sizes(total=1000, experts=800, largest_layer=100, swap_buffers=240)
 Arguments = Callable[..., TrainArguments]
 
 
 @pytest.mark.parametrize(
-    ("how", "offload", "processes", "expected"),
+    ("layout", "offload", "processes", "expected"),
     [
         ("replicated", None, 4, Placement(device=1000, host=0, disk=0)),
         ("fsdp2", None, 4, Placement(device=350, host=0, disk=0)),
@@ -32,8 +32,8 @@ Arguments = Callable[..., TrainArguments]
         ("zero3", "nvme", 4, Placement(device=100, host=50 + 60, disk=200)),
     ],
 )
-def test_every_process_holds_its_share(how: str, offload: str | None, processes: int, expected: Placement) -> None:
-    assert placement(SIZES, how=how, offload=offload, processes=processes) == expected
+def test_every_process_holds_its_share(layout: str, offload: str | None, processes: int, expected: Placement) -> None:
+    assert placement(SIZES, layout=layout, offload=offload, processes=processes) == expected
 
 
 def test_sizes_are_those_of_the_loaded_model(model_dir: Callable[[str], Path]) -> None:
@@ -72,23 +72,23 @@ def test_what_fits_is_told_beforehand(
     train_args: Arguments, free: Any, capsys: pytest.CaptureFixture[str], model_dir: Callable[[str], Path]
 ) -> None:
     free(2**30)
-    check_room(train_args(), Accelerator(cpu=True), how="replicated")
-    total = sum(p.nbytes for p in load_pretrained(str(model_dir("qwen2_moe"))).parameters()) / 2**20
+    check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
+    total = sum(p.nbytes for p in load_pretrained(str(model_dir("qwen2_moe"))).parameters()) / 2**10
     said = capsys.readouterr().out
-    assert f"weights: {total:.3g} MiB in float32, of it experts" in said
-    assert f"each process will hold {total:.3g} MiB on its cpu (activations come on top)" in said
+    assert f"weights: {total:.3g} KiB in float32, of it experts" in said
+    assert f"each process will hold {total:.3g} KiB on its cpu (activations come on top)" in said
 
 
 def test_what_does_not_fit_is_refused_with_the_launcher_that_does(
     train_args: Arguments, free: Any, model_dir: Callable[[str], Path]
 ) -> None:
     sizes = sizes_of(empty_model(str(model_dir("qwen2_moe")), dtype=torch.float32))
-    nvme = placement(sizes, how="zero3", offload="nvme", processes=1)
+    nvme = placement(sizes, layout="zero3", offload="nvme", processes=1)
     free(sizes.total + 1)
-    check_room(train_args(), Accelerator(cpu=True), how="replicated")
+    check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     free(sizes.total - 1)
     with pytest.raises(UserError) as caught:
-        check_room(train_args(), Accelerator(cpu=True), how="replicated")
+        check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     assert "1 process), " in str(caught.value)
     assert "are free; " in str(caught.value)
     if nvme.host + nvme.device < sizes.total:
@@ -97,9 +97,9 @@ def test_what_does_not_fit_is_refused_with_the_launcher_that_does(
         )
     free(1000)
     with pytest.raises(UserError, match=r"no launcher here makes them fit.*or bf16=true"):
-        check_room(train_args(), Accelerator(cpu=True), how="replicated")
+        check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     with pytest.raises(UserError) as caught:
-        check_room(train_args(bf16=True), Accelerator(cpu=True), how="replicated")
+        check_memory(train_args(bf16=True), Accelerator(cpu=True), layout="replicated")
     assert "bf16" not in str(caught.value)
 
 
@@ -111,10 +111,10 @@ def test_processes_of_one_machine_share_its_memory(
     accelerator: Any = SimpleNamespace(
         device=torch.device("cpu"), num_processes=2, state=SimpleNamespace(distributed_type="NO"), print=print
     )
-    check_room(train_args(), accelerator, how="replicated")  # on two machines
+    check_memory(train_args(), accelerator, layout="replicated")  # on two machines
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"\(2 processes\)"):
-        check_room(train_args(), accelerator, how="replicated")
+        check_memory(train_args(), accelerator, layout="replicated")
 
 
 def test_the_memory_limit_is_that_of_the_nearest_group_that_has_one(

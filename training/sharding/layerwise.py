@@ -1,4 +1,4 @@
-"""Frozen weights spread over processes; routers stay whole on every one.
+"""Frozen weights sharded over processes, layer by layer; routers stay whole on every one.
 
 What trains is small (a router is experts x hidden numbers) and what does not is the model, so only the frozen weights are
 sharded, layer by layer as they are loaded: by torch's `fully_shard` (FSDP2) or by the parameter side of DeepSpeed's ZeRO-3,
@@ -9,6 +9,7 @@ and the router delta are those of one process, whatever the launcher.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,10 +25,10 @@ from training.sharding.launcher import FSDP2, REPLICATED
 from training.sharding.zero3 import Zero3
 
 
-def place(model: PreTrainedModel, device: Any, *, how: str) -> None:
-    """Move to the device what will be whole there: everything, or routers and buffers, the rest as it is sharded."""
-    if how == REPLICATED:
-        model.to(device)
+def move_whole_tensors(model: PreTrainedModel, device: torch.device, *, layout: str) -> None:
+    """Move to the device what will be whole there: everything, or routers and buffers where the rest is sharded."""
+    if layout == REPLICATED:
+        model.to(device)  # type: ignore[arg-type]
         return
     for router in find_routers(model).values():
         router.to(device)
@@ -35,8 +36,8 @@ def place(model: PreTrainedModel, device: Any, *, how: str) -> None:
         buffer.data = buffer.data.to(device)
 
 
-def spread(
-    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, *, how: str,
+def load_layerwise(
+    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, *, layout: str,
     weights: LayerwiseCheckpoint,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
     """Load the decoder layers of a skeleton, each of them sharded before the next one is read.
@@ -46,7 +47,7 @@ def spread(
     """
     layers = decoder_layers(model)
     digest_of = proof.digests(((name, t) for name, t in model.state_dict().items() if not t.is_meta), trained)
-    sharder = _FullyShard(model, trained, accelerator) if how == FSDP2 else Zero3(model, trained, accelerator)
+    sharder = _FullyShard(model, trained, accelerator) if layout == FSDP2 else Zero3(model, trained, accelerator)
     for name, layer in tqdm(layers.items(), desc="loading", unit="layer", disable=not accelerator.is_main_process):
         weights.fill(model, name)
         tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}

@@ -1,0 +1,70 @@
+"""What long commands say while they run: one line for everything that was found, and a table at the end."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from evaluation.report.numbers import CHANGE, FINE_CHANGE, PERCENT, PLAIN, RATE
+from evaluation.report.summary import relative_change
+from evaluation.report.tables import headline_table
+from evaluation.results import BASE, Results, Run
+
+SIZES = 2
+"""How many cache sizes a line names."""
+
+
+def say(text: str) -> None:
+    """One line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+class Narration:
+    """Says what was found of every run, beside the base as soon as that is known."""
+
+    def __init__(self) -> None:
+        self._base: Run | None = None
+
+    def found(self, arm: str, run: Run) -> None:
+        """Say the routing of a run, or its quality once that was measured."""
+        if arm == BASE and self._base is None:
+            self._base = run
+        seed = "" if run.seed is None else f", seed {run.seed}"
+        say(f"{arm}{seed}: {self._routing(run) if run.quality is None else self._quality(run)}")
+
+    def _routing(self, run: Run) -> str:
+        base = self._base
+        assert base is not None, "the base is measured first"
+        if run.routing is None or base.routing is None:
+            return "its routing was not measured"
+        parts = [f"a token reuses {RATE.text(run.routing.reuse_rate_mean)} of the experts of the one before (EOR)"]
+        if run is not base:
+            change = relative_change(run.routing.reuse_rate_mean, base.routing.reuse_rate_mean)
+            parts = [f"EOR {CHANGE.text(change)}"]
+        for slots, misses in list(_misses(run).items())[1 : 1 + SIZES]:
+            text = PERCENT.text(misses) if run is base else CHANGE.text(relative_change(misses, _misses(base)[slots]))
+            parts.append(f"LRU misses with {slots} slots a layer {text}")
+        return "; ".join(parts)
+
+    def _quality(self, run: Run) -> str:
+        if run.difference is not None:
+            change = run.difference.perplexity.get("mean")
+            return f"mean perplexity {FINE_CHANGE.text(change.relative if change else None)}"
+        return f"mean perplexity {PLAIN.text(run.quality.mean_perplexity if run.quality else None)}"
+
+
+def say_the_end(results: Results, folder: Path) -> None:
+    """The report's headline as a table, and where the report is."""
+    headline = headline_table(results)
+    table = Table(*headline.header)
+    for row in headline.rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(f"The report is {folder / 'report.html'} (text: {folder / 'report.md'}, numbers: {folder / 'results.json'})")
+
+
+def _misses(run: Run) -> dict[int, float]:
+    """Slots of a layer -> LRU misses per access."""
+    rows = [row for row in run.replay or [] if row.policy == "lru" and row.accesses]
+    return {int(row.slots or 0): (row.misses or 0) / (row.accesses or 1) for row in rows}

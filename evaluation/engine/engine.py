@@ -217,7 +217,7 @@ class Engine:
         self._resize(self.division.slots_with(spare_bytes))
 
     def _room_for_kept(self, held_bytes: int) -> bool:
-        """Let slots give way to this many bytes of kept keys and values beside the last call; False if too few are left."""
+        """Let slots give way to this many bytes of kept keys and values beside the last call; False if too few slots are left."""
         if self.division is None:
             return True
         spare_bytes = self.division.spare_bytes(self._call) - held_bytes

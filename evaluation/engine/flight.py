@@ -1,7 +1,7 @@
 """The reads of one event that are under way: started all at once, used as they land.
 
 Experts that stay go straight into their slots. Experts that pass through, and all experts if they must be converted
-after reading, take turns in the passing slots, so many at a time as there are of those.
+after reading, take turns in the passing slots, as many at a time as there are passing slots.
 """
 
 import time
@@ -27,11 +27,11 @@ class Flight:
     """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
 
     Args:
-        prefetch: has begun some of the reads already.
+        prefetch: what has begun some of the reads already.
 
     Attributes:
         stall_seconds: time `landings` waited for a read.
-        bytes_read: of experts; `device_bytes` counts the whole pages they lie in.
+        bytes_read: bytes of experts that were read; `device_bytes` counts the whole pages they lie in.
     """
 
     def __init__(self, memory: SlotMemory, reader: Reader, *, layer_id: int, prefetch: Prefetch | None = None) -> None:

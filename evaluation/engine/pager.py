@@ -153,7 +153,7 @@ def _compute(products: Products, service: Service, flight: Flight, guess: Callab
 def _compute_in_two_parts(
     products: GroupedProducts, service: Service, flight: Flight, guess: Callable[[], None] | None
 ) -> None:
-    """The same with one activation over all rows: what passes through is read in two parts, before and after it."""
+    """Do the same with one activation over all rows: what passes through is read in two parts, before and after it."""
     if service.leaving:  # done with first: what comes is read into their slots
         products.up(service.leaving)
         products.activate()

@@ -1,8 +1,8 @@
 """Reading ahead by the next layer's router, off unless asked for. It costs reads and changes no result.
 
 While a layer decodes, the router of the next one is asked with this layer's input, and those of the heaviest it names that
-are not resident are read into slots of their own, behind the layer's own reads: the device works on while attention and
-router have nothing for it. What the next layer then misses is there already, or on its way; the others were read in vain.
+are not resident are read into slots of their own, behind the layer's own reads: the disk stays busy while attention and
+router need nothing of it. What the next layer then misses is there already, or on its way; the others were read in vain.
 The cache and its rules know nothing of it.
 """
 
@@ -22,11 +22,11 @@ from evaluation.engine.store.reader import Reader, Request
 EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""
 TRUSTED = 2 / 3
-"""The part of the experts a router names that is guessed from, the heaviest. Of a made model's 8 they are chosen in 95, 89,
-84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which is read in vain too often
-(`README.md`, reading ahead)."""
+"""The share of the experts a router names that guesses are taken from, the heaviest. Of a made model's 8 they are chosen in 95,
+89, 84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which would be read in vain too
+often (`README.md`, reading ahead)."""
 SLOTS_PER_GUESS = 2
-"""Slots for each: while the last guesses are read to their end, the next ones are."""
+"""Slots for each guess: the next guesses are read while pieces of the last ones still are."""
 
 
 class ReadAhead(NamedTuple):

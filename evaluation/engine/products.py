@@ -53,7 +53,7 @@ class GroupedProducts:
         return self.memory.device.rows_are_independent(counts, self.memory.gate_up_columns // 2)
 
     def whole(self, key: Key, slot: int) -> None:
-        """Everything for the rows of this expert, which lies in this slot."""
+        """Compute everything for the rows of this expert, which lies in this slot."""
         part = self._rows.of_expert[key[1]]
         self._up(part, key[1], slot)
         self._down(part, key[1], slot, self._activation(self._gate_up_RJ[part]))

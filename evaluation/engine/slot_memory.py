@@ -58,7 +58,7 @@ class SlotMemory:
         self.filled_rows, self.filled_for_threads = NOT_FILLED, 0
 
     def fill_rows(self) -> None:
-        """From now on products are to be filled up to few numbers of rows; before any expert is in a slot."""
+        """Fill products up to few numbers of rows from now on; called before any expert is in a slot."""
         self.filled_for_threads = torch.get_num_threads()
         self.filled_rows = {role: filled_rows(self._records.matrix(0, role)) for role in NOT_FILLED}
 
@@ -96,7 +96,7 @@ class SlotMemory:
         self._records.release(slot)
 
     def swap(self, slot: int, ahead_slot: int) -> None:
-        """Each is from now on where the other was; nothing moves. Not where experts are converted."""
+        """Exchange the places of two slots; nothing is copied. Not for memory that converts."""
         assert not self.converts, "what is read ahead is converted, not swapped"
         self._records.swap(slot, ahead_slot)
 
@@ -109,7 +109,7 @@ class SlotMemory:
         return slot
 
     def used(self, slot: int) -> None:
-        """The products that were asked for last are with the expert in `slot`."""
+        """Note that the products that were asked for last are with the expert in `slot`."""
         self.device.used(slot)
 
 
@@ -140,7 +140,7 @@ class _Records:
         return self._matrices[where]
 
     def swap(self, one: int, other: int) -> None:
-        """The places of two slots."""
+        """Exchange the places of two slots."""
         self._place[one], self._place[other] = self._place[other], self._place[one]
         self.leads[one], self.leads[other] = self.leads[other], self.leads[one]
 

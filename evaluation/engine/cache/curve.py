@@ -20,7 +20,8 @@ from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.cache.stacks import Accesses, accesses_by_block
 from evaluation.engine.cache.trace import RouteTrace
 
-OLD_TURNOVERS, OLDEST = 16, 1024  # ages that are counted together: as many calls as use so many times all experts
+OLD_TURNOVERS, OLDEST = 16, 1024
+"""Ages are counted together from 16 times as many calls as it takes to use every expert once, and from 1024 at the latest."""
 Array = npt.NDArray[np.integer]
 
 

@@ -27,7 +27,7 @@ NEVER = sys.maxsize
 
 
 class Policy(Protocol):
-    """What a cache asks of a policy."""
+    """What a cache needs of a policy."""
 
     def touch(self, event: Sequence[Key]) -> None:
         """These experts are used now, in this order; the last one is the most recent."""
@@ -134,7 +134,7 @@ class Static(Ranked):
 
 
 class Decayed:
-    """The one of least decayed use leaves, used ones of layers whose turn is far away before others.
+    """The expert of least decayed use leaves; in a shared pool uses count less, the later the turn of their layer comes.
 
     A use counts half after every `HALF_LIFE` calls, also of an expert that was out in between (LRFU: Lee et al., IEEE ToC
     50:12, 2001, but for that memory). The sum of 2 ** (-age / HALF_LIFE) over an expert's uses keeps its order in a

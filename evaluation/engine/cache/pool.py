@@ -63,7 +63,7 @@ class Pool:
         return pool
 
     def resize(self, slots: int) -> list[int]:
-        """Use so many slots, at most as many as there were at first; returns those that are not used from now on."""
+        """Use this many slots, at most as many as there were at first; return those that are not used from now on."""
         kept = len(self._retired)
         while self.slots < slots and self._retired:
             self._free.append(self._retired.pop())
@@ -136,7 +136,7 @@ class ExpertCache:
         self._pools = [fresh[id(pool)] for pool in self._pools]
 
     def resize(self, slots: int) -> list[int]:
-        """Use so many slots of each pool, at most as many as at first; returns those that are not used from now on."""
+        """Use this many slots of each pool, at most as many as at first; return those that are not used from now on."""
         unused = [slot for pool in dict.fromkeys(self._pools) for slot in pool.resize(slots)]
         self.slots = self._pools[0].slots
         return unused

@@ -1,6 +1,6 @@
 """Routing traces in the formats people have, told apart by the file's extension.
 
-`.safetensors`: ours, with everything (`route_trace.py`). `.csv`: `trace_csv.py`.
+`.safetensors`: ours, with everything (`trace.py`). `.csv`: `trace_csv.py`.
 `.npy`: one request as [tokens, layers, top_k], heaviest first, which is what vLLM returns as `routed_experts`.
 `.npz`: with an array `expert_ids`, any of `phase`, `request_id`, `call`, `layer_ids`, `num_experts`, `expert_bytes` and
 `model` may lie beside it, as in our own file; without it, every array is one request as in `.npy`, in the file's order.

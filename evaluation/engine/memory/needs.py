@@ -31,7 +31,7 @@ class Needs:
     mask_bytes: int  # of one token of a prompt for each it attends to: the mask, and scores where they are made
 
     def kv_bytes(self, tokens: int) -> int:
-        """Keys and values of so many tokens, over all sequences; while one layer grows it is there twice."""
+        """Keys and values of this many tokens, over all sequences; while one layer grows it is there twice."""
         return tokens * (self.kv_bytes_per_token + self.kv_bytes_per_token // self.layers)
 
     def activation_bytes(self, *, rows: int, context_tokens: int) -> int:

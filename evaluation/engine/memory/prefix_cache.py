@@ -15,10 +15,10 @@ import torch
 
 Name = bytes
 Block = list[tuple[torch.Tensor, torch.Tensor]]
-"""Of each layer keys and values, both [1, heads, block_tokens, head_dim]."""
+"""Keys and values of each layer, both [1, heads, block_tokens, head_dim]."""
 
 NAMES = 16384
-"""So many blocks are remembered by name at most."""
+"""Blocks that are remembered by name, at most."""
 
 
 def block_names(token_ids: Sequence[int], block_tokens: int) -> list[Name]:
@@ -35,11 +35,11 @@ class PrefixCache:
     """Blocks by name, at most `capacity_bytes` of them.
 
     Args:
-        make_room: asked before so many bytes are held; whether they may be.
+        make_room: says whether this many bytes may be held, before they are.
 
     Attributes:
-        block_bytes: of one block; None until the first was kept. All are equal.
-        held_bytes: of all that are held.
+        block_bytes: bytes of one block; None until the first was kept. All are equal.
+        held_bytes: bytes of all that are held.
     """
 
     def __init__(self, capacity_bytes: int, *, make_room: Callable[[int], bool] = lambda _: True) -> None:
@@ -80,12 +80,12 @@ class PrefixCache:
             self._order.popitem(last=False)  # holds nothing: far fewer fit
 
     def resize(self, capacity_bytes: int) -> None:
-        """Hold so many bytes at most from now on."""
+        """Hold this many bytes at most from now on."""
         self.capacity_bytes = capacity_bytes
         self.shrink(capacity_bytes)
 
     def shrink(self, held_bytes: int) -> None:
-        """Give up the least recent until so many bytes are held at most; the capacity stays."""
+        """Give up the least recent until at most this many bytes are held; the capacity stays."""
         for name in self._held_least_recent_first():
             if self.held_bytes <= held_bytes:
                 break

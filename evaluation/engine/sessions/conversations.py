@@ -25,10 +25,10 @@ class Conversations:
     """`generate` with a prefix cache.
 
     Args:
-        watch: told the distances of every prompt's blocks, see `PrefixCache.distances`.
+        watch: called with the distances of every prompt's blocks, see `PrefixCache.distances`.
 
     Attributes:
-        found_tokens, computed_tokens: of all prompts so far.
+        found_tokens, computed_tokens: how many tokens of all prompts so far were found, and how many computed.
     """
 
     def __init__(
@@ -94,6 +94,6 @@ def _joined(blocks: list[Block]) -> Any:
 
 
 def _block(cache: Any, start: int, tokens: int) -> Block:
-    """A copy of so many tokens of a cache."""
+    """A copy of the first tokens of a cache, this many."""
     part = slice(start, start + tokens)
     return [(layer.keys[..., part, :].clone(), layer.values[..., part, :].clone()) for layer in cache.layers]

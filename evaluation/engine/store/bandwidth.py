@@ -28,7 +28,7 @@ ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class ReadBandwidth:
-    """What reading a device with so many reads in flight gave."""
+    """How fast a device was read, and with how many reads in flight."""
 
     reads_in_flight: int
     bytes_per_second: float
@@ -66,7 +66,7 @@ def calibrate(shard: Path, *, seconds: float = 2.0) -> ReadBandwidth:
 
 
 def read_speed(shard: Path, reads_in_flight: int, *, seconds: float) -> float:
-    """Bytes per second of pieces at random places, so many of them in flight all the time."""
+    """Bytes per second of pieces at random places, `depth` of them in flight all the time."""
     landed: SimpleQueue[Request] = SimpleQueue()
     draw = np.random.default_rng(0)
     length = min(PIECE_BYTES, shard.stat().st_size)

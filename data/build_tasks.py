@@ -97,14 +97,10 @@ def _choice(
     document_id: str, prompt: str, right: str, wrong: list[str], draw: random.Random, *, separator: str = " "
 ) -> Item:
     assert len(wrong) == 3, f"{document_id}: {len(wrong)} wrong answers instead of 3"
-    choices = [right, *wrong]
-    draw.shuffle(choices)
-    return {
-        "document": document_id,
-        "prompt": prompt,
-        "choices": [separator + choice for choice in choices],
-        "label": choices.index(right),
-    }
+    answers = [right, *wrong]
+    draw.shuffle(answers)
+    choices = [separator + answer for answer in answers]
+    return {"document": document_id, "prompt": prompt, "choices": choices, "label": answers.index(right)}
 
 
 def _shorten(line: str) -> str:

@@ -27,17 +27,12 @@ class Document:
 
 
 def read_corpus(split: str, domains: Sequence[str] = DOMAINS) -> Iterator[Document]:
-    """The documents of one split in file order.
-
-    Raises:
-        UserError: unknown split or domain.
-    """
+    """The documents of one split in file order; a `UserError` if there is no such split or domain."""
     if split not in SPLITS:
         raise UserError(f"split {split!r} is not in the corpus; choose one of {', '.join(SPLITS)}")
     if unknown := sorted(set(domains) - set(DOMAINS)):
         raise UserError(f"domain {unknown[0]!r} is not in the corpus; choose from {', '.join(DOMAINS)}")
     with lzma.open(EMBEDDED / "corpus" / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
         for line in lines:
-            document = Document(**json.loads(line))
-            if document.domain in domains:
+            if (document := Document(**json.loads(line))).domain in domains:
                 yield document

@@ -17,10 +17,10 @@ TOKEN_CHARACTERS = 20  # no tokenizer has more to a token on average
 def document_beginnings(
     tokenizer: PreTrainedTokenizerBase, split: str, *, tokens: int, count: int, domains: Sequence[str] = DOMAINS
 ) -> list[list[int]]:
-    """`count` prompts of `tokens` ids: beginnings of the first documents that are long enough, the domains in turn.
+    """Beginnings, `tokens` ids long, of the first `count` documents that have as many, the domains in turn.
 
     Raises:
-        UserError: there are fewer such documents.
+        UserError: there are fewer.
     """
     per_domain = -(-count // len(domains))
     by_domain = [list(islice(_beginnings(tokenizer, split, domain, tokens), per_domain)) for domain in domains]
@@ -63,9 +63,7 @@ def spread_pieces(
     chosen = []
     for domain in domains:
         documents = tokenize((document.text for document in read_corpus(split, [domain])), tokenizer)
-        pieces = [
-            document[at : at + tokens] for document in documents for at in range(0, len(document) - at_least + 1, every)
-        ]
+        pieces = [ids[at : at + tokens] for ids in documents for at in range(0, len(ids) - at_least + 1, every)]
         if len(pieces) < per_domain:
             raise UserError(
                 f"{split} has {len(pieces)} pieces of {tokens} tokens in {domain}, {per_domain} were asked for"

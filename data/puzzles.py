@@ -6,6 +6,7 @@ even on another page. Letters are written with spaces, because a byte-pair token
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import count, islice
 
 from data.corpus import SPLITS, Document
 
@@ -52,14 +53,13 @@ def _sort(draw: random.Random) -> tuple[str, str]:
     return f"sort {letters}", " ".join(sorted(letters.split()))
 
 
-ARITHMETIC: tuple[Callable[[random.Random], tuple[str, str]], ...] = (_add, _subtract, _largest, _next_in_series)
-TEXT: tuple[Callable[[random.Random], tuple[str, str]], ...] = (_copy, _reverse, _sort)
+KINDS = (_add, _subtract, _largest, _next_in_series, _copy, _reverse, _sort)
 
 
 def problems(draw: random.Random, split: str, split_of: Callable[[str], str]) -> Iterator[tuple[str, str]]:
     """Endless `(question, answer)` pairs whose question belongs to `split`."""
     while True:
-        question, answer = draw.choice(ARITHMETIC + TEXT)(draw)
+        question, answer = draw.choice(KINDS)(draw)
         if split_of(question) == split:
             yield question, answer
 
@@ -67,13 +67,7 @@ def problems(draw: random.Random, split: str, split_of: Callable[[str], str]) ->
 def puzzle_pages(split_of: Callable[[str], str]) -> Iterator[Document]:
     """Pages of problems; a page's name is chosen so that `split_of` puts it into the split of its problems."""
     for split in SPLITS:
-        number = made = 0
-        while made < PAGES[split]:
-            name = f"puzzles/{split}/{number}"
-            number += 1
-            if split_of(name) != split:
-                continue
-            source = problems(random.Random(name), split, split_of)
-            lines = [f"{question} = {answer}" for question, answer in (next(source) for _ in range(LINES_PER_PAGE))]
-            yield Document(name, "puzzles", "\n".join(lines))
-            made += 1
+        names = (name for number in count() if split_of(name := f"puzzles/{split}/{number}") == split)
+        for name in islice(names, PAGES[split]):
+            source = islice(problems(random.Random(name), split, split_of), LINES_PER_PAGE)
+            yield Document(name, "puzzles", "\n".join(f"{question} = {answer}" for question, answer in source))

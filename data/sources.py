@@ -17,21 +17,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file that is not empty.
-
-    Raises:
-        UserError: the file is missing, empty or not UTF-8.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"text file {path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
-    if not text.strip():
-        raise UserError(f"{path} is empty; write some text into it")
-    return text
+    """The text of a file; a `UserError` if it is missing, empty or not UTF-8."""
+    return "".join(_lines(Path(path))).replace("\r\n", "\n").replace("\r", "\n")
 
 
 class Row(NamedTuple):
@@ -43,11 +30,7 @@ class Row(NamedTuple):
 
 
 def training_rows(args: DataArguments) -> Iterator[Row]:
-    """The rows that `args` names, one at a time.
-
-    Raises:
-        UserError: the file or data set cannot be read.
-    """
+    """The rows that `args` names, one at a time; a `UserError` if the file or data set cannot be read."""
     if args.train_file is not None:
         path = Path(args.train_file)
         if path.suffix == ".jsonl":
@@ -65,11 +48,7 @@ def training_rows(args: DataArguments) -> Iterator[Row]:
 
 
 def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The document that a row holds; chats go through the tokenizer's chat template.
-
-    Raises:
-        UserError: the row holds no document; the message begins with where it is.
-    """
+    """The document that a row holds, or a `UserError` that says where it is; chats go through the chat template."""
     if not row.is_json:
         return row.content
     try:
@@ -102,14 +81,9 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _paragraphs(path: Path) -> Iterator[str]:
     """The paragraphs of a file: lines between empty lines."""
-    part: list[str] = []
-    for line in itertools.chain(_lines(path), ["\n"]):
-        if line == "\n":
-            if text := "".join(part).strip("\n"):
-                yield text
-            part = []
-        else:
-            part.append(line)
+    for is_empty, lines in itertools.groupby(_lines(path), lambda line: line == "\n"):
+        if not is_empty:
+            yield "".join(lines).strip("\n")
 
 
 def _hugging_face(args: DataArguments) -> Iterator[Row]:
@@ -124,13 +98,11 @@ def _hugging_face(args: DataArguments) -> Iterator[Row]:
 
 
 def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row, dict) and row.get("messages"):
-        messages = row["messages"]
-    elif isinstance(row, dict) and row.get("conversations"):
-        messages = [_from_sharegpt(turn) for turn in row["conversations"]]
-    else:
+    fields = row if isinstance(row, dict) else {}
+    if isinstance(fields.get("text"), str):
+        return fields["text"]
+    messages = fields.get("messages") or [_from_sharegpt(turn) for turn in fields.get("conversations") or []]
+    if not messages:
         raise UserError("needs a field text, messages (role, content) or conversations (from, value)")
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -146,11 +118,7 @@ def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) 
 def _said_by_assistant(
     messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[int, int]]:
-    """The begin and end of each of the assistant's turns in the chat's text, without the words that ask for a turn.
-
-    Raises:
-        UserError: there is no such turn, or the template writes a chat's beginning differently once it goes on.
-    """
+    """The begin and end of each of the assistant's turns in the chat's text, without the words that ask for a turn."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out")

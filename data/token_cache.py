@@ -11,15 +11,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
-from data.batches import DataArguments, tokenize
+from data.batches import NO_TEXT, DataArguments, tokenize
 from data.sources import Row, text_of, training_rows
 
 IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
@@ -46,14 +47,10 @@ class Documents(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> np.ndarray: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[np.ndarray]: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | Sequence[np.ndarray]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:
         number = range(len(self))[index]
+        if isinstance(number, range):
+            return [self[i] for i in number]
         return self._ids[self._ends[number - 1] if number else 0 : self._ends[number]]
 
 
@@ -63,7 +60,8 @@ def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         UserError: rows that are no documents (unless `skip_bad_rows`), no text at all, or no room on the disk.
     """
-    folder = _cache() / _fingerprint(args, tokenizer)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "tokens"
+    folder = cache / _fingerprint(args, tokenizer)
     try:
         documents = Documents(folder)
     except (OSError, ValueError, KeyError):
@@ -74,7 +72,7 @@ def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, 
             f"{left_out_text(documents, between='; ')}. Repair them, or write skip_bad_rows=true to leave them out"
         )
     if not len(documents):
-        raise UserError("the data set holds no text; check dataset_name, dataset_split, train_file and domains")
+        raise UserError(NO_TEXT)
     return documents
 
 
@@ -90,40 +88,30 @@ def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase,
     """Tokenize into a folder aside, which then takes its place; where none can be written, a temporary one does."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+        aside = tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True)
     except OSError:
-        with tempfile.TemporaryDirectory(prefix="remoe-tokens-") as name:
-            _write(Path(name), args, tokenizer, progress=progress)
-            return Documents(Path(name))
-    try:
-        _write(aside, args, tokenizer, progress=progress)
-        documents = Documents(aside)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    try:
-        os.replace(aside, folder)
-    except OSError:  # another process was faster; what is mapped stays when its name is gone
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = tempfile.TemporaryDirectory(prefix="remoe-tokens-", ignore_cleanup_errors=True)
+    with aside as name:
+        _write(Path(name), args, tokenizer, progress=progress)
+        documents = Documents(Path(name))
+        with suppress(OSError):  # another process was faster; what is mapped stays when its name is gone
+            os.replace(name, folder)
     return documents
 
 
 def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> None:
     lengths: list[int] = []
-    left_out: list[str] = []
-    count = 0
+    bad: list[str] = []
     rows = iter(tqdm(training_rows(args), desc="tokenizing", unit="row", disable=not progress))
     try:
         with (folder / IDS).open("wb") as ids:
             while part := list(itertools.islice(rows, CHUNK)):
-                texts, bad = _texts(part, args, tokenizer)
-                count += len(bad)
-                left_out += bad[: NAMED - len(left_out)]
+                texts = _texts(part, args, tokenizer, bad=bad)
                 for document in tokenize(texts, tokenizer) if texts else []:
                     lengths.append(len(document))
                     ids.write(document.tobytes())
         np.save(folder / LENGTHS, np.array(lengths, dtype=np.int64))
-        about = {"left_out": count, "first_left_out": left_out}
+        about = {"left_out": len(bad), "first_left_out": bad[:NAMED]}
         (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -132,15 +120,17 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
         ) from error
 
 
-def _texts(rows: Sequence[Row], args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """The documents of these rows, and messages about the rows that hold none."""
-    texts, bad = [], []
+def _texts(
+    rows: Sequence[Row], args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, bad: list[str]
+) -> list[str]:
+    """The documents of these rows; messages about rows that hold none are added to `bad`."""
+    texts = []
     for row in rows:
         try:
             texts.append(text_of(row, args, tokenizer))
         except UserError as error:
             bad.append(str(error))
-    return [text for text in texts if text], bad
+    return [text for text in texts if text]
 
 
 def _fingerprint(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -157,7 +147,3 @@ def _what_decides(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> It
     yield str(args.train_file or args.dataset_name)  # rows left out are told by it
     for row in training_rows(args):
         yield f"{row.is_json} {row.content}"
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "tokens"

@@ -98,7 +98,7 @@ def test_a_row_without_a_pair_is_refused() -> None:
 
 
 def test_texts_have_the_end_of_text_token_on_both_sides(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = tokenize(["ab", "", "c"], tokenizer, chunk=1)
+    found = tokenize(["ab", "", "c"], tokenizer)
     assert [document.tolist()[:1] + document.tolist()[-1:] for document in found] == [[0, 0], [0, 0]]
     assert [tokenizer.decode(document[1:-1]) for document in found] == ["ab", "c"]
 

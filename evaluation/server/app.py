@@ -1,10 +1,11 @@
 """The HTTP side: routes, and what happens when a client leaves or a request fails. The model is the worker's."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -15,16 +16,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from evaluation.engine.engine import Engine
 from evaluation.server.errors import ApiError, ErrorBody, invalid_request
 from evaluation.server.gate import CLIENT_GONE, Gate, set_outcome
 from evaluation.server.intake import Intake
-from evaluation.server.mailbox import ClientGone, Mailbox, unless_gone
 from evaluation.server.metrics import Metrics
 from evaluation.server.protocol import ChatCompletionRequest, CompletionRequest, Sampled
 from evaluation.server.responses import SSE_END, ChatCompletions, Completions, sse
-from evaluation.server.work import Delta, Done, Event, Failed, Job, Work
+from evaluation.server.work import Delta, Done, Event, Job, Work
 from evaluation.server.worker import Worker
 
+T = TypeVar("T")
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -34,9 +36,10 @@ class Backend:
 
     intake: Intake
     worker: Worker
+    engine: Engine
     metrics: Metrics
     created: int  # Unix time
-    changed_shards: Callable[[], Sequence[Path]]  # the model's, that were written to since it was loaded
+    one_at_a_time: CapacityLimiter  # tokenizers are not meant for several threads
 
 
 def create_app(backend: Backend, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
@@ -62,7 +65,7 @@ def _add_status_routes(app: FastAPI, backend: Backend) -> None:
         """200 as long as requests can be served."""
         if not backend.worker.is_alive:
             raise ApiError("the model's thread has ended; restart the server", status=503)
-        if changed := backend.changed_shards():
+        if changed := backend.engine.changed_shards():
             raise ApiError(f"{changed[0]} was changed while in use; restart the server", status=503)
         return {"status": "ok"}
 
@@ -73,34 +76,33 @@ def _add_status_routes(app: FastAPI, backend: Backend) -> None:
 
 
 def _add_generation_routes(app: FastAPI, backend: Backend) -> None:
-    one_at_a_time = CapacityLimiter(1)  # tokenizers are not meant for several threads
-
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        work = await run_sync(backend.intake.completion, body, limiter=one_at_a_time)
-        form = Completions(backend.intake.served_name, wants_logprobs=work.top_logprobs is not None)
-        return await _answer(backend.worker, request, body=body, work=work, form=form)
+        work = await run_sync(backend.intake.completion, body, limiter=backend.one_at_a_time)
+        return await _answer(backend, request, body=body, work=work, form=Completions)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer in a conversation."""
-        work = await run_sync(backend.intake.chat, body, limiter=one_at_a_time)
-        form = ChatCompletions(backend.intake.served_name, wants_logprobs=work.top_logprobs is not None)
-        return await _answer(backend.worker, request, body=body, work=work, form=form)
+        work = await run_sync(backend.intake.chat, body, limiter=backend.one_at_a_time)
+        return await _answer(backend, request, body=body, work=work, form=ChatCompletions)
 
 
-async def _answer(worker: Worker, request: Request, *, body: Sampled, work: Work, form: Completions) -> Response:
+async def _answer(
+    backend: Backend, request: Request, *, body: Sampled, work: Work, form: type[Completions]
+) -> Response:
     """Queue the work and answer; errors before the first token are plain HTTP errors even if a stream was asked for."""
+    words = form(backend.intake.served_name, wants_logprobs=work.top_logprobs is not None)
     mailbox = Mailbox()
     job = Job(work, mailbox.send)
-    worker.submit(job)
+    backend.worker.submit(job)
     events = mailbox.events()
     try:
         if not body.stream:
-            return JSONResponse(await unless_gone(request, _whole(events, form)))
-        first = await unless_gone(request, _first(events))
-        return _EventStream(job, _again(first, events), form=form, wants_usage=body.wants_usage)
+            return JSONResponse(words.whole(await _unless_gone(request, _all(events))))
+        first = await _unless_gone(request, anext(events))
+        return _EventStream(job, first, events, form=words, wants_usage=body.wants_usage)
     except ClientGone:
         job.cancel()
         set_outcome(request.scope, CLIENT_GONE)
@@ -110,29 +112,52 @@ async def _answer(worker: Worker, request: Request, *, body: Sampled, work: Work
         raise
 
 
-async def _whole(events: AsyncIterator[Event], form: Completions) -> dict[str, Any]:
-    deltas: list[Delta] = []
-    async for event in events:
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Done):
-            return form.whole(deltas, event)
-        deltas.append(event)
-    raise AssertionError("events end with Done or Failed")
+class ClientGone(Exception):
+    """The client closed its connection before it had its answer."""
 
 
-async def _first(events: AsyncIterator[Event]) -> Event:
-    event = await anext(events)
-    if isinstance(event, Failed):
-        raise event.error
-    return event
+class Mailbox:
+    """A queue of events, from the worker's thread to the coroutine that makes and reads it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def send(self, event: Event) -> None:
+        """Put an event in; called from another thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def events(self) -> AsyncIterator[Delta | Done]:
+        """The events as they come, up to the last; an `ApiError` is raised."""
+        event: Event | None = None
+        while not isinstance(event, Done):
+            event = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            yield event
 
 
-async def _again(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
-    """The events with the one that was taken already."""
-    yield first
-    async for event in events:
-        yield event
+async def _all(events: AsyncIterator[T]) -> list[T]:
+    return [event async for event in events]
+
+
+async def _unless_gone(request: Request, waiting: Awaitable[T]) -> T:
+    """The result of `waiting`, or `ClientGone` if the client leaves first; the request's body must have been read."""
+    answer, gone = asyncio.ensure_future(waiting), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientGone
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class _EventStream(StreamingResponse):
@@ -140,8 +165,10 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, job: Job, events: AsyncIterator[Event], *, form: Completions, wants_usage: bool) -> None:
-        super().__init__(self._lines(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(
+        self, job: Job, first: Delta | Done, rest: AsyncIterator[Delta | Done], *, form: Completions, wants_usage: bool
+    ) -> None:
+        super().__init__(self._lines(first, rest), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._job, self._form, self._wants_usage = job, form, wants_usage
         self._outcome = CLIENT_GONE
 
@@ -152,19 +179,20 @@ class _EventStream(StreamingResponse):
             self._job.cancel()
             set_outcome(scope, self._outcome)
 
-    async def _lines(self, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+    async def _lines(self, event: Delta | Done, rest: AsyncIterator[Delta | Done]) -> AsyncIterator[str]:
         work = self._job.work
         for chunk in self._form.first_chunks(len(work.prompts) * work.n):
             yield sse(chunk)
-        async for event in events:
-            if isinstance(event, Failed):
-                self._outcome = str(event.error.status)
-                yield sse(event.error.body())
-                return
-            if isinstance(event, Delta):
+        try:
+            while isinstance(event, Delta):
                 yield sse(self._form.chunk(event, wants_usage=self._wants_usage))
-            elif self._wants_usage:
-                yield sse(self._form.usage_chunk(event))
+                event = await anext(rest)
+        except ApiError as error:
+            self._outcome = str(error.status)
+            yield sse(error.body())
+            return
+        if self._wants_usage:
+            yield sse(self._form.usage_chunk(event))
         self._outcome = "200"
         yield SSE_END
 
@@ -172,20 +200,17 @@ class _EventStream(StreamingResponse):
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error has OpenAI's body."""
 
-    @app.exception_handler(ApiError)
-    async def told(_: Request, error: ApiError) -> Response:
-        return error.response()
-
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         return invalid_request(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if isinstance(error, ApiError):
+            return error.response()
         what = HTTPStatus(error.status_code).phrase if error.status_code in (404, 405) else error.detail
-        return ApiError(
-            f"{request.method} {request.url.path}: {what}", status=error.status_code, headers=error.headers
-        ).response()
+        message = f"{request.method} {request.url.path}: {what}"
+        return ApiError(message, status=error.status_code, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def unforeseen(_: Request, __: Exception) -> Response:

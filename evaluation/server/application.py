@@ -9,11 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import transformers
 import uvicorn
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -39,6 +40,7 @@ GRACE_SECONDS = 20
 """The time that a stopping server gives requests to finish before it breaks them off."""
 
 logger = logging.getLogger(__name__)
+Routers = Mapping[str, Tensor] | None  # tuned ones, see `load`
 
 
 @dataclass(frozen=True)
@@ -76,29 +78,17 @@ def serve(sock: socket.socket, loaded: Application, options: ServerOptions) -> N
     """Serve at a bound socket until SIGINT or SIGTERM."""
     engine = loaded.engine
     _warn_if_open(sock, options)
-    print(
-        f"serving {loaded.name} at {_url(sock)}/v1 with {engine.cache.total_slots} of {engine.demand.all_experts} "
-        f"experts in {readable(engine.pool_bytes)}; Ctrl-C stops",
-        flush=True,
-    )
+    experts = f"{engine.cache.total_slots} of {engine.demand.all_experts} experts in {readable(engine.pool_bytes)}"
+    print(f"serving {loaded.name} at {_url(sock)}/v1 with {experts}; Ctrl-C stops", flush=True)
     with _signals_only_stop_the_server():
         HttpServer(loaded).run(sockets=[sock])
 
 
 @contextmanager
 def application(
-    model_dir: str,
-    engine_options: EngineOptions,
-    options: ServerOptions,
-    *,
-    name: str,
-    router_delta: Mapping[str, Tensor] | None = None,
+    model_dir: str, engine_options: EngineOptions, options: ServerOptions, *, name: str, router_delta: Routers = None
 ) -> Iterator[Application]:
-    """Load the model and put everything together but the HTTP server.
-
-    Args:
-        name: the model's name for clients.
-        router_delta: tuned routers, see `load`.
+    """Load the model, which clients call `name`, and put everything together but the HTTP server.
 
     Raises:
         UserError: values that make no sense for this model, or whatever `load` refuses.
@@ -106,25 +96,21 @@ def application(
     api_key, config = _api_key(options.api_key_env), read_config(model_dir)
     keeps = _keeps_prefixes(config, engine_options, options)
     context_tokens = _context_tokens(config, options.max_model_len)
-    engine_options = replace(
-        engine_options,
-        context_tokens=options.max_model_len or min(CONTEXT_TOKENS, context_tokens),
-        prompt_tokens=options.block_tokens if keeps else None,
-    )
+    room = options.max_model_len or min(CONTEXT_TOKENS, context_tokens)
+    blocks = options.block_tokens if keeps else None
+    engine_options = replace(engine_options, context_tokens=room, prompt_tokens=blocks)
     transformers.utils.logging.disable_progress_bar()
     with load(model_dir, engine_options, router_delta=router_delta) as (model, engine):
         tokenizer = load_tokenizer(model_dir)
         vocabulary = model.config.get_text_config().vocab_size
         intake = Intake(tokenizer, served_name=name, context_tokens=context_tokens, vocabulary=vocabulary)
         metrics = Metrics(engine)
-        # a copy each: one thread writes texts, another reads them
-        chat, controller = _conversations(model, engine, options) if keeps else (None, None)
-        generator = Generator(
-            model, engine, copy.deepcopy(tokenizer), metrics=metrics, chat=chat, controller=controller
-        )
+        kept = _conversations(model, engine, options) if keeps else ()
+        # a copy of the tokenizer each: one thread writes texts, another reads them
+        generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics, *kept)
         with Worker(generator, max_queue=options.max_queue) as worker:
-            metrics.show(worker)
-            backend = Backend(intake, worker, metrics, int(time.time()), engine.changed_shards)
+            metrics.registry.register(worker)
+            backend = Backend(intake, worker, engine, metrics, int(time.time()), CapacityLimiter(1))
             app = create_app(backend, api_key=api_key, max_request_bytes=options.max_request_bytes)
             yield Application(app, engine, worker, name)
 
@@ -138,19 +124,15 @@ def listener(host: str, port: int) -> Iterator[socket.socket]:
     """
     if not 0 <= port < 2**16:
         raise UserError(f"--port is {port}; it must be between 0 and {2**16 - 1}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot listen at {host} port {port}: {error}") from error
-    with sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with ExitStack() as stack:
         try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = stack.enter_context(socket.socket(family, kind, protocol))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-        except OSError as error:
-            raise UserError(
-                f"cannot listen at {host} port {port}: {error.strerror}; choose another with --host and --port"
-            ) from error
+        except (OSError, UnicodeError) as error:
+            why = f"cannot listen at {host} port {port}: {getattr(error, 'strerror', error)}"
+            raise UserError(f"{why}; choose another with --host and --port") from error
         yield sock
 
 
@@ -158,15 +140,9 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server. When it stops, requests have `GRACE_SECONDS` to finish; then each is told that it is over."""
 
     def __init__(self, loaded: Application) -> None:
-        super().__init__(
-            uvicorn.Config(
-                loaded.app,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                timeout_graceful_shutdown=GRACE_SECONDS + 10,  # for clients that do not even read the end
-            )
-        )
+        config = uvicorn.Config(loaded.app, lifespan="off", ws="none", server_header=False)
+        config.timeout_graceful_shutdown = GRACE_SECONDS + 10  # for clients that do not even read the end
+        super().__init__(config)
         self._worker = loaded.worker
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -1,6 +1,6 @@
 """One choice of an answer while it grows: its text, its log probabilities, and when it ends."""
 
-from collections.abc import Collection
+from collections.abc import Set
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,13 +21,7 @@ class Choice:
     """
 
     def __init__(
-        self,
-        index: int,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        work: Work,
-        max_new_tokens: int,
-        end_ids: Collection[int],
+        self, index: int, tokenizer: PreTrainedTokenizerBase, *, work: Work, max_new_tokens: int, end_ids: Set[int]
     ) -> None:
         self.index, self.tokens = index, 0
         self.finish_reason: str | None = None
@@ -44,7 +38,7 @@ class Choice:
             return self._finish("", "stop")
         if self._top is not None:
             assert scores_V is not None, "log probabilities need scores"
-            self._pending.append(self._logprob(token_id, scores_V))
+            self._pending.append(self._logprob(token_id, scores_V, self._top))
         piece = self._detokenizer.push(token_id)
         self._decoded_length += len(piece)
         text = self._stops.push(piece)
@@ -61,18 +55,16 @@ class Choice:
 
     def _delta(self, text: str) -> Delta | None:
         self._shown_length += len(text)
-        cut = self._stops.stopped
-        over = self.finish_reason is not None and not cut
+        over = self.finish_reason is not None and not self._stops.stopped
         certain = [item for item in self._pending if over or item.text_offset < self._shown_length]
         self._pending = self._pending[len(certain) :]
         if not text and not certain and self.finish_reason is None:
             return None
         return Delta(self.index, text, certain, self.finish_reason)
 
-    def _logprob(self, token_id: int, scores_V: torch.Tensor) -> TokenLogprob:
-        assert self._top is not None
+    def _logprob(self, token_id: int, scores_V: torch.Tensor, alternatives: int) -> TokenLogprob:
         logprobs_V = torch.log_softmax(scores_V.float(), dim=-1).clamp_min(LOWEST_LOGPROB)
-        best = torch.topk(logprobs_V, self._top)
+        best = torch.topk(logprobs_V, alternatives)
         top = [(self._token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return TokenLogprob(self._token(token_id), logprobs_V[token_id].item(), top, self._decoded_length)
 

@@ -15,6 +15,7 @@ SHAPES = {
     "messages": "a list of objects with a role (system, developer, user or assistant) and a content that is text",
 }
 """The forms that a field may have, in one sentence; the checks of each form would say it in several."""
+Headers = Mapping[str, str] | None
 
 
 class ErrorDetail(BaseModel):
@@ -47,21 +48,16 @@ class ApiError(HTTPException):
         status: int = 400,
         param: str | None = None,
         code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Headers = None,
     ) -> None:
         super().__init__(status, message, headers)
         self.message, self.status, self.param, self.code = message, status, param, code
 
-    @property
-    def kind(self) -> str:
-        """OpenAI's `type`."""
-        if self.status == 429:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
     def body(self) -> dict[str, Any]:
         """The JSON body."""
-        detail = ErrorDetail(message=speakable(self.message), type=self.kind, param=self.param, code=self.code)
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        detail = ErrorDetail(message=speakable(self.message), type=kind, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
 
     def response(self) -> JSONResponse:

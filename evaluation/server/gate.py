@@ -1,7 +1,6 @@
 """The gate before the routes: every HTTP request is counted, must hold the key, and may not be too long."""
 
 import hmac
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,14 +29,24 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        counted = _Counted(scope, send)
+        state = scope.setdefault("state", {})
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                state.setdefault("outcome", str(message["status"]))
+            await send(message)
+
         try:
             if self._has_key(scope):
-                await self._app(scope, _limited(scope, receive, self._max_request_bytes), counted)
+                await self._app(scope, _limited(scope, receive, self._max_request_bytes), noting)
             else:
-                await _no_key().response()(scope, receive, counted)
+                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+                headers = {"WWW-Authenticate": "Bearer"}
+                error = ApiError(message, status=401, code="invalid_api_key", headers=headers)
+                await error.response()(scope, receive, noting)
         finally:
-            self._metrics.requests.labels(counted.endpoint, counted.status).inc()
+            endpoint = scope["path"] if scope["path"] in PATHS else "other"
+            self._metrics.requests.labels(endpoint, state.get("outcome", "500")).inc()
 
     def _has_key(self, scope: Scope) -> bool:
         if self._api_key is None or not scope["path"].startswith("/v1"):
@@ -48,61 +57,22 @@ class Gate:
 
 def set_outcome(scope: Scope, status: str) -> None:
     """Count this request under another status than the one its answer began with."""
-    scope.setdefault("state", {})["outcome"] = status
-
-
-class _Counted:
-    """A `send` that notes the status of the answer."""
-
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._scope, self._send = scope, send
-        self._status = "500"  # of an answer that never began
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._status = str(message["status"])
-        await self._send(message)
-
-    @property
-    def endpoint(self) -> str:
-        return self._scope["path"] if self._scope["path"] in PATHS else "other"
-
-    @property
-    def status(self) -> str:
-        return self._scope.get("state", {}).get("outcome", self._status)
+    scope["state"]["outcome"] = status
 
 
 def _limited(scope: Scope, receive: Receive, max_bytes: int) -> Receive:
     """A `receive` that raises an `ApiError` once the body is longer than allowed, or is announced to be."""
     announced = Headers(scope=scope).get("content-length", "")
-    seen_bytes = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+    too_long = announced.isdecimal() and len(announced) < 20 and int(announced) > max_bytes
     came_bytes = 0
 
-    async def limited() -> Any:
+    async def limited() -> Message:
         nonlocal came_bytes
-        if seen_bytes > max_bytes:
-            raise _too_long(max_bytes)
-        message = await receive()
+        message = {} if too_long else await receive()
         came_bytes += len(message.get("body", b""))
-        if came_bytes > max_bytes:
-            raise _too_long(max_bytes)
+        if too_long or came_bytes > max_bytes:
+            why = f"the request is longer than {max_bytes} bytes, which --max-request-bytes allows; shorten it"
+            raise ApiError(why, status=413, code="request_too_large")
         return message
 
     return limited
-
-
-def _too_long(max_bytes: int) -> ApiError:
-    return ApiError(
-        f"the request is longer than {max_bytes} bytes, which --max-request-bytes allows; shorten it",
-        status=413,
-        code="request_too_large",
-    )
-
-
-def _no_key() -> ApiError:
-    return ApiError(
-        "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-        status=401,
-        code="invalid_api_key",
-        headers={"WWW-Authenticate": "Bearer"},
-    )

@@ -27,23 +27,20 @@ from evaluation.server.metrics import Metrics
 from evaluation.server.work import Cancelled, Delta, Done, Job, Work
 
 
+@dataclass
 class Generator:
     """The model with all it takes to serve jobs, one at a time, always from the same thread."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        metrics: Metrics,
-        chat: Conversations | None = None,
-        controller: MemoryController | None = None,
-    ) -> None:
-        self._model, self._engine, self._tokenizer, self._metrics = model, engine, tokenizer, metrics
-        self._chat, self._controller = chat, controller
-        self._job: Job | None = None
-        for module in model.modules():
+    model: PreTrainedModel
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    metrics: Metrics
+    chat: Conversations | None = None
+    controller: MemoryController | None = None
+    _job: Job | None = None
+
+    def __post_init__(self) -> None:
+        for module in self.model.modules():
             if isinstance(getattr(module, "paged", None), PagedLayer):
                 module.register_forward_pre_hook(self._end_if_cancelled)
 
@@ -54,71 +51,60 @@ class Generator:
             Cancelled: nobody waits for it any more.
             UserError, OSError: an expert could not be read.
         """
-        self._job, before, clock = job, self._engine.stats(), _JobClock(job, self._metrics)
+        self._job, before, clock = job, self.engine.stats(), _JobClock(job, self.metrics)
         found_before = self._found_tokens()
-        self._metrics.queue_seconds.observe(time.perf_counter() - job.submitted_seconds)
+        self.metrics.queue_seconds.observe(time.perf_counter() - job.submitted_seconds)
         try:
             with torch.random.fork_rng():
                 tokens = sum(self._answer(job, position, clock) for position in range(len(job.work.prompts)))
         finally:
             self._job = None
-            if self._controller is not None:
-                self._controller.request_done()  # also of a job that was broken off: it forgets what is old
-        remoe = {**_engine_figures(before, self._engine.stats()), **clock.figures()}
-        cached = self._found_tokens() - found_before
-        self._metrics.request_done(
-            job.work.prompt_tokens, tokens, cached_tokens=cached, tpot_seconds=clock.tpot_seconds
-        )
-        return Done(job.work.prompt_tokens, tokens, cached, remoe)
+            if self.controller is not None:
+                self.controller.request_done()  # also of a job that was broken off: it forgets what is old
+        remoe = {**_engine_figures(before, self.engine.stats()), **clock.figures()}
+        done = Done(job.work.prompt_tokens, tokens, self._found_tokens() - found_before, remoe)
+        self.metrics.request_done(done, tpot_seconds=clock.tpot_seconds)
+        return done
 
     def reset_cache(self) -> None:
         """Forget which experts are resident, after something went wrong."""
-        self._engine.reset_cache()
+        self.engine.reset_cache()
 
     def _answer(self, job: Job, position: int, clock: "_JobClock") -> int:
         """Generate all choices of one prompt; returns how many tokens they have."""
         work, limit = job.work, job.work.max_new_tokens[position]
         rows = range(position * work.n, (position + 1) * work.n)
         end_ids = self._end_ids()
-        choices = [Choice(i, self._tokenizer, work=work, max_new_tokens=limit, end_ids=end_ids) for i in rows]
+        choices = [Choice(i, self.tokenizer, work=work, max_new_tokens=limit, end_ids=end_ids) for i in rows]
         scores = _Scores()
-        watcher = _Watcher(choices, scores, clock=clock, send=job.send, check=self._end_if_cancelled)
+        clock.next_prompt()
+        watcher = _Watcher(choices, scores, clock, job.send, self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
-        prompt_BT = torch.tensor([work.prompts[position]], device=self._model.device)
+        prompt_BT = torch.tensor([work.prompts[position]], device=self.model.device)
         options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt_BT)}
-        generate: Any = self._model.generate
-        if self._chat is not None and work.n == 1:
-            generate, options = self._chat.generate, {}
-        generate(
-            prompt_BT,
-            **options,
-            max_new_tokens=limit,
-            num_beams=1,
-            stopping_criteria=StoppingCriteriaList([watcher]),
-            logits_processor=LogitsProcessorList([scores] if work.top_logprobs is not None else []),
-            **self._sampling(work),
-        )
+        generate: Any = self.model.generate
+        if self.chat is not None and work.n == 1:
+            generate, options = self.chat.generate, {}
+        options |= {"max_new_tokens": limit, "num_beams": 1, "stopping_criteria": StoppingCriteriaList([watcher])}
+        looks = LogitsProcessorList([scores] if work.top_logprobs is not None else [])
+        generate(prompt_BT, **options, logits_processor=looks, **self._sampling(work))
         return sum(choice.tokens for choice in choices)
 
     def _sampling(self, work: Work) -> dict[str, Any]:
         """The sampling options for `generate`, which takes what is left out from the model's generation_config."""
-        default = self._model.generation_config.temperature
+        default = self.model.generation_config.temperature
         temperature = (1.0 if default is None else default) if work.temperature is None else work.temperature
         if temperature == 0:
             return {"do_sample": False}
-        said = {"top_p": work.top_p, "top_k": work.top_k}
-        return {
-            "do_sample": True,
-            "temperature": float(temperature),
-            "num_return_sequences": work.n,
-            **{name: value for name, value in said.items() if value is not None},
-        }
+        said = {"temperature": float(temperature), "top_p": work.top_p, "top_k": work.top_k}
+        given = {name: value for name, value in said.items() if value is not None}
+        return {"do_sample": True, "num_return_sequences": work.n, **given}
 
     def _found_tokens(self) -> int:
-        return self._chat.found_tokens if self._chat is not None else 0
+        return self.chat.found_tokens if self.chat is not None else 0
 
     def _end_ids(self) -> frozenset[int]:
-        ids: Any = self._model.generation_config.eos_token_id
+        ids: Any = self.model.generation_config.eos_token_id
         return frozenset([ids] if isinstance(ids, int) else ids or [])
 
     def _end_if_cancelled(self, *_: Any) -> None:
@@ -137,32 +123,26 @@ class _Scores(LogitsProcessor):
         return scores
 
 
+@dataclass
 class _Watcher(StoppingCriteria):
     """The hook that `generate` calls after every step: gives the new tokens to their choices, says which are over."""
 
-    def __init__(
-        self,
-        choices: list[Choice],
-        scores: _Scores,
-        *,
-        clock: "_JobClock",
-        send: Callable[[Delta], None],
-        check: Callable[[], None],
-    ) -> None:
-        self._choices, self._scores, self._clock, self._send, self._check = choices, scores, clock, send, check
-        clock.next_prompt()
+    choices: list[Choice]
+    scores: _Scores
+    clock: "_JobClock"
+    send: Callable[[Delta], None]
+    check: Callable[[], None]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self._check()
-        self._clock.step()
-        for row, (choice, token_id) in enumerate(zip(self._choices, input_ids[:, -1].tolist(), strict=True)):
+        self.check()
+        self.clock.step()
+        for row, (choice, token_id) in enumerate(zip(self.choices, input_ids[:, -1].tolist(), strict=True)):
             if choice.finish_reason is not None:
                 continue  # padding
-            scores_V = None if self._scores.last_BV is None else self._scores.last_BV[row]
-            delta = choice.push(token_id, scores_V)
-            if delta is not None:
-                self._send(delta)
-        return torch.tensor([choice.finish_reason is not None for choice in self._choices], device=input_ids.device)
+            scores_V = None if self.scores.last_BV is None else self.scores.last_BV[row]
+            if (delta := choice.push(token_id, scores_V)) is not None:
+                self.send(delta)
+        return torch.tensor([choice.finish_reason is not None for choice in self.choices], device=input_ids.device)
 
 
 @dataclass
@@ -196,20 +176,21 @@ class _JobClock:
 
     def figures(self) -> dict[str, float | None]:
         """Times in milliseconds, under vLLM's names."""
-        return {
-            "ttft_ms": None if self.ttft_seconds is None else 1e3 * self.ttft_seconds,
-            "tpot_ms": None if self.tpot_seconds is None else 1e3 * self.tpot_seconds,
-        }
+        seconds = {"ttft_ms": self.ttft_seconds, "tpot_ms": self.tpot_seconds}
+        return {name: None if value is None else 1e3 * value for name, value in seconds.items()}
 
 
 def _engine_figures(before: EngineStats, after: EngineStats) -> dict[str, Any]:
     """The difference between two readings of the counters; a rate of nothing is None."""
-    accesses = {name: after.accesses_by_phase[name] - before.accesses_by_phase[name] for name in PHASES}
-    misses = {name: after.misses_by_phase[name] - before.misses_by_phase[name] for name in PHASES}
+
+    def change(field: str) -> dict[str, Any]:
+        return {name: getattr(after, field)[name] - getattr(before, field)[name] for name in PHASES}
+
+    accesses, misses = change("accesses_by_phase"), change("misses_by_phase")
     return {
         "hit_rate": {name: 1 - misses[name] / accesses[name] if accesses[name] else None for name in PHASES},
         "accesses": sum(accesses.values()),
         "misses": sum(misses.values()),
         "bytes_read": after.bytes_read - before.bytes_read,
-        "stall_seconds": {name: after.stall_seconds[name] - before.stall_seconds[name] for name in PHASES},
+        "stall_seconds": change("stall_seconds"),
     }

@@ -30,13 +30,8 @@ class Intake:
         """
         self._check_name(request)
         prompts = self._prompts(request.prompt)
-        return self._work(
-            request,
-            prompts,
-            max_tokens=request.max_tokens,
-            default_tokens=COMPLETION_TOKENS,
-            top_logprobs=request.logprobs,
-        )
+        most = [self._new_tokens(prompt, request.max_tokens, COMPLETION_TOKENS) for prompt in prompts]
+        return _work(request, prompts, most, top_logprobs=request.logprobs)
 
     def chat(self, request: ChatCompletionRequest) -> Work:
         """Work for a conversation.
@@ -46,57 +41,27 @@ class Intake:
         """
         self._check_name(request)
         prompt = self._conversation(request)
-        return self._work(
-            request,
-            [prompt],
-            max_tokens=request.max_completion_tokens or request.max_tokens,
-            default_tokens=self.context_tokens,
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        )
-
-    def _work(
-        self,
-        request: Sampled,
-        prompts: list[list[int]],
-        *,
-        max_tokens: int | None,
-        default_tokens: int,
-        top_logprobs: int | None,
-    ) -> Work:
-        for prompt in prompts:
-            self._check_length(prompt, max_tokens)
-        return Work(
-            prompts,
-            [max_tokens or min(default_tokens, self.context_tokens - len(prompt)) for prompt in prompts],
-            n=request.n or 1,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            seed=request.seed,
-            stops=request.stops,
-            top_logprobs=top_logprobs,
-        )
+        asked = request.max_completion_tokens or request.max_tokens
+        most = self._new_tokens(prompt, asked, self.context_tokens)
+        return _work(request, [prompt], [most], top_logprobs=(request.top_logprobs or 0) if request.logprobs else None)
 
     def _check_name(self, request: Sampled) -> None:
         if request.model not in (None, self.served_name):
-            raise ApiError(
-                f"model {request.model!r} is not served here, only {self.served_name!r}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            message = f"model {request.model!r} is not served here, only {self.served_name!r}"
+            raise ApiError(message, status=404, param="model", code="model_not_found")
 
-    def _check_length(self, prompt: list[int], max_tokens: int | None) -> None:
+    def _new_tokens(self, prompt: list[int], asked: int | None, default: int) -> int:
+        """How many tokens may follow this prompt: as many as were asked for, or as the context holds."""
         if not prompt:
             raise ApiError("the prompt has no tokens; write some text", param="prompt")
-        wanted = len(prompt) + (max_tokens or 1)
-        if wanted > self.context_tokens:
-            raise ApiError(
-                f"the prompt has {len(prompt)} tokens and {max_tokens or 'at least 1'} are to come; the context of "
-                f"{self.served_name} holds {self.context_tokens}: shorten the prompt or lower max_tokens",
-                param="max_tokens" if len(prompt) < self.context_tokens else "prompt",
-                code="context_length_exceeded",
+        if len(prompt) + (asked or 1) > self.context_tokens:
+            message = (
+                f"the prompt has {len(prompt)} tokens and {asked or 'at least 1'} are to come; the context of "
+                f"{self.served_name} holds {self.context_tokens}: shorten the prompt or lower max_tokens"
             )
+            param = "max_tokens" if len(prompt) < self.context_tokens else "prompt"
+            raise ApiError(message, param=param, code="context_length_exceeded")
+        return asked or min(default, self.context_tokens - len(prompt))
 
     def _prompts(self, prompt: Any) -> list[list[int]]:
         """One list of ids for every prompt, in whichever of the four forms the prompts came."""
@@ -115,12 +80,11 @@ class Intake:
 
     def _conversation(self, request: ChatCompletionRequest) -> list[int]:
         if not self._tokenizer.chat_template:
-            raise ApiError(
+            message = (
                 f"the tokenizer of {self.served_name} has no chat template, so it is not known how this model marks "
-                "turns; use /v1/completions",
-                param="messages",
-                code="no_chat_template",
+                "turns; use /v1/completions"
             )
+            raise ApiError(message, param="messages", code="no_chat_template")
         roles = {"developer": "system"}
         turns = [{"role": roles.get(m.role, m.role), "content": m.text} for m in request.messages]
         try:
@@ -128,3 +92,8 @@ class Intake:
         except (TemplateError, ValueError, TypeError) as error:
             raise ApiError(f"the model's chat template refuses these messages: {error}", param="messages") from error
         return self._encode(text, add_special_tokens=False)
+
+
+def _work(request: Sampled, prompts: list[list[int]], max_new_tokens: list[int], *, top_logprobs: int | None) -> Work:
+    sampling = request.model_dump(include={"temperature", "top_p", "top_k", "seed"})
+    return Work(prompts, max_new_tokens, n=request.n or 1, stops=request.stops, top_logprobs=top_logprobs, **sampling)

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.engine import Engine
+from evaluation.server.work import Done
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 """Buckets for whole requests and first tokens: a prompt may touch every expert of a large model."""
@@ -34,19 +35,13 @@ class Metrics:
         self._cached_tokens = self._counter("prompt_tokens_cached", "of these, found in the prefix cache")
         self._generation_tokens = self._counter("generation_tokens", "of requests that were served to their end")
 
-    def request_done(
-        self, prompt_tokens: int, generation_tokens: int, *, cached_tokens: int, tpot_seconds: float | None
-    ) -> None:
+    def request_done(self, done: Done, *, tpot_seconds: float | None) -> None:
         """Count a request that was served to its end."""
-        self._prompt_tokens.inc(prompt_tokens)
-        self._cached_tokens.inc(cached_tokens)
-        self._generation_tokens.inc(generation_tokens)
+        self._prompt_tokens.inc(done.prompt_tokens)
+        self._cached_tokens.inc(done.cached_tokens)
+        self._generation_tokens.inc(done.completion_tokens)
         if tpot_seconds is not None:
             self.tpot_seconds.observe(tpot_seconds)
-
-    def show(self, collector: Collector) -> None:
-        """Show the figures of another collector too."""
-        self.registry.register(collector)
 
     def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"remoe_{name}", meaning, labels, registry=self.registry)

@@ -11,31 +11,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 HARMLESS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Labels for whoever runs the server: accepted, and nothing follows from them."""
 NEUTRAL: dict[str, list[Any]] = {
-    "audio": [],
-    "best_of": [1],
-    "echo": [False],
-    "frequency_penalty": [0],
-    "function_call": ["none"],
-    "functions": [[]],
-    "logit_bias": [{}],
-    "modalities": [["text"]],
-    "parallel_tool_calls": [True, False],
-    "prediction": [],
-    "presence_penalty": [0],
-    "reasoning_effort": [],
-    "response_format": [{"type": "text"}],
-    "service_tier": ["auto", "default"],
-    "store": [False],
-    "suffix": [""],
-    "tool_choice": ["none", "auto"],
-    "tools": [[]],
-    "verbosity": [],
-    "web_search_options": [],
+    **{key: [] for key in ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options")},
+    **{key: [False] for key in ("echo", "store")},
+    **{key: [0] for key in ("frequency_penalty", "presence_penalty")},
+    **{key: [[]] for key in ("functions", "tools")},
+    **{"best_of": [1], "logit_bias": [{}], "parallel_tool_calls": [True, False], "suffix": [""]},
+    **{"function_call": ["none"], "tool_choice": ["none", "auto"], "service_tier": ["auto", "default"]},
+    **{"modalities": [["text"]], "response_format": [{"type": "text"}]},
 }
 """Parameters that are not supported, with the values that ask for nothing; so does null. Others are refused."""
-MOST_CHOICES = 16
-MOST_PROMPTS = 128
-MOST_LOGPROBS = 20
+MOST_CHOICES, MOST_PROMPTS, MOST_LOGPROBS = 16, 128, 20
 COOLEST = 0.01
 """Temperatures above 0 and below this would overflow the scores they divide."""
 

@@ -4,6 +4,8 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from evaluation.server.choice import utf8
@@ -20,12 +22,12 @@ class Completions:
         self._wants_logprobs = wants_logprobs
         self._head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": served_name}
 
-    def whole(self, deltas: Sequence[Delta], done: Done) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        by_index: dict[int, list[Delta]] = {}
-        for delta in deltas:
-            by_index.setdefault(delta.index, []).append(delta)
-        choices = [self._whole_choice(_joined(by_index[index])) for index in sorted(by_index)]
+    def whole(self, events: Sequence[Delta | Done]) -> dict[str, Any]:
+        """The body of an answer that is not streamed, of all that came."""
+        index = attrgetter("index")
+        deltas = sorted((event for event in events if isinstance(event, Delta)), key=index)
+        choices = [self._whole_choice(_joined(list(of_one))) for _, of_one in groupby(deltas, index)]
+        (done,) = (event for event in events if isinstance(event, Done))
         return {**self._head, "object": self.whole_object, "choices": choices, **_account(done)}
 
     def first_chunks(self, choices: int) -> list[dict[str, Any]]:
@@ -44,12 +46,7 @@ class Completions:
         return {**self._head, "object": self.chunk_object, "choices": choices}
 
     def _whole_choice(self, delta: Delta) -> dict[str, Any]:
-        return {
-            "index": delta.index,
-            "text": delta.text,
-            "logprobs": self._logprobs(delta.logprobs),
-            "finish_reason": delta.finish_reason,
-        }
+        return _choice(delta, self._logprobs(delta.logprobs), text=delta.text)
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
         return self._whole_choice(delta)
@@ -73,26 +70,23 @@ class ChatCompletions(Completions):
 
     def first_chunks(self, choices: int) -> list[dict[str, Any]]:
         """The role of the speaker, for every choice."""
-        return [
-            self._chunk([_chat_choice(i, {"role": "assistant", "content": ""}, None, None)]) for i in range(choices)
-        ]
+        role = {"role": "assistant", "content": ""}
+        return [self._chunk([_choice(Delta(i, "", [], None), None, delta=role)]) for i in range(choices)]
 
     def _whole_choice(self, delta: Delta) -> dict[str, Any]:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return _chat_choice(delta.index, message, self._logprobs(delta.logprobs), delta.finish_reason, key="message")
+        return _choice(delta, self._logprobs(delta.logprobs), message=message)
 
     def _chunk_choice(self, delta: Delta) -> dict[str, Any]:
         content = {"content": delta.text} if delta.text else {}
-        return _chat_choice(delta.index, content, self._logprobs(delta.logprobs), delta.finish_reason)
+        return _choice(delta, self._logprobs(delta.logprobs), delta=content)
 
     def _logprobs(self, items: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._wants_logprobs:
             return None
-        content = [
-            {**_token(item.token, item.logprob), "top_logprobs": [_token(*other) for other in item.top]}
-            for item in items
-        ]
-        return {"content": content, "refusal": None}
+        tops = [[_token(*other) for other in item.top] for item in items]
+        own = [_token(item.token, item.logprob) for item in items]
+        return {"content": [{**o, "top_logprobs": t} for o, t in zip(own, tops, strict=True)], "refusal": None}
 
 
 def sse(data: dict[str, Any]) -> str:
@@ -103,10 +97,8 @@ def sse(data: dict[str, Any]) -> str:
 SSE_END = "data: [DONE]\n\n"
 
 
-def _chat_choice(
-    index: int, said: dict[str, Any], logprobs: dict[str, Any] | None, finish_reason: str | None, *, key: str = "delta"
-) -> dict[str, Any]:
-    return {"index": index, key: said, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(of: Delta, logprobs: dict[str, Any] | None, **said: Any) -> dict[str, Any]:
+    return {"index": of.index, **said, "logprobs": logprobs, "finish_reason": of.finish_reason}
 
 
 def _token(token: str, logprob: float) -> dict[str, Any]:

@@ -72,8 +72,5 @@ class StopStrings:
 
     def _maybe_stop_length(self) -> int:
         """Length of the longest end of the held text that a stop string begins with."""
-        longest = min(len(self._held), max((len(stop) - 1 for stop in self._stops), default=0))
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0
+        ends = (self._held[-length:] for length in range(len(self._held), 0, -1))
+        return next((len(end) for end in ends if any(stop.startswith(end) for stop in self._stops)), 0)

@@ -58,14 +58,8 @@ class Done:
     remoe: dict[str, Any]  # what the engine did for it
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The last event of a request that could not be served."""
-
-    error: ApiError
-
-
-Event = Delta | Done | Failed
+Event = Delta | Done | ApiError
+"""The last one of a request is `Done`, or the `ApiError` that says why it could not be served."""
 
 
 class Cancelled(Exception):

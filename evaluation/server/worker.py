@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Protocol
 
 from prometheus_client.core import GaugeMetricFamily
@@ -15,7 +14,7 @@ from prometheus_client.registry import Collector
 from configs.load import UserError
 from evaluation.engine.memory.division import ContextTooLong
 from evaluation.server.errors import ApiError
-from evaluation.server.work import Cancelled, Done, Event, Failed, Job
+from evaluation.server.work import Cancelled, Done, Event, Job
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class Worker(Collector):
         self._thread.start()
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
         self._thread.join()
 
@@ -65,22 +64,15 @@ class Worker(Collector):
         return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue.
-
-        Raises:
-            ApiError: the queue is full, or the server is stopping.
-        """
+        """Put a job into the queue; an `ApiError` if it is full or the server is stopping."""
         with self._changed:
             if self._closed:
                 raise _stopping()
             self._forget_cancelled()
             if len(self._waiting) + (self._running is not None) > self._max_queue:
-                raise ApiError(
-                    f"the queue is full: --max-queue lets {self._max_queue} requests wait; try again later",
-                    status=429,
-                    code="queue_full",
-                    headers={"Retry-After": str(max(1, math.ceil(self._last_seconds)))},
-                )
+                message = f"the queue is full: --max-queue lets {self._max_queue} requests wait; try again later"
+                headers = {"Retry-After": str(max(1, math.ceil(self._last_seconds)))}
+                raise ApiError(message, status=429, code="queue_full", headers=headers)
             self._waiting.append(job)
             self._changed.notify()
 
@@ -106,7 +98,7 @@ class Worker(Collector):
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 while self._waiting:
-                    self._waiting.popleft().send(Failed(_stopping()))
+                    self._waiting.popleft().send(_stopping())
                 return None
             self._running = self._waiting.popleft()
             return self._running
@@ -118,17 +110,17 @@ class Worker(Collector):
                 raise Cancelled
             return self._runner.run(job)
         except Cancelled:
-            return Failed(_stopping())
+            return _stopping()
         except ContextTooLong as error:
-            return Failed(ApiError(str(error), status=400, code="context_length_exceeded"))
+            return ApiError(str(error), status=400, code="context_length_exceeded")
         except (UserError, OSError) as error:
             logger.error("a request failed: %s", error)
             self._runner.reset_cache()
-            return Failed(ApiError(f"the model cannot be read: {error}", status=500, code="read_error"))
+            return ApiError(f"the model cannot be read: {error}", status=500, code="read_error")
         except Exception:
             logger.exception("a request failed")
             self._runner.reset_cache()
-            return Failed(ApiError("internal error; the server's log says more", status=500))
+            return ApiError("internal error; the server's log says more", status=500)
 
     def _forget_cancelled(self) -> None:
         self._waiting = deque(job for job in self._waiting if not job.is_cancelled)

@@ -21,7 +21,7 @@ from evaluation.server.work import Cancelled, Delta, Job, Work
 @contextmanager
 def generator(folder: Path) -> Iterator[tuple[Generator, PreTrainedModel, Engine]]:
     with load(folder, EngineOptions("100%")) as (model, engine):
-        yield Generator(model, engine, AutoTokenizer.from_pretrained(folder), metrics=Metrics(engine)), model, engine
+        yield Generator(model, engine, AutoTokenizer.from_pretrained(folder), Metrics(engine)), model, engine
 
 
 def run(made: Generator, **work: Any) -> str:
@@ -62,7 +62,7 @@ def test_the_memory_controller_hears_of_broken_off_requests_too(model_dir: Calla
             self.heard += 1
 
     with generator(model_dir("olmoe")) as (made, _, _):
-        made._controller = controller = Controller()  # type: ignore[assignment]
+        made.controller = controller = Controller()  # type: ignore[assignment]
         with pytest.raises(Cancelled):
             made.run(CancelledAfter(2))
         assert controller.heard == 1, "or what it records would never be forgotten"
@@ -100,12 +100,12 @@ def test_a_prefix_cache_changes_no_answer_and_is_told_of(model_dir: Callable[[st
             max_new_tokens=6, do_sample=False,
         )[0, 38:].tolist()  # fmt: skip
         chat = Conversations(model, engine.keep_prefixes(2**20), block_tokens=8)
-        made = Generator(model, engine, plain._tokenizer, metrics=Metrics(engine), chat=chat)
+        made = Generator(model, engine, plain.tokenizer, Metrics(engine), chat=chat)
         for cached in (0, 32, 32):
             events: list[Any] = []
             done = made.run(Job(Work([prompt], [6], temperature=0), events.append))
             assert (done.cached_tokens, done.completion_tokens) == (cached, 6)
             text = "".join(event.text for event in events if isinstance(event, Delta))
-            assert text == plain._tokenizer.decode(expected, skip_special_tokens=True)
+            assert text == plain.tokenizer.decode(expected, skip_special_tokens=True)
         several = made.run(Job(Work([prompt], [6], n=2, temperature=1.0, seed=1), lambda _: None))
         assert several.cached_tokens == 0, "several choices are computed as one batch"

@@ -9,7 +9,7 @@ import pytest
 
 from configs.load import UserError
 from evaluation.server.errors import ApiError
-from evaluation.server.work import Cancelled, Done, Event, Failed, Job, Work
+from evaluation.server.work import Cancelled, Done, Event, Job, Work
 from evaluation.server.worker import Worker
 
 WORK = Work([[1]], [1])
@@ -46,8 +46,8 @@ class Client:
 
     def error(self) -> ApiError:
         event = self.next()
-        assert isinstance(event, Failed)
-        return event.error
+        assert isinstance(event, ApiError)
+        return event
 
 
 class Gate:

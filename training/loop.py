@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from configs.load import UserError
 from data.batches import Batch
 from training.arguments import TrainArguments
 from training.objective.objective import Objective, objective, total_counts
-from training.objective.token_loss import Head
 from training.run import Run, build, finish, save_checkpoint
 from training.run_folder import proof
 from training.run_folder.folder import update_json
@@ -29,20 +27,13 @@ from training.run_folder.metrics import Tracker
 
 
 def train(args: TrainArguments) -> Path:
-    """Run the training that `args` describes, or resume it.
+    """Run the training that `args` describes, or resume it; nothing that was saved is lost if it fails.
 
     Returns:
         The router delta's folder, or the model's folder when everything was trained.
-
-    Raises:
-        UserError: see the messages; nothing that was saved is lost.
     """
     run = build(args)
-    out = Path(args.output_dir)
-    tracker = Tracker(
-        out, run_name=str(args.run_name), report_to=args.report_to, config=asdict(args), max_steps=args.max_steps,
-        step=run.step, wandb_id=run.wandb_id, active=run.accelerator.is_main_process,
-    )  # fmt: skip
+    tracker = Tracker(args, step=run.step, wandb_id=run.wandb_id, active=run.accelerator.is_main_process)
     run.wandb_id = tracker.wandb_id
     try:
         with _stop_signals() as came:
@@ -71,17 +62,14 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 def _one_step(run: Run, tracker: Tracker, came: list[int]) -> None:
-    """Train, record, and save when it is time to.
-
-    Raises:
-        UserError: a process was told to stop; everything is saved.
-    """
+    """Train, record, and save when it is time to, or when a process was told to stop, which ends in a `UserError`."""
     args = run.args
     metrics = train_step(run)
     if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
         tracker.log(run.step, metrics)
     tracker.advance(run.step, metrics)
-    must_stop = _any_process(run.accelerator, bool(came)) and run.step < args.max_steps
+    told = torch.tensor(len(came), device=run.accelerator.device)
+    must_stop = bool(_sum_over_processes(run.accelerator, {"told": told})["told"]) and run.step < args.max_steps
     if run.step % args.save_steps == 0 or run.step == args.max_steps or must_stop:
         tracker.flush()
         save_checkpoint(run)
@@ -101,39 +89,35 @@ def train_step(run: Run) -> dict[str, float]:
     _add_up_gradients(run)
     if run.step == 0:
         _record_gradients(run)
-    gradient_norm = _clip(run)
-    learning_rate = run.scheduler.get_last_lr()[0]
+    done = {"train/learning_rate": run.scheduler.get_last_lr()[0], "train/grad_norm": _clip(run)}
     run.optimizer.step()
     run.scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    run.num_tokens += int(count["tokens"])
-    return {
-        **_metrics(run, shares),
-        "train/learning_rate": learning_rate,
-        "train/grad_norm": gradient_norm,
-        "train/num_tokens": run.num_tokens,
-        "time/tokens_per_second": int(count["tokens"]) / (time.perf_counter() - started),
-    }
+    tokens = int(count["tokens"])
+    run.num_tokens += tokens
+    done = {**_metrics(run, shares), **done, "train/num_tokens": run.num_tokens}
+    return {**done, "time/tokens_per_second": tokens / (time.perf_counter() - started)}
 
 
 def _micro_batch(run: Run, index: int) -> Batch:
     """The rows of micro-batch `index` of this process: those of one step are the same however they are shared out."""
-    size = run.args.per_device_train_batch_size
-    first = (
-        run.step * run.rows_per_step + (index * run.accelerator.num_processes + run.accelerator.process_index) * size
-    )
-    return run.rows.batch(range(first, first + size)).to(run.accelerator.device)
+    size, accelerator = run.args.per_device_train_batch_size, run.accelerator
+    first = run.step * run.rows_per_step + (index * accelerator.num_processes + accelerator.process_index) * size
+    return run.rows.batch(range(first, first + size)).to(accelerator.device)
 
 
 def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -> Objective:
     """Forward and backward of one micro-batch."""
-    base_outputs = _base_outputs(run, batch) if run.args.distill_coef else None
+    base_outputs = None
+    if run.args.distill_coef:  # what the untouched model predicts: the same frozen weights with the original routers
+        with torch.no_grad(), run.observer.original_routers():
+            base_outputs = _outputs(run, batch)
     with run.observer.recording(*batch.input_ids_BS.shape) as routings:
         outputs = _outputs(run, batch)
     share = objective(
         run.args, outputs_BSX=outputs, routings=routings, batch=batch, count=count, step=run.step,
-        base_outputs_BSX=base_outputs, head=run.head and _under_autocast(run.head, run.accelerator),
+        base_outputs_BSX=base_outputs, head=run.head,
     )  # fmt: skip
     if not torch.isfinite(share.loss):
         raise UserError(
@@ -152,14 +136,6 @@ def _outputs(run: Run, batch: Batch) -> Tensor:
     return outputs
 
 
-def _under_autocast(head: Head, accelerator: Accelerator) -> Head:
-    def run_head(hidden_tX: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return head(hidden_tX)
-
-    return run_head
-
-
 def _add_up_gradients(run: Run) -> None:
     """Add the processes' gradients up; what trains is small, so one exchange after the last micro-batch is enough."""
     if run.accelerator.num_processes == 1:
@@ -170,13 +146,6 @@ def _add_up_gradients(run: Run) -> None:
     for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors]), strict=True):
         if tensor.grad is not None or part.any():  # what has none anywhere is named by `_record_gradients`
             tensor.grad = part.view_as(tensor).clone()
-
-
-@torch.no_grad()
-def _base_outputs(run: Run, batch: Batch) -> Tensor:
-    """What the untouched model predicts: the same frozen weights with the original routers."""
-    with run.observer.original_routers():
-        return _outputs(run, batch)
 
 
 def _clip(run: Run) -> float:
@@ -200,32 +169,17 @@ def _record_gradients(run: Run) -> None:
 
 def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
     """The step's metrics, added over micro-batches and processes, by their names in `metrics.jsonl`."""
-    total = _sum_over_processes(
-        run.accelerator,
-        {f"train/{key}": sum_of([share.terms[key] for share in shares]) for key in shares[0].terms}
-        | {"reuse_L": sum_of([s.reuse_L for s in shares]), "load_LE": sum_of([s.load_LE for s in shares]),
-           "hits_C": sum_of([s.hits_C for s in shares])},
-    )  # fmt: skip
+    own = {key: torch.stack([share.terms[key] for share in shares]).sum(0) for key in shares[0].terms}
+    own |= {key: torch.stack([getattr(s, key) for s in shares]).sum(0) for key in ("reuse_L", "load_LE", "hits_C")}
+    total = _sum_over_processes(run.accelerator, own)
     reuse_L, load_LE, hits_C = (total.pop(key) for key in ("reuse_L", "load_LE", "hits_C"))
-    metrics = {key: float(value) for key, value in total.items()}
+    metrics = {f"train/{key}": float(value) for key, value in total.items()}
     metrics["moe/reuse_rate_mean"] = float(reuse_L.mean())
     metrics |= {f"moe/layer_{layer}/reuse_rate": float(rate) for layer, rate in enumerate(reuse_L)}
     metrics["moe/cv_mean"] = float((load_LE.std(-1, correction=0) / load_LE.mean(-1)).mean())
     metrics["moe/dead_expert_frac_mean"] = float((load_LE == 0).double().mean())
-    if run.args.rewards_cache:
-        metrics |= {
-            f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(run.args.cache_slots, hits_C, strict=True)
-        }
-    return metrics
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).sum(0)
-
-
-def _any_process(accelerator: Accelerator, yes: bool) -> bool:
-    flag = torch.tensor(float(yes), device=accelerator.device)
-    return bool(_sum_over_processes(accelerator, {"flag": flag})["flag"])
+    slots = run.args.cache_slots if run.args.rewards_cache else []
+    return metrics | {f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(slots, hits_C, strict=True)}
 
 
 def _sum_over_processes(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

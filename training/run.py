@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
@@ -29,7 +28,7 @@ from training.model.routers import RouterObserver
 from training.model.skeleton import LayerwiseCheckpoint
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
-from training.run_folder.folder import check_output_dir, code_commit, update_json
+from training.run_folder.folder import check_output_dir, code_commit, explaining_a_full_disk, update_json
 from training.sharding.launcher import REPLICATED, make_accelerator, weight_layout
 from training.sharding.layerwise import load_layerwise, move_whole_tensors, whole_tensors
 from training.sharding.placement import check_memory
@@ -64,9 +63,8 @@ class Run:
 def build(args: TrainArguments) -> Run:
     """Load model and data, freeze, and resume from a checkpoint if there is one."""
     accelerator = make_accelerator(bf16=args.bf16)
-    out = Path(args.output_dir)
-    resume_from = checkpoint.find(out, args.resume_from_checkpoint)
-    check_output_dir(args, out, resume_from)
+    resume_from = checkpoint.find(Path(args.output_dir), args.resume_from_checkpoint)
+    check_output_dir(args, resume_from)
     layout = weight_layout(accelerator)
     if layout != REPLICATED and args.trainable == "all":
         raise UserError(
@@ -74,9 +72,8 @@ def build(args: TrainArguments) -> Run:
         )
     check_memory(args, accelerator, layout=layout)
     torch.manual_seed(args.seed)
-    weights = None
-    if layout != REPLICATED:
-        weights = LayerwiseCheckpoint(local_folder(str(args.model_name_or_path)), dtype=weights_dtype(args))
+    base, dtype = str(args.model_name_or_path), weights_dtype(args)
+    weights = None if layout == REPLICATED else LayerwiseCheckpoint(local_folder(base), dtype=dtype)
     model = build_model(args, seed=args.seed, weights=weights)
     tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents, n_parameters = _read(args, tokenizer, accelerator), model.num_parameters()
@@ -84,11 +81,10 @@ def build(args: TrainArguments) -> Run:
     observer = _observe(args, model)
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
     optimizer, scheduler = _optimizer(args, trained)
+    rows, digest = PackedRows(documents, max_length=args.max_length, seed=args.seed), proof.combined(digest_of)
     run = Run(
-        args=args, accelerator=accelerator, model=model, tokenizer=tokenizer, documents=documents,
-        rows=PackedRows(documents, max_length=args.max_length, seed=args.seed), observer=observer, optimizer=optimizer,
-        scheduler=scheduler, trained=trained, head=head, frozen_sha256=proof.combined(digest_of),
-    )  # fmt: skip
+        args, accelerator, model, tokenizer, documents, rows, observer, optimizer, scheduler, trained, head, digest
+    )
     if resume_from is not None:
         _resume(run, resume_from)
     if accelerator.is_main_process:
@@ -97,11 +93,7 @@ def build(args: TrainArguments) -> Run:
 
 
 def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
-    """The observer of the model's routers, which keeps the original ones where the objective may compare with them.
-
-    Raises:
-        UserError: soft misses were asked for, and the routers do not always choose the largest logits.
-    """
+    """The observer of the model's routers, which keeps the original ones where the objective may compare with them."""
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
     if args.miss_coef and not observer.kind.takes_largest:
         raise UserError(
@@ -123,7 +115,8 @@ def _trained(
         return *load_layerwise(model, parameters, accelerator, layout=layout, weights=weights), None
     with accelerator.autocast():
         head = plain_head(model)
-    return dict[str, Tensor](parameters), proof.digests(model.state_dict().items(), parameters), head
+    digest_of = proof.digests(model.state_dict().items(), parameters)
+    return dict[str, Tensor](parameters), digest_of, head and accelerator.autocast()(head)
 
 
 def _optimizer(args: TrainArguments, trained: Mapping[str, Tensor]) -> tuple[torch.optim.Optimizer, Any]:
@@ -142,11 +135,12 @@ def _announce(run: Run, size: str, *, layout: str) -> None:
     write_yaml(out / "config.yaml", run.args)
     about = {"frozen_sha256_before": run.frozen_sha256, "trained_tensors": list(run.trained)}
     update_json(out / "proof.json", {**about, "rows_left_out": run.documents.left_out})
-    n_trained = sum(tensor.numel() for tensor in run.trained.values())
+    n_trained, n = sum(tensor.numel() for tensor in run.trained.values()), run.accelerator.num_processes
     print(
         f"{run.args.run_name}: {len(run.trained)} tensors train ({n_trained:,} of {size}), e.g. {next(iter(run.trained))}; "
         f"routers: {run.observer.kind}; frozen tensors {run.frozen_sha256[:16]}; objective {run.args.objective}; "
-        f"weights {layout}; {rows_summary(run)}"
+        f"weights {layout}; {n} process{'es' * (n > 1)}, {run.rows_per_step * run.args.max_length:,} tokens a step, "
+        f"{run.rows.tokens_per_epoch:,} tokens in the data"
     )
 
 
@@ -159,26 +153,13 @@ def _read(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator:
     return documents
 
 
-def rows_summary(run: Run) -> str:
-    tokens = run.rows_per_step * run.args.max_length
-    n = run.accelerator.num_processes
-    return f"{n} process{'es' * (n > 1)}, {tokens:,} tokens a step, {run.rows.tokens_per_epoch:,} tokens in the data"
-
-
 def save_checkpoint(run: Run) -> None:
     """A checkpoint of the present step, written by the main process while the others wait."""
-    state = {
-        "scheduler": run.scheduler.state_dict(),
-        "num_tokens": run.num_tokens,
-        "rows_per_step": run.rows_per_step,
-        "frozen_sha256": run.frozen_sha256,
-        "wandb_id": run.wandb_id,
-    }
+    state = {key: getattr(run, key) for key in ("num_tokens", "rows_per_step", "frozen_sha256", "wandb_id")}
+    state["scheduler"] = run.scheduler.state_dict()
+    out, keep = Path(run.args.output_dir), run.args.save_total_limit
     if run.accelerator.is_main_process:
-        checkpoint.save(
-            Path(run.args.output_dir), run.step, trained=run.trained, optimizer=run.optimizer, state=state,
-            keep=run.args.save_total_limit,
-        )  # fmt: skip
+        checkpoint.save(out, run.step, trained=run.trained, optimizer=run.optimizer, state=state, keep=keep)
     run.accelerator.wait_for_everyone()
 
 
@@ -194,43 +175,28 @@ def finish(run: Run) -> Path:
     result = out / ("router_delta" if run.args.trainable == "routers" else "model")
     if run.accelerator.is_main_process:
         update_json(out / "proof.json", {"frozen_sha256_after": after})
-        if run.args.trainable == "routers":
-            _save_delta(run, result)
-        else:
-            _save_model(run, result)
-        print(
-            f"{run.args.run_name}: frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}"
-        )
+        (_save_delta if run.args.trainable == "routers" else _save_model)(run, result)
+        said = f"frozen tensors {after[:16]} unchanged; {len(run.trained)} trained tensors are in {result}"
+        print(f"{run.args.run_name}: {said}")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return result
 
 
 def _save_model(run: Run, folder: Path) -> None:
-    try:
-        model: Any = run.model
+    model: Any = run.model
+    with explaining_a_full_disk(f"model {folder}"):
         model.to(torch.bfloat16).save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"model {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are whole; "
-            "free some space and start again with resume_from_checkpoint=auto"
-        ) from error
 
 
 def _save_delta(run: Run, folder: Path) -> None:
     base = str(run.args.model_name_or_path)
+    digest = router_delta.checkpoint_sha256(local_folder(base), run.trained.keys())
     lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    router_delta.save(
-        folder, run.trained, base_model=base,
-        base_sha256=router_delta.checkpoint_sha256(local_folder(base), run.trained.keys()),
-        about={
-            "objective": run.args.objective,
-            "config": asdict(run.args),
-            "code_commit": code_commit(),
-            "metrics": json.loads(lines[-1]),
-        },
-    )  # fmt: skip
+    about = {"objective": run.args.objective, "config": asdict(run.args), "code_commit": code_commit()}
+    about["metrics"] = json.loads(lines[-1])
+    router_delta.save(folder, run.trained, base_model=base, base_sha256=digest, about=about)
 
 
 def _resume(run: Run, path: Path) -> None:

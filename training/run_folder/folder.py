@@ -2,10 +2,13 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from configs.files import write_json
 from configs.load import UserError, load
@@ -17,15 +20,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-def check_output_dir(args: Any, out: Path, resume_from: Path | None) -> None:
-    """Refuse a folder that holds a run, unless that same run is to be resumed.
-
-    Args:
-        args: the arguments dataclass of the run.
-
-    Raises:
-        UserError: it holds another run, or resuming was not asked for.
-    """
+def check_output_dir(args: Any, resume_from: Path | None) -> None:
+    """Refuse a folder that holds a run by a `UserError`, unless that same run is to be resumed."""
+    out = Path(args.output_dir)
     if not (out / "config.yaml").exists():
         return
     if args.resume_from_checkpoint is None:
@@ -40,6 +37,18 @@ def check_output_dir(args: Any, out: Path, resume_from: Path | None) -> None:
             f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
             f"run. Write {key}={before[key]}, or another output_dir"
         )
+
+
+@contextmanager
+def explaining_a_full_disk(what: str, *, left: str = "The checkpoints are whole") -> Iterator[None]:
+    """Raise a `UserError` where `what` cannot be written, which says what is left of the run."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what} cannot be written ({error}): the disk is full or not writable. {left}; free some space and start "
+            "again with resume_from_checkpoint=auto"
+        ) from error
 
 
 def code_commit() -> str | None:

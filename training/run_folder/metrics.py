@@ -6,13 +6,15 @@ Rank 0 only. `metrics.jsonl` is the truth; on resume it is cut back to the check
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from configs.files import write_text
+from training.arguments import TrainArguments
 
 Metrics = Mapping[str, float | int]
 
@@ -20,22 +22,18 @@ Metrics = Mapping[str, float | int]
 class Tracker:
     """Writes one JSON line a logged step; `global_step` is how many optimizer steps were done."""
 
-    def __init__(
-        self, run_dir: Path, *, run_name: str, report_to: str, config: Mapping[str, Any], max_steps: int, step: int,
-        wandb_id: str | None, active: bool,
-    ) -> None:  # fmt: skip
-        self.path = run_dir / "metrics.jsonl"
-        self.wandb_id = wandb_id
+    def __init__(self, args: TrainArguments, *, step: int, wandb_id: str | None, active: bool) -> None:
+        self.path, self.wandb_id = Path(args.output_dir) / "metrics.jsonl", wandb_id
         self.wandb_run: Any = None
         self._file: Any = None
-        self._bar = tqdm(total=max_steps, initial=step, disable=not active, desc=run_name, unit="step", leave=True)
+        self._bar = tqdm(total=args.max_steps, initial=step, disable=not active, desc=args.run_name, unit="step")
         if not active:
             return
         _cut_back(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        if report_to == "wandb":
+        if args.report_to == "wandb":
             with self._only_the_copy_is_lost():
-                self.wandb_run = _start_wandb(run_dir, run_name=run_name, config=config, run_id=wandb_id)
+                self.wandb_run = _start_wandb(args, run_id=wandb_id)
                 self.wandb_id = str(self.wandb_run.id)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -50,9 +48,8 @@ class Tracker:
 
     def advance(self, step: int, metrics: Metrics) -> None:
         """Move the bar; it shows loss, reuse rate and the time left."""
-        self._bar.set_postfix(
-            {"loss": f"{metrics['train/loss']:.4f}", "reuse": f"{metrics['moe/reuse_rate_mean']:.3f}"}, refresh=False
-        )
+        loss, reuse = f"{metrics['train/loss']:.4f}", f"{metrics['moe/reuse_rate_mean']:.3f}"
+        self._bar.set_postfix(loss=loss, reuse=reuse, refresh=False)
         self._bar.update(step - self._bar.n)
 
     def flush(self) -> None:
@@ -85,22 +82,19 @@ def _cut_back(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             if json.loads(line)["train/global_step"] <= step:
                 kept.append(line)
-        except ValueError:
-            continue
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def _start_wandb(run_dir: Path, *, run_name: str, config: Mapping[str, Any], run_id: str | None) -> Any:
+def _start_wandb(args: TrainArguments, *, run_id: str | None) -> Any:
     """Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run."""
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    run = wandb.init(
-        project="remoe", name=run_name, dir=run_dir, config=dict(config), mode=mode, id=run_id, resume="allow"
-    )
+    where: dict[str, Any] = {"project": "remoe", "name": args.run_name, "dir": args.output_dir, "id": run_id}
+    run = wandb.init(**where, config=asdict(args), mode=mode, resume="allow")
     if mode == "offline":
         print(f"W&B runs offline; upload it later with: wandb sync {Path(run.dir).parent}")
     return run

@@ -12,8 +12,7 @@ from configs.load import UserError
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and bytes."""
-    head = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    digest = hashlib.sha256(head)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -47,7 +46,7 @@ def check_gradients(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     norms = {}
     for name, tensor in trained.items():
         norm_or_none = None if tensor.grad is None else float(tensor.grad.norm())
-        if norm_or_none is None or norm_or_none == 0 or not math.isfinite(norm_or_none):
+        if not norm_or_none or not math.isfinite(norm_or_none):
             raise UserError(
                 f"trained tensor {name} has gradient {norm_or_none} at the first step: it would not be trained. "
                 "Check that the objective has a term that reaches it"

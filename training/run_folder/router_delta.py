@@ -4,7 +4,6 @@
 base they belong to: name and SHA-256 over the base checkpoint's frozen tensors as they are stored on disk.
 """
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from configs.files import folder_aside
 from configs.load import UserError
-from training.run_folder.proof import tensor_sha256
+from training.run_folder.folder import explaining_a_full_disk
+from training.run_folder.proof import combined, tensor_sha256
 
 WEIGHTS, DESCRIPTION = "router_delta.safetensors", "router_delta.json"
 FORMAT_VERSION = 1
@@ -27,23 +27,20 @@ FORMAT_VERSION = 1
 def checkpoint_sha256(model_dir: str | Path, routers: Collection[str]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor of a checkpoint folder, its routers left out.
 
-    Reads the files one tensor at a time; needs no model in memory.
-
-    Raises:
-        UserError: there are no safetensors files, or one is damaged.
+    Reads one tensor at a time; a `UserError` if there are no safetensors files, or one is damaged.
     """
     shards = sorted(Path(model_dir).glob("*.safetensors"))
     if not shards:
         raise UserError(f"{model_dir} holds no .safetensors file; give the folder of a saved model")
-    lines = []
+    digest_of: dict[str, str] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as tensors:
                 names = [name for name in tensors.keys() if name not in routers]  # noqa: SIM118 (not a dict)
-                lines += [f"{name} {tensor_sha256(tensors.get_tensor(name))}" for name in names]
+                digest_of |= {name: tensor_sha256(tensors.get_tensor(name)) for name in names}
         except SafetensorError as error:
             raise UserError(f"{shard} is damaged or truncated ({error}); copy the model again") from error
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return combined(digest_of)
 
 
 def save(
@@ -51,10 +48,8 @@ def save(
 ) -> None:
     """Write a delta folder, aside first; `about` (objective, coefficients, metrics ...) goes into the JSON as it is.
 
-    Raises:
-        UserError: the disk is full; a delta that was there before is left as it was.
+    Where the disk is full there is a `UserError`, and a delta that was there before is left as it was.
     """
-    folder = Path(folder)
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in routers.items()}
     description = {
         "format_version": FORMAT_VERSION,
@@ -63,24 +58,14 @@ def save(
         "tensors": {name: list(tensor.shape) for name, tensor in weights.items()},
         **about,
     }
-    try:
-        with folder_aside(folder, replace=True) as aside:
-            # not by safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
-            (aside / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
-            (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"router delta {folder} cannot be written ({error}): the disk is full or not writable. The checkpoints are "
-            "whole; free some space and start again with resume_from_checkpoint=auto"
-        ) from error
+    with explaining_a_full_disk(f"router delta {folder}"), folder_aside(folder, replace=True) as aside:
+        # not by safetensors' save_file (0.8), whose files nobody but their owner may read, whatever the umask
+        (aside / WEIGHTS).write_bytes(to_bytes(weights, metadata={"format": "pt"}))
+        (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """The JSON of a delta folder.
-
-    Raises:
-        UserError: not a delta folder, or one of a newer version.
-    """
+    """The JSON of a delta folder; a `UserError` if it is none, or one of a newer version."""
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
         raise UserError(
@@ -90,19 +75,13 @@ def describe(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
-    if description.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {description.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
+    if (version := description.get("format_version")) != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
     return dict(description)
 
 
 def load_for(model_dir: str | Path, folder: str | Path) -> dict[str, Tensor]:
-    """The gate tensors (FP32) of a delta, after checking that it belongs to the checkpoint in `model_dir`.
-
-    Raises:
-        UserError: damaged delta, or a delta that was trained on another base.
-    """
+    """The gate tensors (FP32) of a delta; a `UserError` if it is damaged or was trained on another base."""
     description = describe(folder)
     try:
         weights = load_file(Path(folder) / WEIGHTS)

@@ -15,12 +15,11 @@ from training.run_folder.metrics import Tracker
 METRICS = {"train/loss": 2.5, "moe/reuse_rate_mean": 0.25}
 
 
-def tracker(run_dir: Path, **changed: Any) -> Tracker:
-    values = {
-        "run_name": "test", "report_to": "none", "config": {}, "max_steps": 10, "step": 0, "wandb_id": None,
-        "active": True,
-    }  # fmt: skip
-    return Tracker(run_dir, **{**values, **changed})
+def tracker(
+    run_dir: Path, *, step: int = 0, wandb_id: str | None = None, active: bool = True, **changed: Any
+) -> Tracker:
+    values = {"model_name_or_path": "base", "output_dir": str(run_dir), "run_name": "test", "max_steps": 10}
+    return Tracker(TrainArguments(**{**values, **changed}), step=step, wandb_id=wandb_id, active=active)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -36,9 +36,9 @@ from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
 from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
+from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
-from training.model.skeleton import empty_model
 from training.objective.objective import ObjectiveArguments
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit

@@ -16,6 +16,7 @@ from configs.load import UserError
 from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
+from training.model.lazy_weights import LayerwiseCheckpoint
 from training.model.loading import (
     build_model,
     load_tokenizer,
@@ -25,7 +26,6 @@ from training.model.loading import (
     weights_dtype,
 )
 from training.model.routers import RouterObserver
-from training.model.skeleton import LayerwiseCheckpoint
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
 from training.run_folder.folder import check_output_dir, code_commit, explaining_a_full_disk, update_json

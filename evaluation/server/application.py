@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,6 @@ import transformers
 import uvicorn
 from anyio import CapacityLimiter
 from fastapi import FastAPI
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.checks import at_least
@@ -34,13 +33,12 @@ from evaluation.server.intake import Intake
 from evaluation.server.metrics import Metrics
 from evaluation.server.worker import Worker
 from training.model.lazy_weights import read_config
-from training.model.loading import load_tokenizer
+from training.model.loading import RouterDelta, load_tokenizer
 
 GRACE_SECONDS = 20
 """The time that a stopping server gives requests to finish before it breaks them off."""
 
 logger = logging.getLogger(__name__)
-Routers = Mapping[str, Tensor] | None  # tuned ones, see `load`
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,12 @@ def serve(sock: socket.socket, loaded: Application, options: ServerOptions) -> N
 
 @contextmanager
 def application(
-    model_dir: str, engine_options: EngineOptions, options: ServerOptions, *, name: str, router_delta: Routers = None
+    model_dir: str,
+    engine_options: EngineOptions,
+    options: ServerOptions,
+    *,
+    name: str,
+    router_delta: RouterDelta = None,
 ) -> Iterator[Application]:
     """Load the model, which clients call `name`, and put everything together but the HTTP server.
 

@@ -20,9 +20,9 @@ from evaluation.engine.options import EngineOptions
 from tests.conftest import byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
+from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers
 from training.model.loading import load_pretrained
 from training.model.routers import RouterObserver, copy_into_routers, find_routers, router_kind, router_parameters
-from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
 from training.run import build, finish, save_checkpoint
 from training.run_folder import proof, router_delta
 

@@ -1,18 +1,32 @@
-"""A model made of lazy slices of a checkpoint's shards, some of which stay on the meta device, to be read later or never.
+"""Weights of a checkpoint as lazy slices, read layer by layer or never, for models that no process may hold whole.
 
-transformers' own loader is given a state dict as it makes for itself. So names, precisions, tied weights and even the memory
-alignment of everything that is loaded are what `from_pretrained` would have made.
+A model starts as a skeleton, of which some tensors are on the meta device; `LayerwiseCheckpoint.fill` then loads one decoder
+layer, so that it can be sharded before the next one is read. transformers' own loader and conversion are given a part of the
+keys at a time, so names, precisions, tied weights, stacked experts and even the memory alignment of what is loaded are what
+`from_pretrained` would have made.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
 from configs.load import UserError
+from training.model import transformers_internals as internals
+from training.model.host_memory import spare_memory
+from training.model.routers import find_routers
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions in which weights can be computed with, by the names that safetensors has for them."""
@@ -32,11 +46,7 @@ class StaysOnMeta:
 
 
 def read_config(model_dir: str | Path) -> PretrainedConfig:
-    """The configuration of the model in a folder.
-
-    Raises:
-        UserError: it is missing or unreadable, or of a model type that transformers does not know.
-    """
+    """The configuration of the model in a folder; a `UserError` if there is none that transformers understands."""
     if not (Path(model_dir) / "config.json").is_file():
         raise UserError(f"{model_dir} holds no config.json; give the folder of a saved model")
     try:
@@ -46,11 +56,7 @@ def read_config(model_dir: str | Path) -> PretrainedConfig:
 
 
 def causal_lm_class(model_dir: str | Path, config: PretrainedConfig) -> Any:
-    """transformers' class for the model in a folder.
-
-    Raises:
-        UserError: it is no causal language model.
-    """
+    """transformers' class for the model in a folder; a `UserError` if it is no causal language model."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{model_dir}: model type {config.model_type!r} is no causal language model of transformers")
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -67,16 +73,116 @@ def load_slices(
     Raises:
         UserError: no causal language model, or weights that are missing from the checkpoint or of another shape.
     """
+    options: dict[str, Any] = {"config": config, "state_dict": dict(slices), "dtype": dtype}
     model_class = causal_lm_class(model_dir, config)
     try:
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=dict(slices), dtype=dtype, output_loading_info=True
-        )
+        model, info = model_class.from_pretrained(None, **options, output_loading_info=True)
     except RuntimeError as error:  # how transformers reports shapes that differ, and experts that are missing
         raise UserError(f"{model_dir}: the weights do not fit config.json: {error}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"]))
         raise UserError(f"{model_dir}: the checkpoint lacks {missing}; copy the model again")
     model.config.name_or_path = str(model_dir)
-    loaded: PreTrainedModel = model
-    return loaded
+    return cast(PreTrainedModel, model)
+
+
+def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model of a folder's config.json without weights: all of it is on the meta device.
+
+    Raises:
+        UserError: the configuration is missing or unknown, or the model has no routers.
+    """
+    config = read_config(folder)
+    causal_lm_class(folder, config)
+    if dtype == "auto":  # as transformers decides: as config.json says, else as the first tensor in floating point
+        dtype = config.dtype or _stored_dtype(_lazy_slices(Path(folder)))
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model {folder} cannot be loaded: {error}") from error
+    find_routers(model)
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> decoder layer: the children of the list in which the routers are; a `UserError` if there is no one list."""
+    lists = {name.split(".layers.")[0] + ".layers" for name in find_routers(model) if ".layers." in name}
+    if len(lists) != 1:
+        raise UserError(
+            f"{type(model).__name__}: routers are in {sorted(lists) or 'no list of layers'}; one is needed to shard by. "
+            "Write --accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing"
+        )
+    (name,) = lists
+    return {f"{name}.{number}": layer for number, layer in model.get_submodule(name).named_children()}
+
+
+class LayerwiseCheckpoint:
+    """The safetensors of a folder, and which module of the model each of them belongs to."""
+
+    def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
+        spare_memory()  # for as long as it runs: tensors are gathered again and again
+        self._folder, self._slices = folder, _lazy_slices(Path(folder))
+        empty = empty_model(folder, dtype=dtype)
+        self._config, self._dtype = empty.config, empty.dtype
+        self._transforms: Any = internals.get_model_conversion_mapping(empty)
+        renamings = [entry for entry in self._transforms if isinstance(entry, internals.WeightRenaming)]
+        converters = [entry for entry in self._transforms if isinstance(entry, internals.WeightConverter)]
+        rest = (renamings, converters, empty.base_model_prefix, empty.state_dict())
+        target = {key: internals.rename_source_key(key, *rest)[0] for key in self._slices}
+        self._routers = list(find_routers(empty))
+        others = [key for key, name in target.items() if not _inside(name, self._routers)]
+        layers = decoder_layers(empty)
+        self._keys = {layer: [key for key in others if _inside(target[key], [layer])] for layer in layers}
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model in eval mode on the CPU, but for what `fill` loads; may raise what `load_slices` does."""
+        later = {key: StaysOnMeta(self._slices[key].get_shape()) for keys in self._keys.values() for key in keys}
+        return load_slices(self._folder, {**self._slices, **later}, config=self._config, dtype=self._dtype)
+
+    def fill(self, model: PreTrainedModel, layer: str) -> None:
+        """Load all of one decoder layer but its routers; what is loaded is frozen.
+
+        Raises:
+            UserError: a shard cannot be read or lacks a tensor.
+        """
+        slices = {key: self._slices[key] for key in self._keys[layer]}
+        how = internals.LoadStateDictConfig(dtype=self._dtype, weight_mapping=self._transforms)
+        progress_bar_was_on = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            internals.convert_and_load_state_dict_in_model(model, slices, how)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._folder}: {layer} cannot be read: {error}") from error
+        finally:
+            if progress_bar_was_on:
+                logging.enable_progress_bar()
+        for name, parameter in model.get_submodule(layer).named_parameters(prefix=layer):
+            if parameter.is_meta:
+                raise UserError(f"{self._folder}: the checkpoint lacks {name}; copy the model again")
+            if not _inside(name, self._routers):
+                parameter.requires_grad_(False)
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _lazy_slices(folder: Path) -> Mapping[str, Any]:
+    try:
+        files = [safe_open(shard, framework="pt") for shard in sorted(folder.glob("*.safetensors"))]
+        if files:
+            return {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: {error}; copy the model again") from error
+    raise UserError(f"{folder} holds no *.safetensors, which alone can be read layer by layer; save the model as such")
+
+
+def _stored_dtype(slices: Mapping[str, Any]) -> torch.dtype:
+    names = (part.get_dtype() for part in slices.values())
+    return next((TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES), torch.float32)
+
+
+def expert_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold the stacked weights of all experts of a layer, [experts, rows, columns]."""
+    return [m for m in module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]

@@ -14,9 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
+from training.model.lazy_weights import LayerwiseCheckpoint
 from training.model.routers import copy_into_routers, find_routers, router_parameters
-from training.model.skeleton import LayerwiseCheckpoint
 from training.model.transformers_internals import GradientCheckpointingLayer
+
+Device = str | torch.device
+RouterDelta = (
+    Mapping[str, torch.Tensor] | None
+)  # parameter name -> weight, as `run_folder.router_delta.load_for` gives it
 
 
 @dataclass
@@ -40,11 +45,7 @@ class ModelArguments:
 
 
 def local_folder(name_or_path: str) -> str:
-    """The folder that is named, or the local copy of a model on the hub, fetched if it is not there yet.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """The folder that is named, or the local copy of a model on the hub, fetched if need be; a `UserError` if neither is."""
     _check_exists(name_or_path)
     if Path(name_or_path).is_dir():
         return name_or_path
@@ -55,15 +56,9 @@ def local_folder(name_or_path: str) -> str:
 
 
 def load_pretrained(
-    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: torch.device | None = None,
-    router_delta: Mapping[str, torch.Tensor] | None = None,
-) -> PreTrainedModel:  # fmt: skip
+    name_or_path: str, *, dtype: str | torch.dtype = "auto", device: Device = "cpu", router_delta: RouterDelta = None
+) -> PreTrainedModel:
     """A causal language model with experts in eval mode, with the routers of a delta if one is given.
-
-    Args:
-        name_or_path: a folder, or a name on the hub.
-        device: where it is to be; None: on the CPU.
-        router_delta: parameter name -> weight, as `run_folder.router_delta.load_for` gives it.
 
     Raises:
         UserError: the folder is missing or damaged, the model has no routers or others than the delta, or it does not fit
@@ -78,23 +73,15 @@ def load_pretrained(
     find_routers(model)
     if router_delta is not None:
         copy_into_routers(model, router_delta)
-    if device is None:
-        return model.eval()
     try:
         return model.eval().to(device)
     except torch.OutOfMemoryError as error:
-        size = f"{model.get_memory_footprint() / 2**30:.1f} GiB"
-        raise UserError(
-            f"model {name_or_path} has {size} of weights, which do not fit {device}; give cpu as device"
-        ) from error
+        size = f"{model.get_memory_footprint() / 2**30:.1f} GiB of weights"
+        raise UserError(f"model {name_or_path} has {size}, which do not fit {device}; give cpu as device") from error
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or in a folder of its own.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The tokenizer beside a model, or in a folder of its own; a `UserError` if there is none."""
     _check_exists(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers
 from training.model.routers import find_routers
-from training.model.skeleton import LayerwiseCheckpoint, decoder_layers
 from training.run_folder import proof
 from training.sharding.launcher import FSDP2, REPLICATED
 from training.sharding.zero3 import Zero3

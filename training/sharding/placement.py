@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from configs.sizes import size_text
 from training.model.host_memory import memory_limit
+from training.model.lazy_weights import decoder_layers, empty_model, expert_modules
 from training.model.loading import ModelArguments, local_folder, weights_dtype
-from training.model.skeleton import decoder_layers, empty_model, expert_modules
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, ZERO3, offload_device
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from training.model.skeleton import expert_modules
+from training.model.lazy_weights import expert_modules
 from training.sharding.launcher import NVME, offload_device
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}

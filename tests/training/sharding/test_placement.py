@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from configs.load import UserError
 from training.arguments import TrainArguments
 from training.model.host_memory import memory_limit
+from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained
-from training.model.skeleton import empty_model
 from training.sharding import placement as module
 from training.sharding.placement import Placement, Sizes, check_memory, placement, sizes_of
 

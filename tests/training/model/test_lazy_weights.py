@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.load import UserError
+from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, empty_model
 from training.model.loading import load_pretrained
 from training.model.routers import find_routers
-from training.model.skeleton import LayerwiseCheckpoint, decoder_layers, empty_model
 
 FAMILIES = ["qwen2_moe", "olmoe", "mixtral", "qwen3_moe", "deepseek_v2"]
 ModelDir = Callable[[str], Path]

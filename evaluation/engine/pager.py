@@ -25,7 +25,7 @@ from evaluation.engine.products import BatchedProducts, GroupedProducts, Product
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import ReadCounts
 from evaluation.engine.store.reader import Reader
-from training.model.transformers_internals import register_experts_function
+from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "remoe_paged"
 
@@ -187,7 +187,7 @@ def attach(experts: nn.Module, paged: PagedLayer) -> None:
 
 def register() -> None:
     """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    register_experts_function(IMPLEMENTATION, paged_experts_forward)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_experts_forward)
 
 
 def paged_experts_forward(

@@ -11,7 +11,7 @@ Axes: T tokens, K chosen, R = T K rows sorted by expert, r rows of one part, E e
 J what gate and up projection give, I what the activation makes of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 
-from training.model.transformers_internals import (
-    applies_plain_gate,
-    grouped_linear,
-    grouped_mm_experts_forward,
-    is_expert_parallel,
-    register_experts_function,
-)
+from training.model import transformers_internals as internals
 
 IMPLEMENTATION = "remoe_frozen"
 PART_ROWS = 2048
@@ -34,7 +28,7 @@ PART_ROWS = 2048
 
 def register() -> None:
     """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    register_experts_function(IMPLEMENTATION, frozen_experts_forward)
+    internals.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, frozen_experts_forward)
 
 
 def frozen_experts_forward(
@@ -46,11 +40,9 @@ def frozen_experts_forward(
     """
     experts: Any = self
     trains = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
-    if trains or is_expert_parallel(experts) or experts.has_post_expert_norm:
-        stock: Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-        return stock
-    out: Tensor = _FrozenExperts.apply(experts, hidden_states, top_k_index, top_k_weights)
-    return out
+    stock = trains or internals.is_expert_parallel(experts) or experts.has_post_expert_norm
+    function: Callable[..., Tensor] = internals.grouped_mm_experts_forward if stock else _FrozenExperts.apply
+    return function(self, hidden_states, top_k_index, top_k_weights)
 
 
 class _Part(NamedTuple):
@@ -86,9 +78,8 @@ class _FrozenExperts(torch.autograd.Function):
         experts, (weights_TK, sorted_R, tokens_R, rows_TK, *kept) = ctx.experts, ctx.saved_tensors
         grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(tokens_R))
         weights_R1 = torch.empty_like(grad_R).index_copy_(0, rows_TK.flatten(), weights_TK.flatten()).unsqueeze(1)
-        grad_RH = (
-            torch.empty(len(tokens_R), grad_TH.shape[1], device=grad_TH.device) if ctx.needs_input_grad[1] else None
-        )
+        shape = (len(tokens_R), grad_TH.shape[1])
+        grad_RH = torch.empty(shape, device=grad_TH.device) if ctx.needs_input_grad[1] else None
         for part, kept_r in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
             grad_rH = grad_TH.index_select(0, tokens_R[part.rows])
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
@@ -125,7 +116,11 @@ def _up(experts: Any) -> str:
 
 def _is_swiglu(experts: Any) -> bool:
     """Whether the activation is silu(gate) * up, gate in the first half."""
-    return experts.has_gate and applies_plain_gate(experts) and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    return (
+        experts.has_gate
+        and internals.applies_plain_gate(experts)
+        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
+    )
 
 
 def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, weights_r1: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,20 +149,18 @@ def _activate(experts: Any, gate_up_rJ: Tensor) -> Tensor:
     if _is_swiglu(experts):
         gate_rI, up_rI = gate_up_rJ.chunk(2, dim=-1)
         return nn.functional.silu(gate_rI).mul_(up_rI)
-    activated: Tensor = experts._apply_gate(gate_up_rJ) if experts.has_gate else experts.act_fn(gate_up_rJ)
-    return activated
+    function: Callable[[Tensor], Tensor] = experts._apply_gate if experts.has_gate else experts.act_fn
+    return function(gate_up_rJ)
 
 
 def _product(experts: Any, name: str, rows_rN: Tensor, part: _Part, sorted_R: Tensor) -> Tensor:
     """Every row through its expert's matrix `name`, with its bias where there is one."""
     weight_e = getattr(experts, name)[part.experts]
     bias_r = getattr(experts, f"{name}_bias")[sorted_R[part.rows]] if experts.has_bias else None
-    out: Tensor = grouped_linear(rows_rN, weight_e, part.ends_e, bias=bias_r, is_transposed=experts.is_transposed)
-    return out
+    return internals.grouped_linear(rows_rN, weight_e, part.ends_e, bias=bias_r, is_transposed=experts.is_transposed)
 
 
 def _product_back(experts: Any, name: str, grad_rN: Tensor, part: _Part) -> Tensor:
     """The gradient of the rows that `_product` was given."""
     weight_e = getattr(experts, name)[part.experts]
-    out: Tensor = grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)
-    return out
+    return internals.grouped_linear(grad_rN, weight_e, part.ends_e, is_transposed=not experts.is_transposed)

@@ -34,8 +34,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' own mask; on the CPU also where its kernel could do without, because all rows are one document."""
     if torch.device(kwargs.get("device", "cpu")).type == "cpu":
         kwargs["allow_is_causal_skip"] = False
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask
+    return sdpa_mask(*args, **kwargs)
 
 
 def packed_attention_forward(
@@ -52,16 +51,13 @@ def packed_attention_forward(
         or query.device.type != "cpu"
         or kwargs.get("position_bias") is not None
     ):
-        stock: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        return stock
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     outputs = []
     for row, parts in enumerate(_parts_of(attention_mask, query.dtype)):
         queries = query[row : row + 1].split([part.mask_qk.shape[0] for part in parts], dim=2)
         for part, query_1HqN in zip(parts, queries, strict=True):
-            key_1HkN, value_1HkN = key[row : row + 1, :, part.keys], value[row : row + 1, :, part.keys]
-            outputs.append(
-                sdpa_attention_forward(module, query_1HqN, key_1HkN, value_1HkN, part.mask_qk[None, None], **kwargs)[0]
-            )
+            seen = (key[row : row + 1, :, part.keys], value[row : row + 1, :, part.keys], part.mask_qk[None, None])
+            outputs.append(sdpa_attention_forward(module, query_1HqN, *seen, **kwargs)[0])
     return torch.cat(outputs, dim=1).view(*query.transpose(1, 2).shape[:3], value.shape[-1]), None
 
 

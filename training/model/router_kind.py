@@ -65,11 +65,7 @@ class RouterKind(NamedTuple):
 
 
 def kind_of(router: nn.Module, *, hidden_size: int) -> RouterKind:
-    """The kind of a router module, which is left as it is.
-
-    Raises:
-        UserError: weights of experts follow neither from a softmax of the logits nor from a sigmoid.
-    """
+    """The kind of a router module, which is left as it is; a `UserError` if it weighs experts in no known way."""
     with torch.inference_mode(False), torch.enable_grad():  # whoever asks may have switched gradients off
         probe = _randomised(router)
         draw = torch.Generator().manual_seed(1)

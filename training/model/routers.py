@@ -18,6 +18,8 @@ from configs.load import UserError
 from training.model.router_kind import RouterKind, kind_of
 from training.model.transformers_internals import router_class
 
+ANOTHER = "use the model it was made for"
+
 
 class Routing(NamedTuple):
     """What one layer's router did.
@@ -36,15 +38,9 @@ class Routing(NamedTuple):
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Module name -> router of every MoE layer, in layer order.
-
-    Raises:
-        UserError: the model has no routers.
-    """
-    wanted = router_class(model)
-    found = {
-        name: module for name, module in model.named_modules() if wanted is not None and isinstance(module, wanted)
-    }
+    """Module name -> router of every MoE layer, in layer order; a `UserError` if there is none."""
+    wanted = router_class(model) or ()
+    found = {name: module for name, module in model.named_modules() if isinstance(module, wanted)}
     if not found:
         raise UserError(
             f"{type(model).__name__} ({model.config.model_type}) has no routers: looked for modules of the class that "
@@ -54,11 +50,7 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def router_kind(model: PreTrainedModel) -> RouterKind:
-    """How the routers of a model score and what of them trains.
-
-    Raises:
-        UserError: no routers, or of a kind that is not understood.
-    """
+    """How the routers of a model score and what of them trains; a `UserError` if that is not understood."""
     return kind_of(next(iter(find_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
 
 
@@ -82,17 +74,12 @@ def copy_into_routers(model: PreTrainedModel, router_delta: Mapping[str, Tensor]
     routers = router_parameters(model)
     for name, weight in router_delta.items():
         if name not in routers:
-            raise UserError(f"router delta: the model has no router weight {name}; use the model it was made for")
+            raise UserError(f"router delta: the model has no router weight {name}; {ANOTHER}")
         if routers[name].shape != weight.shape:
-            raise UserError(
-                f"router delta: {name} has shape {list(weight.shape)}, the model's is {list(routers[name].shape)}; "
-                "use the model it was made for"
-            )
-    missing = sorted(routers.keys() - router_delta.keys())
-    if missing:
-        raise UserError(
-            f"router delta: {missing[0]}, a router of the model, is not in it; use the model it was made for"
-        )
+            shapes = f"{name} has shape {list(weight.shape)}, the model's is {list(routers[name].shape)}"
+            raise UserError(f"router delta: {shapes}; {ANOTHER}")
+    if missing := sorted(routers.keys() - router_delta.keys()):
+        raise UserError(f"router delta: {missing[0]}, a router of the model, is not in it; {ANOTHER}")
     with torch.no_grad():
         for name, parameter in routers.items():
             parameter.copy_(router_delta[name])
@@ -105,8 +92,7 @@ class RouterObserver:
     """
 
     def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
-        self.names = list(find_routers(model))
-        self.kind = router_kind(model)
+        self.names, self.kind = list(find_routers(model)), router_kind(model)
         self._recorded: dict[str, Routing] | None = None
         self._uses_reference = False
         self._batch_shape = (0, 0)

@@ -3,10 +3,9 @@
 No other file of the product imports these modules or reads these attributes, so that a new release is met in one place.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter as WeightConverter
@@ -15,7 +14,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.core_model_loading import rename_source_key as rename_source_key
 from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config as unset_hf_deepspeed_config
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _batched_linear, _default_apply_gate, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import _batched_linear, _default_apply_gate, _grouped_linear
 from transformers.integrations.moe import grouped_mm_experts_forward as grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask as sdpa_mask
@@ -29,11 +29,6 @@ def router_class(model: PreTrainedModel) -> type[nn.Module] | None:
     """The class of the modules whose outputs transformers records as `router_logits`."""
     recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     return getattr(recorded, "target_class", recorded)
-
-
-def register_experts_function(name: str, function: Callable[..., Tensor]) -> None:
-    """Make `name` an experts implementation; doing it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(name, function)
 
 
 def is_expert_parallel(experts: Any) -> bool:

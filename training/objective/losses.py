@@ -49,9 +49,8 @@ def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], w
     Keys: tokens (with a label), positions (not padding), sequences (of two tokens or more), windows, pairs_<lag>.
     """
     pairs = same_document(document_ids_BS, 1)
-    sequences = torch.zeros(document_ids_BS.numel(), device=document_ids_BS.device).index_add_(
-        0, sequence_index(document_ids_BS).flatten(), pairs.flatten().float()
-    )
+    index = sequence_index(document_ids_BS).flatten()
+    sequences = torch.zeros(len(index), device=index.device).index_add_(0, index, pairs.flatten().float())
     items = {
         "tokens": (labels_BS != IGNORE_LABEL).sum(),
         "positions": (document_ids_BS >= 0).sum(),
@@ -72,9 +71,7 @@ def trust_kl_sum(
 
 def previous_choice(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int) -> Tensor:
     """[B, S, E] bool: expert is in E_{t-1}, the hard choice at the position before; none at a sequence's start."""
-    chosen = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.bool, device=ids_BSK.device).scatter_(
-        -1, ids_BSK, True
-    )
+    chosen = ids_BSK.new_zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.bool).scatter_(-1, ids_BSK, True)
     return torch.roll(chosen, 1, dims=1) & same_document(document_ids_BS, 1).unsqueeze(-1)
 
 
@@ -87,8 +84,7 @@ def lru_content(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int, slots:
     """
     _, length, k = ids_BSK.shape
     times_SK = torch.arange(length * k, device=ids_BSK.device).view(length, k).flip(-1) + 1
-    used = torch.zeros(*ids_BSK.shape[:2], n_experts, dtype=torch.long, device=ids_BSK.device)
-    used.scatter_(-1, ids_BSK, times_SK.expand_as(ids_BSK))
+    used = ids_BSK.new_zeros(*ids_BSK.shape[:2], n_experts).scatter_(-1, ids_BSK, times_SK.expand_as(ids_BSK))
     last_use = torch.roll(used.cummax(dim=1).values, 1, dims=1)
     last_use[:, 0] = 0
     position = torch.arange(length, device=ids_BSK.device).expand_as(document_ids_BS)
@@ -151,12 +147,10 @@ class _SymmetricKl(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(probs_BSE, log_probs_BSE, *pairs_DBS)
         ctx.lags = lags
-        sums = [
-            torch.linalg.vecdot(_change(probs_BSE, lag), _change(log_probs_BSE, lag))
-            .where(pairs_BS[:, lag:], 0.0)
-            .sum()
-            for pairs_BS, lag in zip(pairs_DBS, lags, strict=True)
-        ]
+        sums = []
+        for pairs_BS, lag in zip(pairs_DBS, lags, strict=True):
+            products_BS = torch.linalg.vecdot(_change(probs_BSE, lag), _change(log_probs_BSE, lag))
+            sums.append(products_BS.where(pairs_BS[:, lag:], 0.0).sum())
         return 0.5 * torch.stack(sums)
 
     @staticmethod

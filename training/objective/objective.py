@@ -8,7 +8,6 @@ Pure arithmetic over `terms.py`, `losses.py` and `token_loss.py`; knows nothing 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,14 +67,13 @@ def objective(
     groups = []
     for n_layers, stacked in _stacked(routings):
         layers = Layers(args, stacked, n_layers, batch.document_ids_BS, count=count, weights=weights)
-        groups.append(_Group(values_of(layers, weights), _reuse_rates(layers), _hit_rates(layers)))
-    terms = {name: torch.stack([g.terms[name] for g in groups]).sum() / len(routings) for name in groups[0].terms}
+        groups.append((values_of(layers, weights), _reuse_rates(layers), _hit_rates(layers)))
+    values, reuse_L, hits_C = zip(*groups, strict=True)
+    terms = {name: torch.stack([group[name] for group in values]).sum() / len(routings) for name in values[0]}
     assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
-    tokens = at_least_one(count["tokens"]).float()
-    task = token_sums(
-        outputs_BSX, batch.labels_BS, base_outputs_BSX if distill else None, head=head,
-        weights=((1.0 - distill) / tokens, distill / tokens),
-    )  # fmt: skip
+    tokens, base_BSX = at_least_one(count["tokens"]).float(), base_outputs_BSX if distill else None
+    shares = ((1.0 - distill) / tokens, distill / tokens)
+    task = token_sums(outputs_BSX, batch.labels_BS, base_BSX, head=head, weights=shares)
     loss = torch.stack([task.loss, *(weights[name] * value for name, value in terms.items() if weights[name])]).sum()
     terms["loss"] = task.cross_entropy / tokens
     if distill:
@@ -83,9 +81,9 @@ def objective(
     return Objective(
         loss=loss,
         terms={name: value.detach() for name, value in terms.items()},
-        reuse_L=torch.cat([group.reuse_L for group in groups]),
+        reuse_L=torch.cat(reuse_L),
         load_LE=torch.stack([_load(routing, batch) for routing in routings]),
-        hits_C=torch.stack([group.hits_C for group in groups]).sum(0) / len(routings),
+        hits_C=torch.stack(hits_C).sum(0) / len(routings),
     )
 
 
@@ -108,21 +106,8 @@ def _stacked(routings: Sequence[Routing]) -> Iterator[tuple[int, Routing]]:
 
 
 def _joined(layers: Sequence[Routing]) -> Routing:
-    references = [layer.reference_logits_BSE for layer in layers if layer.reference_logits_BSE is not None]
-    return Routing(
-        logits_BSE=torch.cat([layer.logits_BSE for layer in layers]),
-        weights_BSK=torch.cat([layer.weights_BSK for layer in layers]),
-        ids_BSK=torch.cat([layer.ids_BSK for layer in layers]),
-        reference_logits_BSE=torch.cat(references) if references else None,
-    )
-
-
-class _Group(NamedTuple):
-    """Sums over layers that are worked on together."""
-
-    terms: dict[str, Tensor]
-    reuse_L: Tensor
-    hits_C: Tensor
+    fields: Any = zip(*layers, strict=True)
+    return Routing(*(None if field[0] is None else torch.cat(field) for field in fields))
 
 
 @torch.no_grad()

@@ -17,22 +17,14 @@ from training.objective import losses
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
 # from the base's own predictions.
-_REMOE = {
-    "distill_coef": 0.0,
-    "miss_coef": 0.0,
-    "router_kl_coef": 0.45,
-    "reuse_coef": 0.2,
-    "smooth_coef": 0.05,
-    "lag_coef": 0.05,
-    "working_set_coef": 0.01,
-}
-_NOTHING = dict.fromkeys(_REMOE, 0.0)
+_REMOE = {"router_kl_coef": 0.45, "reuse_coef": 0.2, "smooth_coef": 0.05, "lag_coef": 0.05, "working_set_coef": 0.01}
+_NOTHING = dict.fromkeys(("distill_coef", "miss_coef", *_REMOE), 0.0)
 PRESETS: dict[str, dict[str, float]] = {
     "ce_only": _NOTHING,
-    "remoe": _REMOE,
-    "remoe_no_trust": {**_REMOE, "router_kl_coef": 0.0},
-    "remoe_no_reuse": {**_REMOE, "reuse_coef": 0.0},
-    "remoe_no_consistency": {**_REMOE, "smooth_coef": 0.0, "lag_coef": 0.0, "working_set_coef": 0.0},
+    "remoe": {**_NOTHING, **_REMOE},
+    "remoe_no_trust": {**_NOTHING, **_REMOE, "router_kl_coef": 0.0},
+    "remoe_no_reuse": {**_NOTHING, **_REMOE, "reuse_coef": 0.0},
+    "remoe_no_consistency": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
 }
@@ -75,7 +67,7 @@ class ObjectiveArguments:
                 f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
                 "gradient, so that nothing would show whether the routers train; write 0.9"
             )
-        if min([self.working_set_window, *self.lags, *self.cache_slots], default=1) < 1:
+        if min([self.working_set_window, *self.lags, *self.cache_slots]) < 1:
             raise ValueError("lags, cache_slots and working_set_window must be at least 1")
 
     @property
@@ -126,9 +118,8 @@ class Layers:
 
 
 def reuse(layers: Layers) -> Tensor:
-    return layers.mean_over_reusable(
-        lambda held_BSE: losses.reuse_loss_sum(layers.probs_BSE, held_BSE, layers.document_ids_BS, layers.top_k)
-    )
+    others = (layers.document_ids_BS, layers.top_k)
+    return layers.mean_over_reusable(lambda held_BSE: losses.reuse_loss_sum(layers.probs_BSE, held_BSE, *others))
 
 
 def smooth(layers: Layers) -> Tensor:
@@ -145,14 +136,8 @@ def working_set(layers: Layers) -> Tensor:
 
 
 def missed(layers: Layers) -> Tensor:
-    logits_BSE, documents_BS, temperature = (
-        layers.routing.logits_BSE,
-        layers.document_ids_BS,
-        layers.args.miss_temperature,
-    )
-    return layers.mean_over_reusable(
-        lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, documents_BS, layers.top_k, temperature)
-    )
+    logits_BSE, others = layers.routing.logits_BSE, (layers.document_ids_BS, layers.top_k, layers.args.miss_temperature)
+    return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, *others))
 
 
 def trust(layers: Layers) -> Tensor | None:
@@ -209,11 +194,8 @@ def ramp(step: int, warmup_steps: int) -> float:
 
 def weights_at(args: ObjectiveArguments, step: int) -> dict[str, float]:
     """What every term is multiplied by at this step, by its name."""
-    return {
-        term.name: (1.0 if term.ramp is None else ramp(step, getattr(args, term.ramp)))
-        * args.coefficient(term.coefficient)
-        for term in TERMS
-    }
+    grown: dict[str | None, float] = {key: ramp(step, getattr(args, key)) for key in (REUSE, CONSISTENCY)}
+    return {term.name: grown.get(term.ramp, 1.0) * args.coefficient(term.coefficient) for term in TERMS}
 
 
 def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,9 +220,8 @@ def values_of(layers: Layers, weights: Mapping[str, float]) -> dict[str, Tensor]
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights[term.name] != 0):
             total = term.value(layers)
             if total is not None:
-                values[term.name] = (
-                    total if term.items is None else total / at_least_one(layers.count[term.items])
-                ).float()
+                items = at_least_one(layers.count[term.items]) if term.items else 1
+                values[term.name] = (total / items).float()
     return values
 
 

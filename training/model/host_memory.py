@@ -45,12 +45,8 @@ def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
     limits = []
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
         own = root / controllers / path.lstrip("/")
-        for group in (own, *own.parents):
-            for file in (group / "memory.max", group / "memory.limit_in_bytes"):
-                if group.is_relative_to(root) and file.exists():
-                    text = file.read_text(encoding="utf-8").strip()
-                    limits += [int(text)] if text.isdigit() else []
-    return min(limits, default=None)
+        for group in (own, *own.parents) if controllers in ("", "memory") else ():
+            files = [group / "memory.max", group / "memory.limit_in_bytes"] if group.is_relative_to(root) else []
+            limits += [file.read_text(encoding="utf-8").strip() for file in files if file.exists()]
+    return min((int(limit) for limit in limits if limit.isdigit()), default=None)

@@ -8,6 +8,7 @@ Pure arithmetic over `terms.py`, `losses.py` and `token_loss.py`; knows nothing 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,8 +107,9 @@ def _stacked(routings: Sequence[Routing]) -> Iterator[tuple[int, Routing]]:
 
 
 def _joined(layers: Sequence[Routing]) -> Routing:
-    fields: Any = zip(*layers, strict=True)
-    return Routing(*(None if field[0] is None else torch.cat(field) for field in fields))
+    fields = zip(*layers, strict=True)
+    joined: list[Any] = [None if field[0] is None else torch.cat(field) for field in fields]
+    return Routing(*joined)
 
 
 @torch.no_grad()

@@ -21,39 +21,33 @@ NVME = "nvme"
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
     """One process or what `accelerate launch` started; gloo where there is no accelerator."""
-    precision, handlers = "bf16" if bf16 else "no", []
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if with_deepspeed:  # or accelerate would leave DeepSpeed out, which needs no telling where it runs
+    if with_deepspeed:
+        # or accelerate would leave DeepSpeed out, which needs no telling where it runs
         os.environ.pop("ACCELERATE_USE_CPU", None)
+        # it compiles with the ninja that was installed beside this Python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none
-    if with_deepspeed:  # it compiles with the ninja that was installed beside this Python
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if on_cpu and with_deepspeed:  # without it accelerate takes this for a run of one process
-        handlers = [InitProcessGroupKwargs(backend="gloo")]
-    accelerator = Accelerator(
-        cpu=on_cpu and not with_deepspeed, mixed_precision=precision, kwargs_handlers=handlers or None
-    )
+    # without it accelerate takes this for a run of one process
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if on_cpu and with_deepspeed else None
+    precision, on_cpu = "bf16" if bf16 else "no", on_cpu and not with_deepspeed
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=handlers)
     if with_deepspeed:
         unset_hf_deepspeed_config()  # or transformers would partition the model, routers too, while it loads it
     return accelerator
 
 
 def weight_layout(accelerator: Accelerator) -> str:
-    """How frozen weights are laid out over processes: `replicated`, `fsdp2` or `zero3`.
-
-    Raises:
-        UserError: FSDP1, which cannot shard weights beside others that train.
-    """
+    """How frozen weights are laid out over processes: `replicated`, `fsdp2` or `zero3`; FSDP1 is refused."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise UserError("fsdp_version 1 cannot hold frozen and trained weights together; write fsdp_version: 2")
         return FSDP2
-    plugin = accelerator.state.deepspeed_plugin if accelerator.state.distributed_type == "DEEPSPEED" else None
-    if plugin is None:
+    if accelerator.state.distributed_type != "DEEPSPEED":
         return REPLICATED
-    stage = int(plugin.zero_stage)
+    stage = int(accelerator.state.deepspeed_plugin.zero_stage)
     if stage < 3:
         accelerator.print(
             f"ZeRO stage {stage} shards gradients and optimizer states of what trains, which is the routers alone: they "
@@ -64,7 +58,8 @@ def weight_layout(accelerator: Accelerator) -> str:
 
 def offload_device(accelerator: Accelerator) -> str | None:
     """Where a DeepSpeed configuration wants parameters: `cpu`, `nvme`, or None for the device itself."""
-    plugin = accelerator.state.deepspeed_plugin if accelerator.state.distributed_type == "DEEPSPEED" else None
-    given = {} if plugin is None else plugin.deepspeed_config["zero_optimization"].get("offload_param") or {}
-    device = given.get("device")
+    if accelerator.state.distributed_type != "DEEPSPEED":
+        return None
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    device = (zero.get("offload_param") or {}).get("device")
     return None if device in (None, "none") else str(device)

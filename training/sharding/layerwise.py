@@ -24,6 +24,8 @@ from training.run_folder import proof
 from training.sharding.launcher import FSDP2, REPLICATED
 from training.sharding.zero3 import Zero3
 
+Parameters = Mapping[str, nn.Parameter]
+
 
 def move_whole_tensors(model: PreTrainedModel, device: torch.device, *, layout: str) -> None:
     """Move to the device what will be whole there: everything, or routers and buffers where the rest is sharded."""
@@ -37,9 +39,8 @@ def move_whole_tensors(model: PreTrainedModel, device: torch.device, *, layout: 
 
 
 def load_layerwise(
-    model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator, *, layout: str,
-    weights: LayerwiseCheckpoint,
-) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    model: PreTrainedModel, trained: Parameters, accelerator: Accelerator, *, layout: str, weights: LayerwiseCheckpoint
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load the decoder layers of a skeleton, each of them sharded before the next one is read.
 
     Returns:
@@ -74,7 +75,7 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class _FullyShard:
     """torch's FSDP2, layer by layer, so that one layer is whole at a time."""
 
-    def __init__(self, model: PreTrainedModel, trained: Mapping[str, nn.Parameter], accelerator: Accelerator) -> None:
+    def __init__(self, model: PreTrainedModel, trained: Parameters, accelerator: Accelerator) -> None:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         self._model, self.trained = model, dict[str, Tensor](trained)
         self._options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(trained.values())}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import psutil
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
@@ -54,19 +53,13 @@ def placement(sizes: Sizes, *, layout: str, offload: str | None, processes: int)
 
 
 def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str) -> None:
-    """Print what every process will hold.
-
-    Raises:
-        UserError: there is less memory than that; the message names a launcher for which there is enough, if any.
-    """
+    """Print what every process will hold, or refuse it if there is less memory; the message names a launcher that fits."""
     if args.model_name_or_path is None:
         return
     model = empty_model(local_folder(args.model_name_or_path), dtype=weights_dtype(args))
-    sizes = sizes_of(model)
-    offload = offload_device(accelerator)
+    sizes, offload = sizes_of(model), offload_device(accelerator)
     planned = placement(sizes, layout=layout, offload=offload, processes=accelerator.num_processes)
-    where = accelerator.device.type
-    parts = [f"{size_text(planned.device)} on its {where}"]
+    parts = [f"{size_text(planned.device)} on its {accelerator.device.type}"]
     parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
     parts += [f"{size_text(planned.disk)} on disk"] * bool(planned.disk)
     accelerator.print(
@@ -75,8 +68,7 @@ def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str)
         f"{', '.join(parts)} (activations come on top)"
     )
     free = FreeMemory(accelerator)
-    shortage = free.shortage_for(planned)
-    if shortage is not None:
+    if shortage := free.shortage_for(planned):
         halved = "" if args.bf16 or model.dtype != torch.float32 else ", or bf16=true, which may halve them"
         raise UserError(f"{shortage}; {_advice(sizes, free)}{halved}")
 
@@ -88,14 +80,10 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
         layers = list(decoder_layers(model).values())
     except UserError:  # such a model cannot be sharded
         layers = [model]
-    return Sizes(
-        total=_bytes(model),
-        experts=sum(tensor.nbytes for tensors in experts for tensor in tensors),
-        largest_layer=max(_bytes(layer) for layer in layers),
-        swap_buffers=max(
-            ((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts), default=0
-        ),
-    )
+    total, *of_layers = (sum(tensor.nbytes for tensor in module.parameters()) for module in (model, *layers))
+    of_experts = sum(tensor.nbytes for tensors in experts for tensor in tensors)
+    buffers = ((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts)
+    return Sizes(total, of_experts, largest_layer=max(of_layers), swap_buffers=max(buffers, default=0))
 
 
 class FreeMemory:
@@ -121,16 +109,12 @@ class FreeMemory:
 
 
 def _advice(sizes: Sizes, free: FreeMemory) -> str:
-    launchers = {
-        "fsdp2": (FSDP2, None),
-        "deepspeed_zero3_cpu_offload": (ZERO3, "cpu"),
-        "deepspeed_zero3_nvme": (ZERO3, NVME),
-    }
-    for name, (layout, offload) in launchers.items():
+    sharded = (
+        ("fsdp2", FSDP2, None),
+        ("deepspeed_zero3_cpu_offload", ZERO3, "cpu"),
+        ("deepspeed_zero3_nvme", ZERO3, NVME),
+    )
+    for name, layout, offload in sharded:
         if free.shortage_for(placement(sizes, layout=layout, offload=offload, processes=free.processes)) is None:
             return f"write --accelerate-config configs/accelerate/{name}.yaml"
     return "no launcher here makes them fit: give more memory or more processes on other machines"
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())

@@ -38,13 +38,11 @@ class Zero3:
         zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
         config = {"train_micro_batch_size_per_gpu": 1, **{key: given[key] for key in ("aio",) if key in given}}
         self._device = offload_device(accelerator)
-        self._in_memory = {**config, "zero_optimization": zero}
+        beside = {"offload_param": {"device": "cpu"}} if self._device == NVME else {}
+        self._in_memory = {**config, "zero_optimization": {**zero, **beside}}
         if self._device == NVME:
-            self._in_memory = {**config, "zero_optimization": {**zero, "offload_param": {"device": "cpu"}}}
-            self._on_disk = {
-                **config,
-                "zero_optimization": {**zero, **self._swapping(zero["offload_param"], accelerator)},
-            }
+            swapping = self._swapping(zero["offload_param"], accelerator)
+            self._on_disk = {**config, "zero_optimization": {**zero, **swapping}}
             self._start_swapping()
 
     def shard(self, layer: nn.Module) -> None:
@@ -61,18 +59,12 @@ class Zero3:
 
         self.shard(self._model)
         config = self._on_disk if self._device == NVME else self._in_memory
-        without = {
-            key: value for key, value in config.items() if key not in PRECISIONS.values()
-        }  # nothing is converted
-        engine, *_ = deepspeed.initialize(model=self._model, config=without)
+        plain = {key: value for key, value in config.items() if key not in PRECISIONS.values()}  # nothing is converted
+        engine, *_ = deepspeed.initialize(model=self._model, config=plain)
         object.__setattr__(self._model, "_zero3_engine", engine)  # lives as long as the model; no module of it
 
     def _swapping(self, offload: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-        """Options of the offload: a folder of this process's own, buffers for one layer's experts, nothing kept whole beyond.
-
-        Raises:
-            UserError: there is no such folder, or nothing to write to it with.
-        """
+        """Options of the offload: a folder of this process's own, buffers for one layer's experts, nothing kept whole beyond."""
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -91,10 +83,8 @@ class Zero3:
         object.__setattr__(self._model, "_zero3_folder", folder)  # removed with the model
         experts = [list(module.parameters(recurse=False)) for module in expert_modules(self._model)]
         largest = max(tensor.numel() for tensors in experts for tensor in tensors)
-        buffers = {
-            "buffer_size": -(-largest // accelerator.num_processes) + accelerator.num_processes,
-            "buffer_count": 1 + max(len(tensors) for tensors in experts),
-        }
+        size = -(-largest // accelerator.num_processes) + accelerator.num_processes
+        buffers = {"buffer_size": size, "buffer_count": 1 + max(len(tensors) for tensors in experts)}
         limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
         return {**dict.fromkeys(limits, 0), "offload_param": {**buffers, **offload, "nvme_path": folder.name}}
 

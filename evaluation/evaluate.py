@@ -178,7 +178,8 @@ def evaluate(
         measured = {BASE: results.ArmResults(objective=None, coefficients={}, runs=runs)}
         sides = [*untouched.candidates]
         for name, arm in arms:
-            runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
+            with naming_the_place(name):
+                runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
             measured[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
             sides += arm.candidates
         before = processor_times()

@@ -55,11 +55,12 @@ class Narration:
 
 
 def say_the_end(results: Results, folder: Path) -> None:
-    """The report's headline as a table, and where the report is."""
+    """The report's headline as a table, without its times, and where the report is."""
     headline = headline_table(results)
-    table = Table(*headline.header)
+    shown = [place for place, title in enumerate(headline.header) if not title.startswith(("TPOT", "worst task"))]
+    table = Table(*(headline.header[place] for place in shown), caption="second lines: changes against base")
     for row in headline.rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     Console().print(table)
     print(f"The report is {folder / 'report.html'} (text: {folder / 'report.md'}, numbers: {folder / 'results.json'})")
 

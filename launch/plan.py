@@ -1,22 +1,21 @@
 """`remoe plan`: what a memory budget is divided into for a model, and what it buys; tried on the real engine.
 
-Sizes are measured (residents) or worked out (KV cache, activations); the time of computing and of a prompt is measured by
+Sizes are worked out; the time of computing and of a prompt is measured by
 decoding a few tokens; misses at other sizes come from a routing trace, if one is given.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run
+from configs.command import parse
 from configs.files import prepare, write_json
 from data.pieces import document_beginnings
-from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.cache.trace_formats import read_trace
 from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
@@ -24,33 +23,48 @@ from evaluation.engine.sessions.workload import read_requests
 from evaluation.report.numbers import bytes_text
 from training.model.loading import load_tokenizer, local_folder
 
-EXAMPLE = """examples:
-  remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256
-  remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
-  remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256 --trace runs/readme.safetensors
-  remoe plan --model DIR --memory-budget 900MiB --sessions chats.jsonl    # lines: {"prompt": "...", "max_tokens": 32}
-"""
+
+@dataclass(frozen=True)
+class PlanBudget:
+    """Divide a memory budget for a model: what is fixed, what experts get, and what that means for speed.
+
+    examples:
+      remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256
+      remoe trace --model data/embedded/model --text-file README.md --output runs/readme.safetensors
+      remoe plan --model data/embedded/model --memory-budget 64MiB --context-tokens 256 --trace runs/readme.safetensors
+      remoe plan --model DIR --memory-budget 900MiB --sessions chats.jsonl    # lines: {"prompt": "...", "max_tokens": 32}
+    """
+
+    model: str  # folder with safetensors weights, or hub name
+    memory_budget: str  # 512MiB, 8GiB, 25% of the machine, or `smallest + 10%`
+    context_tokens: int = CONTEXT_TOKENS  # tokens of prompt and answer to keep room for
+    trace: str | None = None  # a routing trace of this model: adds what other cache sizes would cost
+    # JSONL of conversations in order of arrival, run once: adds what they would take at every division of memory between
+    # experts and kept keys and values
+    sessions: str | None = None
+    block_tokens: int = BLOCK_TOKENS  # tokens of a kept block
+    dtype: str = "auto"  # auto (as stored), bfloat16, float16 or float32
+    output: str | None = None  # JSON file for all numbers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, plan, print, and write the JSON if asked."""
-    arguments = _parser().parse_args(argv)
-    output = prepare(arguments.output) if arguments.output else None
-    trace = RouteTrace.read(arguments.trace) if arguments.trace else None
+    """Plan, print, and write the JSON if asked."""
+    command = parse(PlanBudget, argv, prog="remoe plan")
+    output = prepare(command.output) if command.output else None
+    trace = read_trace(command.trace) if command.trace else None
     transformers.utils.logging.disable_progress_bar()
-    model_dir = local_folder(arguments.model)
+    model_dir = local_folder(command.model)
     tokenizer = load_tokenizer(model_dir)
-    requests = read_requests(arguments.sessions, tokenizer) if arguments.sessions else []
     (prompt_ids,) = document_beginnings(tokenizer, "validation", tokens=PROMPT_TOKENS, count=1)
     found = plan(
         model_dir,
         prompt_ids=prompt_ids,
-        memory_budget=arguments.memory_budget,
-        context_tokens=arguments.context_tokens,
+        memory_budget=command.memory_budget,
+        context_tokens=command.context_tokens,
         trace=trace,
-        dtype=arguments.dtype,
-        requests=requests,
-        block_tokens=arguments.block_tokens,
+        dtype=command.dtype,
+        requests=read_requests(command.sessions, tokenizer) if command.sessions else [],
+        block_tokens=command.block_tokens,
     )
     if output:
         write_json(output, found)
@@ -63,7 +77,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     table = Table("part", "memory", "why", title=f"{bytes_text(division['budget_bytes'])} for {found['model']}")
     context = f"{division['context_tokens']} tokens"
     for name, key, why in (
-        ("resident weights", "resident_bytes", "attention, embeddings, routers, shared experts; measured"),
+        ("resident weights", "resident_bytes", "attention, embeddings, routers, shared experts; worked out"),
         ("read buffers", "buffer_bytes", "of the reading threads, and for experts that do not stay"),
         ("KV cache", "kv_bytes", f"its floor: {context}"),
         ("activations", "activation_bytes", f"a prompt of {context}"),
@@ -121,38 +135,3 @@ def _cliff(division: dict[str, Any], demand: dict[str, Any]) -> str:
     if division["expert_cache_bytes"] < demand["token_demand_bytes"]:
         return " - this budget is below it"
     return ""
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe plan",
-        description="Divide a memory budget for a model: what is fixed, what experts get, and what that means for speed.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="folder with safetensors weights, or hub name")
-    parser.add_argument("--memory-budget", required=True, metavar="SIZE", help="512MiB, 8GiB, or 25%% of the machine")
-    parser.add_argument(
-        "--context-tokens",
-        type=int,
-        default=CONTEXT_TOKENS,
-        metavar="N",
-        help=f"tokens of prompt and answer to keep room for (default {CONTEXT_TOKENS})",
-    )
-    parser.add_argument(
-        "--trace", metavar="PATH", help="a routing trace of this model: adds what other sizes would cost"
-    )
-    parser.add_argument(
-        "--sessions", metavar="JSONL", help="conversations in order of arrival: adds what they take at every division of "
-        "memory between experts and kept keys and values; they are run once"
-    )  # fmt: skip
-    parser.add_argument(
-        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help=f"of a kept block (default {BLOCK_TOKENS})"
-    )
-    parser.add_argument("--dtype", default="auto", help="auto (as stored), bfloat16, float16 or float32")
-    parser.add_argument("--output", metavar="JSON", help="where to write all numbers")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -3,101 +3,105 @@
 LRU at every size in both scopes, from one pass each; the policies at chosen sizes, each against the optimum (Belady).
 """
 
-import argparse
-import sys
+import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
-from configs.command import run
+from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
 from evaluation.engine.cache.curve import LruCurve, curve_json, lru_curve
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.cache.replay import POLICIES, replay_all, results_json
 from evaluation.engine.cache.trace import RouteTrace
-from evaluation.engine.cache.trace_formats import EXTENSIONS, check_extension, read_trace, write_trace
+from evaluation.engine.cache.trace_formats import check_extension, read_trace, write_trace
 
-EXAMPLE = """examples:
-  remoe replay trace.safetensors                                        # LRU at every size, in both scopes
-  remoe replay trace.safetensors --slots 4,6,8,12 --output replay.json  # and all policies at these sizes of each layer
-  remoe replay trace.safetensors --slots 32,64 --cache-scope global --policy lru,decayed
-  remoe replay chat.safetensors --slots 8 --policy static,lru --profile yesterday.safetensors
-  remoe replay routed_experts.npy --num-experts 64 --expert-bytes 6291456 --slots 8    # an array saved from vLLM
-  remoe replay moe_trace.csv --export trace.safetensors                                # rows of llama.cpp's moe-trace
-"""
+HEADINGS = ("experts held", "slots of a layer", "misses", "hit rate", "slots of one pool", "misses", "hit rate")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Count the expert loads of a routing trace under any cache policy and size; needs no weights.
+
+    examples:
+      remoe replay trace.safetensors                                        # LRU at every size, in both scopes
+      remoe replay trace.safetensors --slots 4,6,8,12 --output replay.json  # and all policies at these sizes of each layer
+      remoe replay trace.safetensors --slots 32,64 --cache-scope global --policy lru,decayed
+      remoe replay chat.safetensors --slots 8 --policy static,lru --profile yesterday.safetensors
+      remoe replay routed_experts.npy --num-experts 64 --expert-bytes 6291456 --slots 8    # an array saved from vLLM
+      remoe replay moe_trace.csv --export trace.safetensors                                # rows of llama.cpp's moe-trace
+    """
+
+    trace: tyro.conf.Positional[
+        str
+    ]  # .safetensors, .npz, .npy or .csv; evaluation/engine/cache/README.md says what they hold
+    slots: str | None = (
+        None  # sizes for --policy, as 4,6,8: slots of each layer (per_layer) or of the one pool (global)
+    )
+    policy: str | None = None  # of lru, lfu, lfru, decayed, fifo, static and belady, as lru,decayed; left out: all
+    cache_scope: str | None = None  # per_layer, global, or both as per_layer,global; left out: per_layer
+    profile: str | None = None  # trace whose most used experts the policy static keeps
+    num_experts: int | None = None  # experts of a layer, where the file does not say
+    top_k: int | None = None  # experts of a token in a layer, where a CSV leaves it open
+    expert_bytes: int | None = None  # bytes of one expert on disk, where the file does not say
+    export: str | None = None  # write the trace again, in the format of this name's ending
+    output: str | None = None  # JSON file for all counts; left out: only the tables
+
+    def __post_init__(self) -> None:
+        if self.profile and self.policy and "static" not in _words(self.policy):
+            raise UserError(f"--profile is for the policy static, and --policy is {self.policy}; add static to it")
+        if self.slots is None and (self.policy or self.cache_scope or self.profile):
+            raise UserError(
+                "--policy, --cache-scope and --profile are about chosen sizes, and --slots names none; "
+                "write for example --slots 4,6,8,12 (LRU at every size needs none of them)"
+            )
+        if self.slots is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.slots):
+            raise UserError(f"--slots {self.slots!r} is not a list of whole numbers; write for example 4,6,8,12")
+
+    @property
+    def policies(self) -> list[str]:
+        return _words(self.policy) or [policy for policy in POLICIES if policy != "static" or self.profile]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, read, replay every policy at every size, write the JSON, print tables."""
-    arguments = _parser().parse_args(argv)
-    output = prepare(arguments.output) if arguments.output else None
-    if arguments.export:
-        check_extension(prepare(arguments.export))
-    trace = read_trace(arguments.trace, num_experts=arguments.num_experts, top_k=arguments.top_k)
-    if arguments.expert_bytes is not None:
-        trace = replace(trace, expert_bytes=arguments.expert_bytes)
-    profile = read_trace(arguments.profile, num_experts=arguments.num_experts) if arguments.profile else None
-    policies, scopes, sizes = _choices(arguments)
-    if arguments.export:
-        write_trace(trace, arguments.export)
-    rows = results_json(trace, replay_all(trace, policies, scopes=scopes, sizes=sizes, profile=profile), policies)
-    curves = [lru_curve(trace, cache_scope=scope) for scope in SCOPES]
+    """Read, replay every policy at every size, write the JSON, print tables."""
+    command = parse(Replay, argv, prog="remoe replay")
+    output = prepare(command.output) if command.output else None
+    if command.export:
+        check_extension(prepare(command.export))
+    trace = read_trace(command.trace, num_experts=command.num_experts, top_k=command.top_k)
+    if command.expert_bytes is not None:
+        trace = replace(trace, expert_bytes=command.expert_bytes)
+    profile = read_trace(command.profile, num_experts=command.num_experts) if command.profile else None
+    if command.export:
+        write_trace(trace, command.export)
+    scopes, sizes = _words(command.cache_scope) or ["per_layer"], [int(size) for size in _words(command.slots)]
+    replays = replay_all(trace, command.policies, scopes=scopes, sizes=sizes, profile=profile)
+    rows = results_json(trace, replays, command.policies)
+    curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
     if output:
-        curves_json = {curve.cache_scope: curve_json(trace, curve) for curve in curves}
-        write_json(output, {"trace": str(arguments.trace), "results": rows, "lru_curve": curves_json})
-    _print_curves(trace, {curve.cache_scope: curve for curve in curves})
+        curves_json = {scope: curve_json(trace, curve) for scope, curve in curves.items()}
+        write_json(output, {"trace": str(command.trace), "results": rows, "lru_curve": curves_json})
+    _print_curves(trace, curves)
     if rows:
         _print_results(rows)
 
 
-def _choices(arguments: argparse.Namespace) -> tuple[list[str], list[str], list[int]]:
-    """Policies, scopes and sizes."""
-    policies = [policy for policy in POLICIES if policy != "static" or arguments.profile]
-    if arguments.policy is not None:
-        policies = _names(arguments.policy)
-    if arguments.profile and "static" not in policies:
-        raise UserError(f"--profile is for the policy static, and --policy is {arguments.policy}; add static to it")
-    if arguments.slots is None and (arguments.policy or arguments.cache_scope or arguments.profile):
-        raise UserError(
-            "--policy, --cache-scope and --profile are about chosen sizes, and --slots names none; "
-            "write for example --slots 4,6,8,12 (LRU at every size needs none of them)"
-        )
-    return policies, _names(arguments.cache_scope or "per_layer"), _sizes(arguments.slots)
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _sizes(text: str | None) -> list[int]:
-    if text is None:
-        return []
-    try:
-        sizes = [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise UserError(f"--slots {text!r} is not a list of whole numbers; write for example 4,6,8,12") from error
-    if not sizes:
-        raise UserError(f"--slots {text!r} names no size; write for example 4,6,8,12")
-    return sizes
+def _words(text: str | None) -> list[str]:
+    """`a, b` -> [a, b], each once."""
+    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
 
 
 def _print_curves(trace: RouteTrace, curves: dict[str, LruCurve]) -> None:
     """Both scopes at the same total sizes, from one token's experts to all, about three sizes per doubling."""
     accesses, first = (int(counts.sum()) for counts in (curves["global"].accesses, curves["global"].first_touches))
     table = Table(title=f"LRU: {accesses:,} accesses, {first:,} of them first touches", caption="misses count both")
-    for heading in (
-        "experts held",
-        "slots of a layer",
-        "misses",
-        "hit rate",
-        "slots of one pool",
-        "misses",
-        "hit rate",
-    ):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     per_layer, one_pool = (curves[scope].misses.sum(axis=(0, 1)) for scope in ("per_layer", "global"))
     for slots in _spread(trace.top_k, trace.num_experts):
@@ -131,34 +135,3 @@ def _print_results(results: Sequence[dict[str, Any]]) -> None:
             "-" if regret is None else f"{regret:.3f}",
         )
     Console().print(table)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="remoe replay",
-        description="Count the expert loads of a routing trace under any cache policy and size; needs no weights.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "trace", help=f"routing trace: {', '.join(EXTENSIONS)}; evaluation/engine/README.md says what they hold"
-    )
-    parser.add_argument(
-        "--slots",
-        help="comma-separated sizes for --policy: slots of each layer (per_layer) or of the one pool (global)",
-    )
-    parser.add_argument(
-        "--policy", help=f"comma-separated, of {', '.join(POLICIES)} (default: all, static only with --profile)"
-    )
-    parser.add_argument("--cache-scope", help=f"comma-separated, of {', '.join(SCOPES)} (default: per_layer)")
-    parser.add_argument("--profile", metavar="TRACE", help="trace whose most used experts the policy static keeps")
-    parser.add_argument("--num-experts", type=int, help="experts of a layer, where the file does not say")
-    parser.add_argument("--top-k", type=int, help="experts of a token in a layer, where a CSV leaves it open")
-    parser.add_argument("--expert-bytes", type=int, help="bytes of one expert on disk, where the file does not say")
-    parser.add_argument("--export", metavar="PATH", help="write the trace again, in the format of this extension")
-    parser.add_argument("--output", metavar="JSON", help="where to write all counts; only the tables if left out")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -113,7 +113,7 @@ def test_a_trace_goes_through_other_formats_and_back(trace: Path, tmp_path: Path
     [
         (["--slots", "1,4"], "the smallest that works is 2"),
         (["--slots", "four"], "--slots 'four' is not a list of whole numbers; write for example 4,6,8,12"),
-        (["--slots", ","], "--slots ',' names no size"),
+        (["--slots", ","], "--slots ',' is not a list of whole numbers"),
         (["--slots", "4", "--policy", "lru,best"], "unknown policy 'best'"),
         (["--slots", "4", "--cache-scope", "both"], "unknown cache scope 'both'"),
         (["--slots", "4", "--policy", "static"], "'static' keeps the experts .* was given none"),
@@ -135,7 +135,7 @@ def test_a_profile_for_nothing_is_refused(trace: Path) -> None:
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "launch.replay", str(tmp_path / "none.npy"), "--slots", "4"],
+        [sys.executable, "-m", "launch.cli", "replay", str(tmp_path / "none.npy"), "--slots", "4"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

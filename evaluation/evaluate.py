@@ -69,6 +69,10 @@ class PlanArguments:
     memory_budgets: list[str] = field(default_factory=list)  # for everything, for example [64MiB]
     context_tokens: int = 256  # tokens of prompt and answer to keep room for
 
+    def __post_init__(self) -> None:
+        for budget in self.memory_budgets:
+            budget_bytes(budget, smallest_bytes=1)  # refuses what is no size, before anything is trained or measured
+
 
 @dataclass
 class EvaluationArguments:
@@ -122,12 +126,9 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
     this needs `if __name__ == "__main__":`, as with anything that starts Python anew.
 
     Raises:
-        UserError: a budget is no size, or the device is not there.
+        UserError: the device is not there.
     """
     find_device(args.device)
-    budgets = args.plan.memory_budgets
-    for budget in budgets:
-        budget_bytes(budget, smallest_bytes=1)
     model_dir = local_folder(model)
     (prompt_ids,) = document_beginnings(load_tokenizer(model_dir), "validation", tokens=PROMPT_TOKENS, count=1)
     divided = partial(
@@ -135,7 +136,7 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
     )
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
-        return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in budgets]
+        return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in args.plan.memory_budgets]
 
 
 def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:

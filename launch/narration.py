@@ -11,8 +11,8 @@ from evaluation.report.summary import relative_change
 from evaluation.report.tables import headline_table
 from evaluation.results import BASE, Results, Run
 
-SIZES = 2
-"""How many cache sizes a line names."""
+FACTORS = (1.5, 3)
+"""A line names the cache sizes nearest to these multiples of the smallest, as the report's headline does."""
 
 
 def say(text: str) -> None:
@@ -42,7 +42,11 @@ class Narration:
         if run is not base:
             change = relative_change(run.routing.reuse_rate_mean, base.routing.reuse_rate_mean)
             parts = [f"EOR {CHANGE.text(change)}"]
-        for slots, misses in list(_misses(run).items())[1 : 1 + SIZES]:
+        sizes = _misses(run)
+        for slots in sorted(
+            {min(sizes, key=lambda size: abs(size - factor * min(sizes))) for factor in FACTORS if sizes}
+        ):
+            misses = sizes[slots]
             text = PERCENT.text(misses) if run is base else CHANGE.text(relative_change(misses, _misses(base)[slots]))
             parts.append(f"LRU misses with {slots} slots a layer {text}")
         return "; ".join(parts)

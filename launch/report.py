@@ -7,7 +7,9 @@ from pathlib import Path
 import tyro
 
 from configs.command import parse
+from configs.files import prepare
 from evaluation.report.markdown import write_report
+from evaluation.report.plots import write_frontier
 from evaluation.results import read_results
 
 
@@ -16,16 +18,20 @@ class Report:
     """Write report.md and report.html from the results of a run; nothing is measured.
 
     example:
-      remoe report runs/demo/results.json --output runs/demo
+      remoe report runs/demo/results.json --output runs/demo --frontier runs/demo/frontier.png
     """
 
     results: tyro.conf.Positional[str]  # results.json, as `remoe run` and `remoe evaluate` write it
     output: str | None = None  # folder to write into; left out: beside the results
+    frontier: str | None = None  # also write the picture of quality against expert loads, as a PNG file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, check, write both reports, say where."""
     command = parse(Report, argv, prog="remoe report")
     output = Path(command.output or Path(command.results).parent)
-    write_report(read_results(command.results), output)
+    results = read_results(command.results)
+    write_report(results, output)
+    if command.frontier is not None:
+        write_frontier(results, prepare(command.frontier))
     print(output / "report.html")

@@ -28,6 +28,8 @@ class RunArguments:
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> keys of the training config that differ
     seeds: list[int] = field(default_factory=lambda: [0])  # each arm is trained once with each
     accelerate_config: str | None = None  # train with accelerate, for example on several processes
+    train_overrides: list[str] = field(default_factory=list)  # key=value for every training, as [max_steps=20]
+    evaluation_overrides: list[str] = field(default_factory=list)  # key=value of what is measured, as [quality.limit=8]
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
@@ -45,7 +47,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
         The folder with results.json, report.md and report.html.
     """
     out = Path(args.output_dir)
-    evaluation = load(EvaluationArguments, args.evaluation)
+    evaluation = load(EvaluationArguments, args.evaluation, args.evaluation_overrides)
     trainings = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
     model = str(next(iter(trainings.values()))[0].model_name_or_path)
     all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
@@ -86,7 +88,7 @@ class _Training:
 def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:
     overrides = [f"{key}={value}" for key, value in args.arms[name].items()]
     own = [f"seed={seed}", f"output_dir={args.output_dir}/{name}-seed{seed}", "resume_from_checkpoint=auto"]
-    training = load(TrainArguments, args.train, [*overrides, *own])
+    training = load(TrainArguments, args.train, [*overrides, *args.train_overrides, *own])
     if training.trainable != "routers":
         raise UserError(f"{args.train} trains everything; an arm trains routers only (trainable=routers)")
     return training

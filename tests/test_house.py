@@ -3,10 +3,14 @@
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 MEGABYTE = 10**6
@@ -143,6 +147,22 @@ def test_trees_name_nothing_that_is_not_there() -> None:
     for folder, named in trees().items():
         gone = sorted(name for name in named if not (ROOT / name).exists())
         assert not gone, f"{folder.name}/README.md names {gone}"
+
+
+def test_every_direct_import_is_declared_with_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [requirement for listed in project["optional-dependencies"].values() for requirement in listed]
+    declared = {Requirement(text).name.lower().replace("_", "-"): Requirement(text) for text in extras}
+    declared |= {
+        Requirement(text).name.lower().replace("_", "-"): Requirement(text) for text in project["dependencies"]
+    }
+    providers = packages_distributions()
+    for name, path in product():
+        for module in {module.split(".")[0] for module in imported(path)} - set(EVERYTHING) - sys.stdlib_module_names:
+            names = {provider.lower().replace("_", "-") for provider in providers.get(module, [module])}
+            assert names & declared.keys(), f"{name} imports {module}, which pyproject.toml does not declare"
+            wanted = declared[min(names & declared.keys())].specifier
+            assert any(part.operator in ("<", "==") for part in wanted), f"{module} has no upper bound"
 
 
 def test_what_ships_is_small_enough() -> None:

@@ -82,13 +82,7 @@ class Engine:
         )
         self._page(model, [experts for _, experts in modules])
         if options.cache_prior is not None:
-            attach_cache_prior(
-                model,
-                strength=options.cache_prior,
-                keep=options.cache_prior_keep,
-                resident=cache.resident_experts,
-                is_decode=lambda: self._pager.is_decode,
-            )
+            self._prefer_residents(model, options.cache_prior, options.cache_prior_keep)
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
         return Prefetch(
@@ -99,6 +93,15 @@ class Engine:
             layer_ids=self._layer_ids,
             resident=self.cache.resident_experts,
             counts=self._reads,
+        )
+
+    def _prefer_residents(self, model: PreTrainedModel, strength: float, keep: int) -> None:
+        attach_cache_prior(
+            model,
+            strength=strength,
+            keep=keep,
+            resident=self.cache.resident_experts,
+            is_decode=lambda: self._pager.is_decode,
         )
 
     def _page(self, model: PreTrainedModel, experts_modules: Sequence[nn.Module]) -> None:

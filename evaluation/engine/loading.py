@@ -12,11 +12,11 @@ from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import ExpertCache
-from evaluation.engine.device import device_at, find_device, is_host
+from evaluation.engine.device import Device, device_at, find_device, is_host
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
-from evaluation.engine.memory.needs import Needs, needs_of, resident_bytes
+from evaluation.engine.memory.needs import needs_of, resident_bytes
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
@@ -46,14 +46,9 @@ def load(
     Raises:
         UserError: nothing to page, damaged shards, a cache too small for one token in one layer, no such device.
     """
-    where = find_device(options.device)
+    device = _device(options)
     if options.memory_budget is not None:
-        if not is_host(where):
-            raise UserError(
-                f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
-            )
         bound_kernel_caches()
-    device = device_at(where)
     config, store = read_config(model_dir), ExpertStore(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     demand = _demand(store, config=config, dtype=dtype)
@@ -63,9 +58,7 @@ def load(
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
         if router_delta:
             copy_into_routers(model, router_delta)
-        held_bytes = _resident_bytes(model, store)
-        needs = needs_of(model.config, dtype.itemsize, top_k=demand.top_k, intermediate=store.format.intermediate)
-        division = _division(options, reader, demand=demand, needs=needs, resident_bytes=held_bytes)
+        division = _division(options, model, store, reader, demand=demand, itemsize=dtype.itemsize)
         slots = division.slots if division else slots
         if options.warn:
             warn_below_cliff(slots, demand, scope=options.cache_scope, policy=options.cache_policy)
@@ -85,6 +78,16 @@ def load(
         yield model, engine
 
 
+def _device(options: EngineOptions) -> Device:
+    """Where to compute; a memory budget is for the processor."""
+    where = find_device(options.device)
+    if options.memory_budget is not None and not is_host(where):
+        raise UserError(
+            f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
+        )
+    return device_at(where)
+
+
 def _slots_of_cache(options: EngineOptions, demand: Demand) -> int:
     """Slots that `expert_cache` buys; 0 under a memory budget, which is divided once the residents are loaded."""
     if options.expert_cache is None:
@@ -94,7 +97,7 @@ def _slots_of_cache(options: EngineOptions, demand: Demand) -> int:
 
 
 def _division(
-    options: EngineOptions, reader: Reader, *, demand: Demand, needs: Needs, resident_bytes: int
+    options: EngineOptions, model: PreTrainedModel, store: ExpertStore, reader: Reader, *, demand: Demand, itemsize: int
 ) -> Division | None:
     """What `memory_budget` is divided into; None if experts alone have a budget."""
     if options.memory_budget is None:
@@ -102,8 +105,8 @@ def _division(
     return divide(
         options.memory_budget,
         demand=demand,
-        needs=needs,
-        resident_bytes=resident_bytes,
+        needs=needs_of(model.config, itemsize, top_k=demand.top_k, intermediate=store.format.intermediate),
+        resident_bytes=_resident_bytes(model, store),
         reader_bytes=reader.buffer_bytes,
         reads_in_flight=reader.reads_in_flight,
         context_tokens=options.context_tokens,

@@ -5,6 +5,7 @@ Rank 0 only. `metrics.jsonl` is the truth; on resume it is cut back to the check
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from configs.files import write_text
 from training.arguments import TrainArguments
 
 Metrics = Mapping[str, float | int]
+LINE_SECONDS = 60.0
 
 
 class Tracker:
@@ -26,6 +28,7 @@ class Tracker:
         self.path, self.wandb_id = Path(args.output_dir) / "metrics.jsonl", wandb_id
         self.wandb_run: Any = None
         self._file: Any = None
+        self._said = time.monotonic()
         self._bar = tqdm(total=args.max_steps, initial=step, disable=not active, desc=args.run_name, unit="step")
         if not active:
             return
@@ -47,10 +50,14 @@ class Tracker:
                 self.wandb_run.log(line, step=step)
 
     def advance(self, step: int, metrics: Metrics) -> None:
-        """Move the bar; it shows loss, reuse rate and the time left."""
-        loss, reuse = f"{metrics['train/loss']:.4f}", f"{metrics['moe/reuse_rate_mean']:.3f}"
-        self._bar.set_postfix(loss=loss, reuse=reuse, refresh=False)
+        """Move the bar, which shows loss, reuse rate and the time left; once a minute say the same in a line that stays."""
+        numbers = {"loss": f"{metrics['train/loss']:.4f}", "reuse": f"{metrics['moe/reuse_rate_mean']:.3f}"}
+        self._bar.set_postfix(numbers, refresh=False)
         self._bar.update(step - self._bar.n)
+        if not self._bar.disable and time.monotonic() - self._said >= LINE_SECONDS:
+            self._said = time.monotonic()
+            said = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            tqdm.write(f"{time.strftime('%H:%M:%S')}  {self._bar.desc}: step {step} of {self._bar.total}, {said}")
 
     def flush(self) -> None:
         """Bring every line to disk, before a checkpoint that counts on them."""

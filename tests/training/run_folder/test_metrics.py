@@ -156,3 +156,13 @@ def test_a_copy_that_cannot_even_start_costs_nothing_either(
     log_steps(tracker(tmp_path, report_to="wandb", wandb_id="before"), 1)
     assert len(lines(tmp_path)) == 1
     assert "W&B failed (PermissionError: not writable)" in capsys.readouterr().out
+
+
+def test_once_a_minute_a_line_that_stays_says_how_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 30.0, 61.0, 61.0, 90.0, 122.0, 122.0])
+    monkeypatch.setattr(tracking_module.time, "monotonic", lambda: next(clock))
+    log_steps(tracker(tmp_path), 1, 2, 3, 4)
+    said = [line.split("  ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"test: step {step} of 10, loss 2.5000, reuse 0.250" for step in (2, 4)]

@@ -32,25 +32,20 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
         UserError: missing or unreadable YAML, unknown key, wrong type, or a value `schema.__post_init__` refuses.
     """
     resolved = OmegaConf.structured(schema)
-    for layer in [_read_yaml(Path(path))] if path is not None else []:
-        resolved = _merge(resolved, layer, source=str(path))
+    if path is not None:
+        resolved = _merge(resolved, _read_yaml(Path(path)), source=str(path))
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} has no '='; write it as key=value, for example max_steps=100")
         resolved = _merge(resolved, _read_override(override), source=f"override {override!r}")
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(resolved))
-    except OmegaConfBaseException as error:  # a ${reference} to nothing
-        raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
-    if missing:
-        raise UserError(
-            f"{path or schema.__name__}: no value for {', '.join(missing)}; set it in the YAML or as key=value"
-        )
-    try:
+        if missing:
+            raise ValueError(f"no value for {', '.join(missing)}; set it in the YAML or as key=value")
         return cast(T, OmegaConf.to_object(resolved))
-    except OmegaConfBaseException as error:
+    except OmegaConfBaseException as error:  # a ${reference} to nothing, for example
         raise UserError(f"{path or schema.__name__}: {_first_line(error)}") from error
-    except ValueError as error:  # from __post_init__
+    except ValueError as error:  # from here or from __post_init__
         raise UserError(f"{path or schema.__name__}: {error}") from error
 
 
@@ -77,14 +72,10 @@ def field_comments(schema: type[Any]) -> dict[str, str]:
         lines = dedent(inspect.getsource(cls)).splitlines()
         for node in ast.walk(ast.parse("\n".join(lines))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                behind = (
-                    lines[(node.end_lineno or 0) - 1]
-                    .encode()[node.end_col_offset :]
-                    .decode()
-                    .replace("# fmt: skip", "")
-                )
+                behind = lines[(node.end_lineno or 0) - 1].encode()[node.end_col_offset :].decode()
+                behind = behind.replace("# fmt: skip", "").strip()
                 above = takewhile(lambda line: line.startswith("#"), map(str.strip, reversed(lines[: node.lineno - 1])))
-                found = [behind.strip()] if behind.strip() else [*reversed(list(above))]
+                found = [behind] if behind else [*reversed(list(above))]
                 comments[node.target.id] = " ".join(line.removeprefix("#").strip() for line in found)
     return comments
 

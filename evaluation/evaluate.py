@@ -8,7 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from evaluation.tracing import teacher_forced_trace
 from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
-from training.objective.objective import ObjectiveArguments
+from training.objective.terms import objective_settings
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
 
@@ -116,7 +116,7 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
         Candidate(router_delta.load_for(local_folder(model), folder), said["config"]["seed"], _history(folder.parent))
         for folder, said in zip(deltas, about, strict=True)
     ]
-    return Arm(about[0]["objective"], coefficients(about[0]["config"]), candidates)
+    return Arm(about[0]["objective"], objective_settings(about[0]["config"]), candidates)
 
 
 def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
@@ -321,9 +321,3 @@ def _history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; empty if there is none."""
     path = run_dir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def coefficients(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a training config that says which terms count, how strongly and with which settings."""
-    settings = {field.name for field in fields(ObjectiveArguments)} - {"objective"}
-    return {key: value for key, value in config.items() if key in settings}

@@ -16,15 +16,8 @@ from configs.load import UserError
 from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
+from training.model import loading
 from training.model.lazy_weights import LayerwiseCheckpoint
-from training.model.loading import (
-    build_model,
-    load_tokenizer,
-    local_folder,
-    plain_head,
-    trained_parameters,
-    weights_dtype,
-)
 from training.model.routers import RouterObserver
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
@@ -67,15 +60,14 @@ def build(args: TrainArguments) -> Run:
     check_output_dir(args, resume_from)
     layout = weight_layout(accelerator)
     if layout != REPLICATED and args.trainable == "all":
-        raise UserError(
-            f"{layout} here shards what does not train; with trainable=all use configs/accelerate/multi_gpu.yaml"
-        )
+        advice = "with trainable=all use configs/accelerate/multi_gpu.yaml"
+        raise UserError(f"{layout} here shards what does not train; {advice}")
     check_memory(args, accelerator, layout=layout)
     torch.manual_seed(args.seed)
-    base, dtype = str(args.model_name_or_path), weights_dtype(args)
-    weights = None if layout == REPLICATED else LayerwiseCheckpoint(local_folder(base), dtype=dtype)
-    model = build_model(args, seed=args.seed, weights=weights)
-    tokenizer = load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
+    base, dtype = str(args.model_name_or_path), loading.weights_dtype(args)
+    weights = None if layout == REPLICATED else LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype)
+    model = loading.build_model(args, seed=args.seed, weights=weights)
+    tokenizer = loading.load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents, n_parameters = _read(args, tokenizer, accelerator), model.num_parameters()
     move_whole_tensors(model, accelerator.device, layout=layout)
     observer = _observe(args, model)
@@ -110,11 +102,11 @@ def _trained(
 
     With `weights` the decoder layers are loaded and sharded; a sharded head is left to the model.
     """
-    parameters = trained_parameters(model)
+    parameters = loading.trained_parameters(model)
     if weights is not None:
         return *load_layerwise(model, parameters, accelerator, layout=layout, weights=weights), None
     with accelerator.autocast():
-        head = plain_head(model)
+        head = loading.plain_head(model)
     digest_of = proof.digests(model.state_dict().items(), parameters)
     return dict[str, Tensor](parameters), digest_of, head and accelerator.autocast()(head)
 
@@ -123,9 +115,7 @@ def _optimizer(args: TrainArguments, trained: Mapping[str, Tensor]) -> tuple[tor
     """AdamW over what trains, and the schedule of its learning rate."""
     betas = (args.adam_beta1, args.adam_beta2)
     optimizer = torch.optim.AdamW(trained.values(), lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
-    return optimizer, get_scheduler(
-        args.lr_scheduler_type, optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.max_steps
-    )
+    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, args.max_steps)
 
 
 def _announce(run: Run, size: str, *, layout: str) -> None:
@@ -192,7 +182,7 @@ def _save_model(run: Run, folder: Path) -> None:
 
 def _save_delta(run: Run, folder: Path) -> None:
     base = str(run.args.model_name_or_path)
-    digest = router_delta.checkpoint_sha256(local_folder(base), run.trained.keys())
+    digest = router_delta.checkpoint_sha256(loading.local_folder(base), run.trained.keys())
     lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     about = {"objective": run.args.objective, "config": asdict(run.args), "code_commit": code_commit()}
     about["metrics"] = json.loads(lines[-1])

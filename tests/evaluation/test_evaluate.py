@@ -1,7 +1,6 @@
 """The evaluation as a function: what is refused before anything is measured, budgets, facts of the model."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ from transformers import PreTrainedModel
 from configs.load import UserError, load
 from evaluation.engine.loading import load as load_paged
 from evaluation.engine.options import EngineOptions
-from evaluation.evaluate import EvaluationArguments, _model_facts, coefficients, divide_budgets, evaluate
+from evaluation.evaluate import EvaluationArguments, _model_facts, divide_budgets, evaluate
 from evaluation.results import ModelFacts, Plan, TooSmall
 from tests.conftest import needs_gpu
-from training.arguments import TrainArguments
 from training.model.loading import load_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -88,13 +86,6 @@ def test_facts_of_the_model_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> 
         name="a name", n_parameters=model.num_parameters(), layers=4, experts=32, top_k=4, expert_bytes=sizes[0],
         token_demand_bytes=sizes[1], dtype="bfloat16",
     )  # fmt: skip
-
-
-def test_an_arms_coefficients_are_all_settings_of_its_objective() -> None:
-    found = coefficients(asdict(load(TrainArguments, ROOT / "configs/train/tiny.yaml", ["objective=cache_miss"])))
-    assert (found["miss_coef"], found["miss_temperature"]) == (0.25, 0.25)
-    assert "learning_rate" not in found
-    assert "objective" not in found
 
 
 def test_a_model_too_large_for_its_device_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:

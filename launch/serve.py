@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from configs.command import parse
-from evaluation.server.application import Application, ServerOptions, application, listener, serve
+from evaluation.server.app import Backend
+from evaluation.server.application import ServerOptions, application, listener, serve
 from launch.engine_flags import EngineFlags, router_weights
 from training.model.loading import local_folder
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         serve(sock, loaded, command.server)
 
 
-def opened(command: Serve) -> AbstractContextManager[Application]:
+def opened(command: Serve) -> AbstractContextManager[Backend]:
     """The application that the flags ask for."""
     model_dir = local_folder(command.model)
     return application(

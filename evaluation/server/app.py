@@ -1,9 +1,10 @@
 """The HTTP side: routes, and what happens when a client leaves or a request fails. The model is the worker's."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -32,20 +33,23 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {
 
 @dataclass(frozen=True)
 class Backend:
-    """The parts of the server that the routes need."""
+    """What is behind the routes."""
 
     intake: Intake
     worker: Worker
     engine: Engine
     metrics: Metrics
-    created: int  # Unix time
-    one_at_a_time: CapacityLimiter  # tokenizers are not meant for several threads
+    api_key: str | None
+    max_request_bytes: int
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix time
+    one_at_a_time: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # for the tokenizer
 
 
-def create_app(backend: Backend, *, api_key: str | None, max_request_bytes: int) -> FastAPI:
+def create_app(backend: Backend) -> FastAPI:
     """The ASGI application; the worker must be running while it is used."""
     app = FastAPI(title="remoe serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)
-    app.add_middleware(Gate, metrics=backend.metrics, api_key=api_key, max_request_bytes=max_request_bytes)
+    most = backend.max_request_bytes
+    app.add_middleware(Gate, metrics=backend.metrics, api_key=backend.api_key, max_request_bytes=most)
     _add_error_handlers(app)
     _add_status_routes(app, backend)
     _add_generation_routes(app, backend)

@@ -7,15 +7,12 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import transformers
 import uvicorn
-from anyio import CapacityLimiter
-from fastapi import FastAPI
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.checks import at_least
@@ -62,22 +59,12 @@ class ServerOptions:
         at_least(self, max_queue=0, max_request_bytes=1, max_model_len=2, block_tokens=1)
 
 
-@dataclass(frozen=True)
-class Application:
-    """The ASGI application and what is behind it."""
-
-    app: FastAPI
-    engine: Engine
-    worker: Worker
-    name: str  # the model's, for clients
-
-
-def serve(sock: socket.socket, loaded: Application, options: ServerOptions) -> None:
+def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
     """Serve at a bound socket until SIGINT or SIGTERM."""
     engine = loaded.engine
     _warn_if_open(sock, options)
     experts = f"{engine.cache.total_slots} of {engine.demand.all_experts} experts in {readable(engine.pool_bytes)}"
-    print(f"serving {loaded.name} at {_url(sock)}/v1 with {experts}; Ctrl-C stops", flush=True)
+    print(f"serving {loaded.intake.served_name} at {_url(sock)}/v1 with {experts}; Ctrl-C stops", flush=True)
     with _signals_only_stop_the_server():
         HttpServer(loaded).run(sockets=[sock])
 
@@ -90,7 +77,7 @@ def application(
     *,
     name: str,
     router_delta: RouterDelta = None,
-) -> Iterator[Application]:
+) -> Iterator[Backend]:
     """Load the model, which clients call `name`, and put everything together but the HTTP server.
 
     Raises:
@@ -113,9 +100,7 @@ def application(
         generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics, *kept)
         with Worker(generator, max_queue=options.max_queue) as worker:
             metrics.registry.register(worker)
-            backend = Backend(intake, worker, engine, metrics, int(time.time()), CapacityLimiter(1))
-            app = create_app(backend, api_key=api_key, max_request_bytes=options.max_request_bytes)
-            yield Application(app, engine, worker, name)
+            yield Backend(intake, worker, engine, metrics, api_key, options.max_request_bytes)
 
 
 @contextmanager
@@ -142,8 +127,8 @@ def listener(host: str, port: int) -> Iterator[socket.socket]:
 class HttpServer(uvicorn.Server):
     """uvicorn's server. When it stops, requests have `GRACE_SECONDS` to finish; then each is told that it is over."""
 
-    def __init__(self, loaded: Application) -> None:
-        config = uvicorn.Config(loaded.app, lifespan="off", ws="none", server_header=False)
+    def __init__(self, loaded: Backend) -> None:
+        config = uvicorn.Config(create_app(loaded), lifespan="off", ws="none", server_header=False)
         config.timeout_graceful_shutdown = GRACE_SECONDS + 10  # for clients that do not even read the end
         super().__init__(config)
         self._worker = loaded.worker

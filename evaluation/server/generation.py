@@ -77,7 +77,7 @@ class Generator:
         end_ids = self._end_ids()
         choices = [Choice(i, self.tokenizer, work=work, max_new_tokens=limit, end_ids=end_ids) for i in rows]
         scores = _Scores()
-        clock.next_prompt()
+        clock.last = None  # the time until a prompt's first token is no gap between tokens
         watcher = _Watcher(choices, scores, clock, job.send, self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
         prompt_BT = torch.tensor([work.prompts[position]], device=self.model.device)
@@ -153,21 +153,17 @@ class _JobClock:
     metrics: Metrics
     ttft_seconds: float | None = None
     gaps: list[float] = field(default_factory=list)  # seconds between steps of the same prompt
-    _last: float | None = None
-
-    def next_prompt(self) -> None:
-        """Begin another prompt: the time until its first token is no gap between tokens."""
-        self._last = None
+    last: float | None = None  # when the last step of this prompt was done
 
     def step(self) -> None:
         now = time.perf_counter()
         if self.ttft_seconds is None:
             self.ttft_seconds = now - self.job.submitted_seconds
             self.metrics.ttft_seconds.observe(self.ttft_seconds)
-        if self._last is not None:
-            self.gaps.append(now - self._last)
+        if self.last is not None:
+            self.gaps.append(now - self.last)
             self.metrics.itl_seconds.observe(self.gaps[-1])
-        self._last = now
+        self.last = now
 
     @property
     def tpot_seconds(self) -> float | None:

@@ -17,7 +17,7 @@ from configs.load import UserError
 from data.batches import Batch
 from training.model.routers import Routing
 from training.objective import losses
-from training.objective.terms import Layers, ObjectiveArguments, at_least_one, values_of, weights_at
+from training.objective.terms import Layers, ObjectiveArguments, values_of, weights_at
 from training.objective.token_loss import Head, token_sums
 
 STACKED_NUMBERS = 2**20
@@ -72,7 +72,7 @@ def objective(
     values, reuse_L, hits_C = zip(*groups, strict=True)
     terms = {name: torch.stack([group[name] for group in values]).sum() / len(routings) for name in values[0]}
     assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
-    tokens, base_BSX = at_least_one(count["tokens"]).float(), base_outputs_BSX if distill else None
+    tokens, base_BSX = count["tokens"].clamp(min=1).float(), base_outputs_BSX if distill else None
     shares = ((1.0 - distill) / tokens, distill / tokens)
     task = token_sums(outputs_BSX, batch.labels_BS, base_BSX, head=head, weights=shares)
     loss = torch.stack([task.loss, *(weights[name] * value for name, value in terms.items() if weights[name])]).sum()
@@ -116,7 +116,7 @@ def _joined(layers: Sequence[Routing]) -> Routing:
 def _reuse_rates(layers: Layers) -> Tensor:
     """[L] EOR: share of a token's experts that the token before it used too (hard choices)."""
     shared_L = layers.before_BSE.gather(-1, layers.routing.ids_BSK).view(layers.n_layers, -1).sum(1)
-    return shared_L / (layers.top_k * at_least_one(layers.count["pairs_1"]))
+    return shared_L / (layers.top_k * layers.count["pairs_1"].clamp(min=1))
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def _hit_rates(layers: Layers) -> Tensor:
     ids_BSK = layers.routing.ids_BSK
     hits = [held_BSE.gather(-1, ids_BSK).sum().double() for held_BSE in layers.cached]
     zero = torch.zeros((), dtype=torch.double, device=ids_BSK.device)  # so that there may be no cache
-    return torch.stack([*hits, zero])[:-1] / (layers.top_k * at_least_one(layers.count["positions"]))
+    return torch.stack([*hits, zero])[:-1] / (layers.top_k * layers.count["positions"].clamp(min=1))
 
 
 @torch.no_grad()

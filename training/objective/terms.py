@@ -109,7 +109,7 @@ class Layers:
         lags = sorted({1, *args.lags})
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
             sums_D = losses.symmetric_kl_sums(self.probs_BSE, self.log_probs_BSE, self.document_ids_BS, lags)
-            pairs_D = [at_least_one(count[f"pairs_{lag}"]) for lag in lags]
+            pairs_D = [count[f"pairs_{lag}"].clamp(min=1) for lag in lags]
             self.change = {lag: total / n for lag, total, n in zip(lags, sums_D, pairs_D, strict=True)}
 
     def mean_over_reusable(self, sum_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -220,10 +220,6 @@ def values_of(layers: Layers, weights: Mapping[str, float]) -> dict[str, Tensor]
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights[term.name] != 0):
             total = term.value(layers)
             if total is not None:
-                items = at_least_one(layers.count[term.items]) if term.items else 1
+                items = layers.count[term.items].clamp(min=1) if term.items else 1
                 values[term.name] = (total / items).float()
     return values
-
-
-def at_least_one(count: Tensor) -> Tensor:
-    return count.clamp(min=1)

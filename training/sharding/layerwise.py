@@ -6,7 +6,9 @@ with or without offload. Both leave routers alone, whose gradients the loop adds
 and the router delta are those of one process, whatever the launcher.
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers
+from configs.load import UserError
+from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, expert_modules
 from training.model.routers import find_routers
 from training.run_folder import proof
-from training.sharding.launcher import FSDP2, REPLICATED
-from training.sharding.zero3 import Zero3
+from training.sharding.launcher import FSDP2, NVME, REPLICATED, offload_device
 
 Parameters = Mapping[str, nn.Parameter]
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What DeepSpeed's configuration calls them; float32 is neither."""
 
 
 def move_whole_tensors(model: PreTrainedModel, device: torch.device, *, layout: str) -> None:
@@ -48,7 +52,7 @@ def load_layerwise(
     """
     layers = decoder_layers(model)
     digest_of = proof.digests(((name, t) for name, t in model.state_dict().items() if not t.is_meta), trained)
-    sharder = _FullyShard(model, trained, accelerator) if layout == FSDP2 else Zero3(model, trained, accelerator)
+    sharder = _FullyShard(model, trained, accelerator) if layout == FSDP2 else _Zero3(model, trained, accelerator)
     for name, layer in tqdm(layers.items(), desc="loading", unit="layer", disable=not accelerator.is_main_process):
         weights.fill(model, name)
         tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
@@ -85,3 +89,83 @@ class _FullyShard:
 
     def shard_rest(self) -> None:
         fully_shard(self._model, **self._options)
+
+
+class _Zero3:
+    """DeepSpeed without an optimizer partitions parameters and gathers them around each module, forward and backward.
+
+    It would partition routers too, so these become plain tensors of their modules. With offload to NVMe experts go to disk
+    and all else to the host's memory, so that DeepSpeed's buffers, each as large as the largest tensor, are few.
+    """
+
+    def __init__(self, model: PreTrainedModel, trained: Parameters, accelerator: Accelerator) -> None:
+        self._model = model
+        self.trained: dict[str, Tensor] = {}
+        for name, parameter in trained.items():
+            module_name, _, attribute = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            self.trained[name] = parameter.detach().clone().requires_grad_(True)
+            delattr(module, attribute)
+            setattr(module, attribute, self.trained[name])
+        given: Any = accelerator.state.deepspeed_plugin.deepspeed_config
+        zero = {key: value for key, value in given["zero_optimization"].items() if value != "auto"}
+        config = {"train_micro_batch_size_per_gpu": 1, **{key: given[key] for key in ("aio",) if key in given}}
+        self._device = offload_device(accelerator)
+        beside = {"offload_param": {"device": "cpu"}} if self._device == NVME else {}
+        self._in_memory = {**config, "zero_optimization": {**zero, **beside}}
+        if self._device == NVME:
+            swapping = self._swapping(zero["offload_param"], accelerator)
+            self._on_disk = {**config, "zero_optimization": {**zero, **swapping}}
+            self._start_swapping()
+
+    def shard(self, layer: nn.Module) -> None:
+        import deepspeed  # seconds, for those alone who use it
+
+        if self._device == NVME:
+            for experts in expert_modules(layer):
+                deepspeed.zero.Init(module=experts, config_dict_or_path=self._on_disk, param_swapper=self._swapper)
+        # what is partitioned already stays as it is
+        deepspeed.zero.Init(module=layer, config_dict_or_path=self._in_memory)
+
+    def shard_rest(self) -> None:
+        import deepspeed
+
+        self.shard(self._model)
+        config = self._on_disk if self._device == NVME else self._in_memory
+        plain = {key: value for key, value in config.items() if key not in PRECISIONS.values()}  # nothing is converted
+        engine, *_ = deepspeed.initialize(model=self._model, config=plain)
+        object.__setattr__(self._model, "_zero3_engine", engine)  # lives as long as the model; no module of it
+
+    def _swapping(self, offload: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+        """Options of the offload: a folder of this process's own, buffers for one layer's experts, nothing kept whole beyond."""
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UserError("offload to nvme needs libaio's headers: install Debian's libaio-dev (RPM: libaio-devel)")
+        parent = offload.get("nvme_path")
+        if parent in (None, "none"):
+            raise UserError(
+                "no nvme_path to offload to: accelerate does not pass on offload_param_nvme_path of its YAML; write "
+                "deepspeed_config_file there, and nvme_path in that JSON, as in configs/accelerate/deepspeed_zero3_nvme.yaml"
+            )
+        try:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=parent, prefix=f"process{accelerator.process_index}-")
+        except OSError as error:
+            raise UserError(f"nvme_path {parent} cannot be written: {error}") from error
+        object.__setattr__(self._model, "_zero3_folder", folder)  # removed with the model
+        experts = [list(module.parameters(recurse=False)) for module in expert_modules(self._model)]
+        largest = max(tensor.numel() for tensors in experts for tensor in tensors)
+        size = -(-largest // accelerator.num_processes) + accelerator.num_processes
+        buffers = {"buffer_size": size, "buffer_count": 1 + max(len(tensors) for tensors in experts)}
+        limits = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
+        return {**dict.fromkeys(limits, 0), "offload_param": {**buffers, **offload, "nvme_path": folder.name}}
+
+    def _start_swapping(self) -> None:
+        """One swapper for all layers, in the precision of the experts, which it takes from the configuration alone."""
+        import deepspeed
+
+        dtype = next(expert_modules(self._model)[0].parameters()).dtype
+        if dtype in PRECISIONS:
+            self._on_disk[PRECISIONS[dtype]] = {"enabled": True}
+        self._swapper = deepspeed.zero.Init(config_dict_or_path=self._on_disk).param_swapper

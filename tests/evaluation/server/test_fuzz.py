@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from evaluation.engine.options import EngineOptions
+from evaluation.server.app import create_app
 from evaluation.server.application import ServerOptions, application
 from evaluation.server.protocol import HARMLESS, NEUTRAL, ChatCompletionRequest, CompletionRequest
 from tests.evaluation.server.conftest import TEMPLATE
@@ -138,7 +139,7 @@ def test_malformed_requests_are_refused_and_the_server_answers_as_before(
     options = ServerOptions(max_model_len=40, max_request_bytes=3000)
     outcomes: Counter[str] = Counter()
     with asyncio.Runner() as runner, application(str(folder), EngineOptions("50%"), options, name="m") as loaded:
-        client = httpx2.AsyncClient(transport=httpx2.ASGITransport(loaded.app), base_url="http://test")
+        client = httpx2.AsyncClient(transport=httpx2.ASGITransport(create_app(loaded)), base_url="http://test")
 
         def ask(**request: Any) -> httpx2.Response:
             return runner.run(client.request(**request))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from evaluation.server.text import UNFINISHED, Detokenizer, StopStrings
+from evaluation.server.choice import UNFINISHED, Detokenizer, StopStrings
 from tests.evaluation.server.conftest import SHIPPED
 
 TOKENIZER = AutoTokenizer.from_pretrained(SHIPPED)

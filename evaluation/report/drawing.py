@@ -27,28 +27,7 @@ KNOWN_COLOURS = {
 }  # fmt: skip
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
 MARKERS = "osD^vPX<>"
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#333333",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 WIDTH_INCHES = 10.8
 PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
@@ -130,7 +109,7 @@ def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: floa
 
 
 def _save(draw: Callable[[Figure], None], target: Any, *, size: tuple[float, float], salt: str, **how: Any) -> None:
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": salt}, STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(target, **how)

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -117,8 +117,8 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
     return Arm(about["objective"], coefficients(about["config"]), candidates)
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
-    """What becomes of every memory budget, each divided and tried in a process of its own.
+def divide_budgets(model: str, args: EvaluationArguments) -> tuple[list[results.Plan], list[results.TooSmall]]:
+    """What becomes of every memory budget, each divided and tried in a process of its own, and which are too small.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
     this needs `if __name__ == "__main__":`, as with anything that starts Python anew.
@@ -127,22 +127,21 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
         UserError: a budget is no size, or the device is not there.
     """
     find_device(args.device)
-    budgets = args.plan.memory_budgets
-    for budget in budgets:
+    for budget in args.plan.memory_budgets:
         budget_bytes(budget, smallest_bytes=1)
-    model_dir = local_folder(model)
+    model_dir, plans, too_small = local_folder(model), [], []
     (prompt_ids,) = document_beginnings(load_tokenizer(model_dir), "validation", tokens=PROMPT_TOKENS, count=1)
     divided = partial(plan, prompt_ids=prompt_ids, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
-        return [_divided(budget, process.submit(divided, model_dir, memory_budget=budget)) for budget in budgets]
-
-
-def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
-    try:
-        return results.Plan.model_validate({**dividing.result(), "memory_budget": budget})
-    except BudgetTooSmall as error:
-        return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
+        for budget in args.plan.memory_budgets:
+            try:
+                found = process.submit(divided, model_dir, memory_budget=budget).result()
+                plans.append(results.Plan.model_validate({**found, "memory_budget": budget}))
+            except BudgetTooSmall as error:
+                said = str(error).rsplit("; ", 1)[-1]
+                too_small.append(results.TooSmall(memory_budget=budget, too_small=said))
+    return plans, too_small
 
 
 def evaluate(
@@ -163,7 +162,7 @@ def evaluate(
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    plans = divide_budgets(model, args)
+    plans, too_small = divide_budgets(model, args)
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(tokenizer, args.routing, args.decode.prompts_per_domain, args.decode.prompt_tokens)
     measured: dict[str, results.ArmResults] = {}
@@ -176,32 +175,25 @@ def evaluate(
             base_scores = base_scores or scores
             objective, settings = arm.objective or None, arm.coefficients
             measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)
-            sides += arm.candidates
-        before = processor_times()
-        routers = [side.routers or None for side in sides]
-        demand_bytes = facts.token_demand_bytes or 0
+            sides += [candidate.routers for candidate in arm.candidates]
+        before, demand_bytes = processor_times(), facts.token_demand_bytes or 0
         decoded = decode_in_turns(
-            model_dir, routers, prompts, args.decode, token_demand_bytes=demand_bytes, device=device
+            model_dir, sides, prompts, args.decode, token_demand_bytes=demand_bytes, device=device
         )
         busy = machine_load(before, processor_times())
         for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
             run.decode = rows
-        divided = [plan for plan in plans if isinstance(plan, results.Plan)]
-        too_small = [plan for plan in plans if isinstance(plan, results.TooSmall)]
-        return results.Measured(
-            model=facts, plans=divided, budgets_too_small=too_small, arms=measured, machine_load=busy
-        )
+    return results.Measured(model=facts, plans=plans, budgets_too_small=too_small, arms=measured, machine_load=busy)
 
 
 def assemble(
     measured: results.Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]
 ) -> results.Results:
     """Add what someone needs to measure the same again."""
-    reproduce = results.Reproduction(
-        command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
-    )
+    facts: dict[str, Any] = {"commit": code_commit(), "config": config, "machine": machine_facts()}
+    made = results.Reproduction(command=command, seconds=dict(seconds), **facts)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return results.Results(created=created, reproduce=reproduce, **dict(measured))
+    return results.Results(created=created, reproduce=made, **dict(measured))
 
 
 def _measure_arm(
@@ -250,23 +242,17 @@ def _routed(
 
 def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
     """The trace through every chosen policy and size; LRU is read off its curve."""
-    requests = requests_of(trace)
+    sizes = [slots for slots in args.slots if trace.top_k <= slots <= trace.num_experts]
+    cold = partial(replay, trace, cache_scope="per_layer", requests=requests_of(trace))
     replays = [
-        lru_per_layer(trace, curve, slots=slots)
-        if policy == "lru"
-        else replay(trace, policy=policy, cache_scope="per_layer", slots=slots, requests=requests)
-        for policy in args.policies
-        for slots in args.slots
-        if trace.top_k <= slots <= trace.num_experts
+        lru_per_layer(trace, curve, slots=slots) if policy == "lru" else cold(policy=policy, slots=slots)
+        for policy, slots in itertools.product(args.policies, sizes)
     ]
-    kept = results.Replay.model_fields
-    return [
-        results.Replay.model_validate(
-            {key: value for key, value in row.items() if key in kept}
-            | {"misses_per_layer": [layer["misses"] for layer in row["per_layer"]]}
-        )
-        for row in results_json(trace, replays)
-    ]
+    rows = []
+    for row in results_json(trace, replays):
+        kept = {key: value for key, value in row.items() if key in results.Replay.model_fields}
+        rows.append(results.Replay(**kept, misses_per_layer=[layer["misses"] for layer in row["per_layer"]]))
+    return rows
 
 
 def _at_every_size(curve: LruCurve) -> results.LruCurve:

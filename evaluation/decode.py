@@ -6,6 +6,7 @@ Budgets are multiples of one token's demand (layers x K experts), because below 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.greedy import DecodeResult, decode, greedy
 from evaluation.engine.loading import load
@@ -48,7 +50,7 @@ class DecodeArguments:
 
 def decode_in_turns(
     model_dir: str,
-    sides: Sequence[Routers | None],
+    sides: Sequence[Routers],
     prompts: Sequence[np.ndarray],
     args: DecodeArguments,
     *,
@@ -62,21 +64,16 @@ def decode_in_turns(
     the same model with all experts in memory.
 
     Args:
-        sides: the routers of each, None for the base's own.
+        sides: the routers of each; empty for the base's own.
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
     """
     references = _resident_tokens(model_dir, sides, prompts, args, device)
     rows: list[list[Decode]] = [[] for _ in sides]
+    chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope}
     progress = tqdm(total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt")
     for demands in args.demands:
-        options = EngineOptions(
-            expert_cache=int(demands * token_demand_bytes),
-            cache_policy=args.cache_policy,
-            cache_scope=args.cache_scope,
-            dtype=args.dtype,
-            device=str(device),
-            warn=False,  # the report says what a small budget does
-        )
+        cache_bytes, where = int(demands * token_demand_bytes), str(device)
+        options = EngineOptions(cache_bytes, **chosen, dtype=args.dtype, device=where, warn=False)  # the report warns
         with load(model_dir, options) as (model, engine):
 
             def answer(prompt_ids: list[int]) -> DecodeResult:
@@ -84,70 +81,56 @@ def decode_in_turns(
                 return decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=args.max_new_tokens)
 
             decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
-            settings: dict[str, Any] = {
-                "demands": demands, "expert_cache_bytes": engine.pool_bytes, "token_demand_bytes": token_demand_bytes,
-                "cache_policy": args.cache_policy, "cache_scope": args.cache_scope, "repeats": args.repeats,
-            }  # fmt: skip
+            settings = chosen | {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "repeats": args.repeats}
         for results, reference, own_rows in zip(decoded, references, rows, strict=True):
             equal = [result.token_ids for result in results] == reference * args.repeats
-            measured = _measured(results, n_prompts=len(prompts))
-            own_rows.append(Decode(**settings, **measured, tokens_equal_resident=equal))
+            settings |= {"token_demand_bytes": token_demand_bytes, "tokens_equal_resident": equal}
+            own_rows.append(Decode(**settings, **_measured(results, n_prompts=len(prompts))))
     progress.close()
     return rows
 
 
 def _resident_tokens(
-    model_dir: str,
-    sides: Sequence[Routers | None],
-    prompts: Sequence[np.ndarray],
-    args: DecodeArguments,
-    device: torch.device,
+    model_dir: str, sides: Sequence[Routers], prompts: Sequence[np.ndarray], args: DecodeArguments, device: torch.device
 ) -> list[list[list[int]]]:
     """What each side decodes with all experts in memory."""
     model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    answer = partial(greedy, model, max_new_tokens=args.max_new_tokens)
-    return _answers(model, sides, prompts, answer, repeats=1)
+    return _answers(model, sides, prompts, partial(greedy, model, max_new_tokens=args.max_new_tokens), repeats=1)
 
 
 def _answers(
-    model: PreTrainedModel, sides: Sequence[Routers | None], prompts: Sequence[np.ndarray],
+    model: PreTrainedModel, sides: Sequence[Routers], prompts: Sequence[np.ndarray],
     answer: Callable[[list[int]], Answer], *, repeats: int,
 ) -> list[list[Answer]]:  # fmt: skip
     """What the model answers with the routers of every side: for each side all prompts, then all of the next repeat."""
     original = {name: weight.detach().clone() for name, weight in router_parameters(model).items()}
     answers: list[list[Answer]] = [[] for _ in sides]
-    for repeat in range(repeats):
-        for number, prompt in enumerate(prompts):
-            for side in in_turn(range(len(sides)), repeat + number):
-                copy_into_routers(model, sides[side] or original)
-                answers[side].append(answer(prompt.tolist()))
+    for repeat, (number, prompt) in product(range(repeats), enumerate(prompts)):
+        for side in in_turn(range(len(sides)), repeat + number):
+            copy_into_routers(model, sides[side] or original)
+            answers[side].append(answer(prompt.tolist()))
     return answers
 
 
 def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, Any]:
     """Ratios of counters, times of every turn and their means; names as in vLLM where it has one."""
-    hits = {
-        phase: _ratio(
-            sum(r.stats.accesses_by_phase[phase] - r.stats.misses_by_phase[phase] for r in results),
-            sum(r.stats.accesses_by_phase[phase] for r in results),
-        )
-        for phase in ("prefill", "decode")
-    }
-    decoded = sum(r.stats.tokens["decode"] for r in results)
+    stats, hits = [result.stats for result in results], {}
+    for phase in PHASES:
+        accesses = sum(s.accesses_by_phase[phase] for s in stats)
+        misses = sum(s.misses_by_phase[phase] for s in stats)
+        hits[phase] = (accesses - misses) / accesses if accesses else None
+    read_bytes = sum(s.bytes_read_by_phase["decode"] for s in stats)
+    tokens = sum(s.tokens["decode"] for s in stats)
     times = {name: [getattr(r.timing, name) for r in results] for name in ("ttft_ms", "tpot_ms")}
     return {
         "hit_rate": HitRate(**hits),
-        "bytes_read_per_token": _ratio(sum(r.stats.bytes_read_by_phase["decode"] for r in results), decoded),
+        "bytes_read_per_token": read_bytes / tokens if tokens else None,
         **times,
         **{f"mean_{name}": _mean(values) for name, values in times.items()},
         "output_throughput": _mean([r.timing.output_throughput for r in results]),
         "n_prompts": n_prompts,
         "n_tokens": sum(len(result.token_ids) for result in results[:n_prompts]),
     }
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -3,11 +3,12 @@
 `results.py` says what comes of it. Nothing is trained and nothing is written here.
 """
 
+import itertools
 import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from data.pieces import document_beginnings, spread_pieces
 from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
 from evaluation.engine.cache.curve import LruCurve, lru_curve
-from evaluation.engine.cache.replay import ReplayResult, lru_per_layer, replay, requests_of
+from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.cache.replay import lru_per_layer, replay, requests_of, results_json
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.device import find_device
@@ -33,7 +35,7 @@ from evaluation.engine.resident import compute_dtype
 from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
-from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
+from evaluation.quality import QualityArguments, Scores, differences, run_tasks, summarize
 from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.lazy_weights import empty_model
@@ -111,16 +113,16 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
     Raises:
         UserError: a folder is no delta, or one of another base.
     """
-    about = [router_delta.describe(folder) for folder in deltas]
-    candidates = [
-        Candidate(router_delta.load_for(local_folder(model), folder), said["config"]["seed"], _history(folder.parent))
-        for folder, said in zip(deltas, about, strict=True)
-    ]
-    return Arm(about[0]["objective"], objective_settings(about[0]["config"]), candidates)
+    model_dir, candidates = local_folder(model), []
+    for folder in deltas:
+        about = router_delta.describe(folder)
+        routers = router_delta.load_for(model_dir, folder)
+        candidates.append(Candidate(routers, about["config"]["seed"], _history(folder.parent)))
+    return Arm(about["objective"], objective_settings(about["config"]), candidates)
 
 
-def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan | results.TooSmall]:
-    """What becomes of every memory budget, each divided and tried in a process of its own.
+def divide_budgets(model: str, args: EvaluationArguments) -> tuple[list[results.Plan], list[results.TooSmall]]:
+    """What becomes of every memory budget, each divided and tried in a process of its own, and which are too small.
 
     There residents are measured beside nothing else, and the settings of a small budget end with it. A script that calls
     this needs `if __name__ == "__main__":`, as with anything that starts Python anew.
@@ -129,21 +131,19 @@ def divide_budgets(model: str, args: EvaluationArguments) -> list[results.Plan |
         UserError: the device is not there.
     """
     find_device(args.device)
-    model_dir = local_folder(model)
+    model_dir, plans, too_small = local_folder(model), [], []
     (prompt_ids,) = document_beginnings(load_tokenizer(model_dir), "validation", tokens=PROMPT_TOKENS, count=1)
-    divided = partial(
-        plan, model_dir, prompt_ids=prompt_ids, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype
-    )
+    divided = partial(plan, prompt_ids=prompt_ids, context_tokens=args.plan.context_tokens, dtype=args.decode.dtype)
     spawn, quiet = multiprocessing.get_context("spawn"), transformers.utils.logging.disable_progress_bar
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet, max_tasks_per_child=1) as process:
-        return [_divided(budget, process.submit(divided, memory_budget=budget)) for budget in args.plan.memory_budgets]
-
-
-def _divided(budget: str, dividing: Future[dict[str, Any]]) -> results.Plan | results.TooSmall:
-    try:
-        return results.Plan.model_validate({**dividing.result(), "memory_budget": budget})
-    except BudgetTooSmall as error:
-        return results.TooSmall(memory_budget=budget, too_small=str(error).rsplit("; ", 1)[-1])
+        for budget in args.plan.memory_budgets:
+            try:
+                found = process.submit(divided, model_dir, memory_budget=budget).result()
+                plans.append(results.Plan.model_validate({**found, "memory_budget": budget}))
+            except BudgetTooSmall as error:
+                said = str(error).rsplit("; ", 1)[-1]
+                too_small.append(results.TooSmall(memory_budget=budget, too_small=said))
+    return plans, too_small
 
 
 def evaluate(
@@ -151,13 +151,11 @@ def evaluate(
     arms: Iterable[tuple[str, Arm]],
     args: EvaluationArguments,
     *,
-    plans: Sequence[results.Plan | results.TooSmall] | None = None,
     found: Callable[[str, results.Run], None] = lambda _, __: None,
 ) -> results.Measured:
     """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
-        plans: what `divide_budgets` found, if that was done already.
         found: told the arm's name and what is known of a run: first its routing, then its quality too.
 
     Raises:
@@ -166,71 +164,59 @@ def evaluate(
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    plans = divide_budgets(model, args) if plans is None else plans
+    plans, too_small = divide_budgets(model, args)
     tokenizer = load_tokenizer(model_dir)
-    prompts = _pieces_of_text(
-        tokenizer, args.routing.domains, args.decode.prompts_per_domain, args.decode.prompt_tokens, args.routing.split
-    )
+    prompts = _pieces_of_text(tokenizer, args.routing, args.decode.prompts_per_domain, args.decode.prompt_tokens)
+    measured: dict[str, results.ArmResults] = {}
     with naming_the_place("what was measured"):
         facts = _model_facts(model, model_dir, args)
-        measure = partial(_measure_arm, model_dir, tokenizer=tokenizer, args=args, device=device)
-        untouched = Arm("", {}, [Candidate({}, None, [])])
-        runs, (base_scores,) = measure(untouched, found=partial(found, BASE))
-        measured = {BASE: results.ArmResults(objective=None, coefficients={}, runs=runs)}
-        sides = [*untouched.candidates]
-        for name, arm in arms:
+        untouched, base_scores, sides = Arm("", {}, [Candidate({}, None, [])]), None, []
+        for name, arm in itertools.chain([(BASE, untouched)], arms):
             with naming_the_place(name):
-                runs, _ = measure(arm, found=partial(found, name), base_scores=base_scores)
-            measured[name] = results.ArmResults(objective=arm.objective, coefficients=arm.coefficients, runs=runs)
-            sides += arm.candidates
-        before = processor_times()
+                runs, scores = _measure_arm(model_dir, arm, tokenizer, args, base_scores, found=partial(found, name))
+            base_scores = base_scores or scores
+            objective, settings = arm.objective or None, arm.coefficients
+            measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)
+            sides += [candidate.routers for candidate in arm.candidates]
+        before, demand_bytes = processor_times(), facts.token_demand_bytes or 0
         decoded = decode_in_turns(
-            model_dir, [side.routers or None for side in sides], prompts, args.decode,
-            token_demand_bytes=facts.token_demand_bytes or 0, device=device,
-        )  # fmt: skip
+            model_dir, sides, prompts, args.decode, token_demand_bytes=demand_bytes, device=device
+        )
         busy = machine_load(before, processor_times())
         for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
             run.decode = rows
-        divided = [plan for plan in plans if isinstance(plan, results.Plan)]
-        too_small = [plan for plan in plans if isinstance(plan, results.TooSmall)]
-        return results.Measured(
-            model=facts, plans=divided, budgets_too_small=too_small, arms=measured, machine_load=busy
-        )
+    return results.Measured(model=facts, plans=plans, budgets_too_small=too_small, arms=measured, machine_load=busy)
 
 
 def assemble(
     measured: results.Measured, *, command: str, config: dict[str, Any], seconds: Mapping[str, float]
 ) -> results.Results:
     """Add what someone needs to measure the same again."""
-    reproduce = results.Reproduction(
-        command=command, commit=code_commit(), config=config, machine=machine_facts(), seconds=dict(seconds)
-    )
+    facts: dict[str, Any] = {"commit": code_commit(), "config": config, "machine": machine_facts()}
+    made = results.Reproduction(command=command, seconds=dict(seconds), **facts)
     created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return results.Results(created=created, reproduce=reproduce, **dict(measured))
+    return results.Results(created=created, reproduce=made, **dict(measured))
 
 
 def _measure_arm(
-    model_dir: str,
-    arm: Arm,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    args: EvaluationArguments,
-    device: torch.device,
-    found: Callable[[results.Run], None],
-    base_scores: dict[str, TaskScores] | None = None,
-) -> tuple[list[results.Run], list[dict[str, TaskScores]]]:
-    """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first."""
-    model = load_pretrained(model_dir, dtype=args.dtype, device=device)
-    runs, scores = [], []
+    model_dir: str, arm: Arm, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments,
+    base_scores: Scores | None, *, found: Callable[[results.Run], None],
+) -> tuple[list[results.Run], Scores]:  # fmt: skip
+    """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first.
+
+    Returns:
+        The runs, and what each item of each task was worth to the last of them.
+    """
+    model, runs = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device)), []
     for candidate in arm.candidates:
         if candidate.routers:
             copy_into_routers(model, candidate.routers)
         run = _routed(model, tokenizer, args, candidate)
         found(run)
-        scores.append(run_tasks(model, tokenizer, args.quality))
-        run.quality = summarize(scores[-1])
+        scores = run_tasks(model, tokenizer, args.quality)
+        run.quality = summarize(scores)
         if base_scores is not None:
-            run.difference = differences(base_scores, scores[-1])
+            run.difference = differences(base_scores, scores)
         found(run)
         runs.append(run)
     return runs, scores
@@ -241,49 +227,34 @@ def _routed(
 ) -> results.Run:
     """Routing and replay of one model; its quality is not known yet."""
     routing = args.routing
-    pieces = _pieces_of_text(tokenizer, routing.domains, routing.requests_per_domain, routing.max_length, routing.split)
+    pieces = _pieces_of_text(tokenizer, routing, routing.requests_per_domain, routing.max_length)
     trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace")
-    per_layer, shared = (lru_curve(trace, cache_scope=scope) for scope in ("per_layer", "global"))
+    curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
     return results.Run(
         seed=candidate.seed,
         history=candidate.history,
         quality=None,
         difference=None,
         routing=results.Routing(**routing_summary(trace), nll=nll),
-        replay=_replays(trace, per_layer, args.replay),
-        lru_curves=results.LruCurves(per_layer=_at_every_size(per_layer), **{"global": _at_every_size(shared)}),
+        replay=_replays(trace, curves["per_layer"], args.replay),
+        lru_curves=results.LruCurves(**{scope: _at_every_size(curve) for scope, curve in curves.items()}),
         decode=None,
     )
 
 
 def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
     """The trace through every chosen policy and size; LRU is read off its curve."""
-    requests = requests_of(trace)
+    sizes = [slots for slots in args.slots if trace.top_k <= slots <= trace.num_experts]
+    cold = partial(replay, trace, cache_scope="per_layer", requests=requests_of(trace))
     replays = [
-        lru_per_layer(trace, curve, slots=slots)
-        if policy == "lru"
-        else replay(trace, policy=policy, cache_scope="per_layer", slots=slots, requests=requests)
-        for policy in args.policies
-        for slots in args.slots
-        if trace.top_k <= slots <= trace.num_experts
+        lru_per_layer(trace, curve, slots=slots) if policy == "lru" else cold(policy=policy, slots=slots)
+        for policy, slots in itertools.product(args.policies, sizes)
     ]
-    belady = {result.slots: result.misses for result in replays if result.policy == "belady"}
-    return [_replay_row(result, optimum=belady.get(result.slots)) for result in replays]
-
-
-def _replay_row(result: ReplayResult, *, optimum: int | None) -> results.Replay:
-    return results.Replay(
-        policy=result.policy,
-        cache_scope="per_layer",
-        slots=result.slots,
-        accesses=result.accesses,
-        misses=result.misses,
-        hit_rate=result.hit_rate,
-        first_touches=result.first_touches,
-        misses_without_first_touches=result.misses - result.first_touches,
-        misses_per_layer=[layer.misses for layer in result.by_layer],
-        policy_regret=result.misses / optimum if optimum else None,
-    )
+    rows = []
+    for row in results_json(trace, replays):
+        kept = {key: value for key, value in row.items() if key in results.Replay.model_fields}
+        rows.append(results.Replay(**kept, misses_per_layer=[layer["misses"] for layer in row["per_layer"]]))
+    return rows
 
 
 def _at_every_size(curve: LruCurve) -> results.LruCurve:
@@ -291,12 +262,11 @@ def _at_every_size(curve: LruCurve) -> results.LruCurve:
 
 
 def _pieces_of_text(
-    tokenizer: PreTrainedTokenizerBase, domains: Sequence[str], per_domain: int, length: int, split: str
+    tokenizer: PreTrainedTokenizerBase, routing: RoutingArguments, per_domain: int, tokens: int
 ) -> list[np.ndarray]:
-    """Pieces of `length` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
-    return spread_pieces(
-        tokenizer, split, domains, tokens=length, at_least=length + 1, every=4 * length, per_domain=per_domain
-    )
+    """Pieces of `tokens` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
+    apart = {"tokens": tokens, "at_least": tokens + 1, "every": 4 * tokens}
+    return spread_pieces(tokenizer, routing.split, routing.domains, per_domain=per_domain, **apart)
 
 
 def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> results.ModelFacts:

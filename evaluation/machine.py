@@ -1,6 +1,7 @@
 """What machine and which versions a result was measured with, and how busy the machine was with other things."""
 
 import platform
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +27,14 @@ def machine_facts() -> dict[str, Any]:
 
 def _accelerator() -> str | None:
     found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None:
-        return None
-    name = getattr(torch.get_device_module(found), "get_device_name", None)
-    return str(name()) if name else found.type
+    name = getattr(torch.get_device_module(found), "get_device_name", None) if found else None
+    return str(name()) if name else found.type if found else None
 
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    named = re.search(r"(?m)^model name\s*:\s*(.*)$", info.read_text(encoding="utf-8") if info.exists() else "")
+    return named[1].strip() if named else platform.processor()
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,6 @@ def machine_load(before: ProcessorTimes, after: ProcessorTimes) -> MachineLoad:
     return MachineLoad(
         load_average_before=before.load_average,
         load_average_after=after.load_average,
-        stolen_share=stolen / total if total else 0.0,
-        others_share=max(0.0, others / total) if total else 0.0,  # clocks may disagree by a tick
+        stolen_share=stolen / (total or 1),
+        others_share=max(0.0, others / (total or 1)),  # clocks may disagree by a tick
     )

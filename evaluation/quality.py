@@ -48,27 +48,27 @@ class QualityArguments:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """One task's items in the order of the task's file.
+    """One task's items in the order of the task's file: the metric of each, and what an item chosen by chance has."""
 
-    `values`: the metric of each item. For a perplexity task the metric is the item's log-likelihood in nats, and
-    `tokens` and `words` are what it is spread over.
-    """
-
-    name: str
     metric: str
     values: Array
-    chance: float
-    tokens: Array | None = None
-    words: Array | None = None
-
-    @property
-    def measures_perplexity(self) -> bool:
-        return self.tokens is not None
+    chance: float = 0.0
 
 
-def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments
-) -> dict[str, TaskScores]:
+@dataclass(frozen=True)
+class TextScores:
+    """A perplexity task's items: the log-likelihood of each in nats, and the tokens and words it is spread over."""
+
+    values: Array
+    tokens: Array
+    words: Array
+
+
+Scores = dict[str, TaskScores | TextScores]
+"""Task -> its items."""
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments) -> Scores:
     """Score `model` on every task.
 
     Raises:
@@ -89,68 +89,58 @@ def run_tasks(
         )
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=_context(model))
-    output = simple_evaluate(
-        lm, tasks=list(args.tasks), limit=args.limit, bootstrap_iters=0, log_samples=True,
-        task_manager=TaskManager(include_path=args.include_path, include_defaults=False),
-    )  # fmt: skip
-    return {
-        task: _scores(
-            task, output["configs"][task], sorted(output["samples"][task], key=lambda s: s["doc_id"]), tokenizer
-        )
-        for task in args.tasks
-    }
+    length = int(model.config.get_text_config().max_position_embeddings)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=length)
+    manager = TaskManager(include_path=args.include_path, include_defaults=False)
+    how = {"limit": args.limit, "bootstrap_iters": 0, "log_samples": True, "task_manager": manager}
+    output = simple_evaluate(lm, tasks=list(args.tasks), **how)
+    return {task: _scores(output["configs"][task], output["samples"][task], tokenizer) for task in args.tasks}
 
 
 def _scores(
-    task: str, config: Mapping[str, Any], samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> TaskScores:
+    config: Mapping[str, Any], samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
+) -> TaskScores | TextScores:
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
     metric = str(config["metric_list"][0]["metric"])
     if config["output_type"] == "loglikelihood_rolling":
         texts = [sample["target"] for sample in samples]
         log_likelihood, words = np.array([sample[metric] for sample in samples], dtype=float).T
         tokens = np.array([len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]], dtype=float)
-        return TaskScores(task, metric, log_likelihood, chance=0.0, tokens=tokens, words=words)
-    values = np.array([float(sample[metric]) for sample in samples])
-    choices = (
-        [len(sample["doc"]["choices"]) for sample in samples] if config["output_type"] == "multiple_choice" else []
-    )
-    return TaskScores(task, metric, values, chance=float(np.mean(1 / np.array(choices))) if choices else 0.0)
+        return TextScores(log_likelihood, tokens, words)
+    values, chance = np.array([float(sample[metric]) for sample in samples]), 0.0
+    if config["output_type"] == "multiple_choice":
+        chance = float(np.mean(1 / np.array([len(sample["doc"]["choices"]) for sample in samples])))
+    return TaskScores(metric, values, chance)
 
 
-def summarize(scores: Mapping[str, TaskScores]) -> Quality:
+def summarize(scores: Scores) -> Quality:
     """The value of every task with its standard error, every domain's perplexity, and their geometric mean."""
     tasks, perplexity, logs = {}, {}, []
-    for name, task in scores.items():
-        n = len(task.values)
-        if task.measures_perplexity:
-            per_token = float(np.exp(-task.values.sum() / _tokens(task).sum()))
+    for name, items in scores.items():
+        values, n = items.values, len(items.values)
+        if isinstance(items, TextScores):
+            per_token, per_word = (float(np.exp(-values.sum() / of.sum())) for of in (items.tokens, items.words))
             logs.append(np.log(per_token))
-            perplexity[name.removeprefix(PERPLEXITY)] = DomainPerplexity(
-                perplexity=per_token,
-                word_perplexity=float(np.exp(-task.values.sum() / _words(task).sum())),
-                n=n,
-            )
+            found = DomainPerplexity(perplexity=per_token, word_perplexity=per_word, n=n)
+            perplexity[name.removeprefix(PERPLEXITY)] = found
         else:
-            stderr = float(stats.sem(task.values)) if n > 1 else None
-            value = float(task.values.mean())
-            tasks[name] = TaskValue(metric=task.metric, value=value, stderr=stderr, n=n, chance=task.chance)
+            value, stderr = float(values.mean()), float(stats.sem(values)) if n > 1 else None
+            tasks[name] = TaskValue(metric=items.metric, value=value, stderr=stderr, n=n, chance=items.chance)
     return Quality(tasks=tasks, perplexity=perplexity, mean_perplexity=float(np.exp(np.mean(logs))) if logs else None)
 
 
-def differences(base: Mapping[str, TaskScores], tuned: Mapping[str, TaskScores]) -> Difference:
+def differences(base: Scores, tuned: Scores) -> Difference:
     """Tuned minus base with paired 95 % intervals: tasks in their metric, perplexity per token as a relative change."""
     draw = np.random.default_rng(0)
-    tasks, perplexity, resampled, points = {}, {}, [], []
+    tasks, perplexity, ratios = {}, {}, []
     for name, before in base.items():
-        if before.measures_perplexity:
-            point, samples = _log_ratio(before, tuned[name], draw)
-            perplexity[name.removeprefix(PERPLEXITY)] = _relative(point, samples)
-            points.append(point)
-            resampled.append(samples)
+        if isinstance(before, TextScores):
+            ratios.append(_log_ratio(before, tuned[name], draw))
+            perplexity[name.removeprefix(PERPLEXITY)] = _relative(*ratios[-1])
         else:
             tasks[name] = _paired(before.values, tuned[name].values)
-    if points:
+    if ratios:
+        points, resampled = zip(*ratios, strict=True)
         perplexity[MEAN] = _relative(float(np.mean(points)), np.mean(resampled, axis=0))
     return Difference(tasks=tasks, perplexity=perplexity)
 
@@ -164,9 +154,9 @@ def _paired(before: Array, after: Array) -> TaskDifference:
     return TaskDifference(difference=mean, low=mean - half, high=mean + half)
 
 
-def _log_ratio(before: TaskScores, after: TaskScores, draw: np.random.Generator) -> tuple[float, Array]:
+def _log_ratio(before: TextScores, after: TaskScores | TextScores, draw: np.random.Generator) -> tuple[float, Array]:
     """log(perplexity after / before) per token, and its bootstrap over items."""
-    loss, tokens = before.values - after.values, _tokens(before)
+    loss, tokens = before.values - after.values, before.tokens
     picks = draw.integers(0, len(loss), size=(RESAMPLES, len(loss)))
     return float(loss.sum() / tokens.sum()), loss[picks].sum(1) / tokens[picks].sum(1)
 
@@ -174,17 +164,3 @@ def _log_ratio(before: TaskScores, after: TaskScores, draw: np.random.Generator)
 def _relative(point: float, samples: Array) -> PerplexityDifference:
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return PerplexityDifference(relative=float(np.expm1(point)), low=float(np.expm1(low)), high=float(np.expm1(high)))
-
-
-def _tokens(task: TaskScores) -> Array:
-    assert task.tokens is not None, f"{task.name} does not measure perplexity"
-    return task.tokens
-
-
-def _words(task: TaskScores) -> Array:
-    assert task.words is not None, f"{task.name} does not measure perplexity"
-    return task.words
-
-
-def _context(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().max_position_embeddings)

@@ -110,16 +110,12 @@ class LruCurve(Part):
 
 
 class LruCurves(Part):
-    """LRU at every size."""
-
     per_layer: LruCurve
     shared: LruCurve = Field(alias="global")
 
 
 class HitRate(Part):
-    """Hits per access, by phase."""
-
-    prefill: float | None
+    prefill: float | None  # hits per access
     decode: float | None
 
 
@@ -183,15 +179,11 @@ class Division(Part):
 
 
 class ReadBandwidth(Part):
-    """What the disk gave."""
-
     bytes_per_second: float
 
 
 class PlanTimes(Part):
-    """What a short request took under a budget."""
-
-    compute_ms: float | None  # per token
+    compute_ms: float | None  # per token, of a short request under a budget
 
 
 class Plan(Part):
@@ -211,8 +203,6 @@ class TooSmall(Part):
 
 
 class ModelFacts(Part):
-    """The base model."""
-
     name: str | None
     n_parameters: int | None
     layers: int | None  # those with experts
@@ -270,17 +260,12 @@ def read_results(path: str | Path) -> Results:
     if not path.is_file():
         raise UserError(f"results file {path} does not exist; name the results.json of a finished run")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return checked_results(json.loads(path.read_text(encoding="utf-8")), source=str(path))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); is it a results.json?"
-        ) from error
+        where = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path} is not UTF-8 text ({where}); is it a results.json?") from error
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}); "
-            "it may be cut off: write it again with `remoe run`"
-        ) from error
-    return checked_results(content, source=str(path))
+        raise UserError(f"{path} is not valid JSON ({error}); it may be cut off: write it with `remoe run`") from error
 
 
 def checked_results(content: Any, *, source: str = "results") -> Results:
@@ -303,37 +288,33 @@ def checked_results(content: Any, *, source: str = "results") -> Results:
     return results
 
 
+NOT_MEASURED = "or null if it was not measured"
+WANTED = {
+    "missing": "is missing; write null if it was not measured",
+    "too_short": "is empty; leave out an arm that was not run",
+    "finite_number": f"must be a finite number, {NOT_MEASURED}",
+    "float_type": f"must be a finite number, {NOT_MEASURED}",
+    "int_type": f"must be a whole number, {NOT_MEASURED}",
+    "string_type": "must be text or null",
+    "bool_type": "must be true, false or null",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+}
+"""What pydantic misses, by its names for errors, in our words."""
+
+
 @contextmanager
 def naming_the_place(source: str) -> Iterator[None]:
     """What is built inside and is not as it should be becomes a `UserError` that says where, in `source`."""
     try:
         yield
     except ValidationError as error:
-        raise UserError(f"{source}: {_in_words(error)}") from error
-
-
-WANTED = {
-    "finite_number": "a finite number, or null if it was not measured",
-    "float_type": "a finite number, or null if it was not measured",
-    "int_type": "a whole number, or null if it was not measured",
-    "string_type": "text or null",
-    "bool_type": "true, false or null",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-}
-"""What pydantic misses, by its names for errors, in our words."""
-
-
-def _in_words(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
-    first = error.errors(include_url=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "missing":
-        return f"{place} is missing; write null if it was not measured"
-    if first["type"] == "too_short":
-        return f"{place} is empty; leave out an arm that was not run"
-    return f"{place} must be {WANTED.get(first['type'], first['msg'])}, found {_kind(first['input'])}"
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        said = WANTED.get(first["type"], f"must be {first['msg']}")
+        found = "" if first["type"] in ("missing", "too_short") else f", found {_kind(first['input'])}"
+        raise UserError(f"{source}: {place} {said}{found}") from error
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -31,14 +33,13 @@ def teacher_forced_trace(
     Raises:
         UserError: no document has two tokens.
     """
-    requests = [d[i : i + max_length] for d in documents for i in range(0, len(d), max_length)]
-    requests = [request for request in requests if len(request) >= 2]
+    pieces = (d[i : i + max_length] for d in documents for i in range(0, len(d), max_length))
+    requests = [piece for piece in pieces if len(piece) >= 2]
     if not requests:
         raise UserError(
             f"no text of two tokens to trace among {len(documents)}; give more text or a larger --max-length"
         )
-    observer = RouterObserver(model)
-    chosen_TLK, nll, predicted = [], 0.0, 0
+    observer, chosen_TLK, nll, predicted = RouterObserver(model), [], 0.0, 0
     for start in tqdm(range(0, len(requests), batch_size), desc=progress, disable=progress is None, unit="batch"):
         batch = requests[start : start + batch_size]
         ids_BS, labels_BS = _padded(batch)
@@ -65,13 +66,9 @@ def teacher_forced_trace(
 
 def _padded(requests: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and what each is to predict, [B, S]; padding on the right is invisible to causal attention."""
-    length = max(map(len, requests))
-    ids_BS = torch.zeros(len(requests), length, dtype=torch.long)
-    labels_BS = torch.full((len(requests), length), IGNORE_LABEL)
-    for row, request in enumerate(requests):
-        ids_BS[row, : len(request)] = torch.from_numpy(request.astype(np.int64))
-        labels_BS[row, : len(request) - 1] = ids_BS[row, 1 : len(request)]
-    return ids_BS, labels_BS
+    ids = [torch.from_numpy(request.astype(np.int64)) for request in requests]
+    labels_BS = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_LABEL)
+    return pad_sequence(ids, batch_first=True), pad(labels_BS, (0, 1), value=IGNORE_LABEL)
 
 
 def _layer_number(router_name: str) -> int:

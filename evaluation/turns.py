@@ -1,14 +1,15 @@
 """Comparing times fairly: sides take turns, and what is compared is the ratio within a pair that was measured side by side.
 
 A machine is quicker in one minute than in another. Turns make that fall on all sides alike, and the median of paired
-ratios does not follow the few pairs that something else disturbed. Standard library only; nothing is measured here.
+ratios does not follow the few pairs that something else disturbed. Nothing is measured here.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
 from statistics import median
 from typing import TypeVar
+
+from scipy.stats import binom
 
 CONFIDENCE = 0.95
 Side = TypeVar("Side")
@@ -60,20 +61,14 @@ def paired_ratio(values: Iterable[float | None], to: Iterable[float | None]) -> 
     if not ratios:
         return None
     outside = _outside_interval(len(ratios))
-    low, high = (None, None) if outside is None else (ratios[outside], ratios[-1 - outside])
+    low, high = (ratios[outside], ratios[-1 - outside]) if outside >= 0 else (None, None)
     return PairedRatio(median(ratios), low, high, len(ratios))
 
 
-def _outside_interval(n: int) -> int | None:
-    """How many of `n` sorted values lie on each side of the interval of their median; None if all n are too few.
+def _outside_interval(n: int) -> int:
+    """How many of `n` sorted values lie on each side of the interval of their median; -1 if all n are too few.
 
     The median of the distribution is below the k-th value with the probability of fewer than k heads in n tosses,
     whatever the distribution (order statistics; Conover, Practical Nonparametric Statistics, 3rd ed., section 3.2).
     """
-    below, outside = 0.0, None
-    for k in range(n // 2):
-        below += comb(n, k) / 2**n
-        if below > (1 - CONFIDENCE) / 2:
-            break
-        outside = k
-    return outside
+    return int(binom.ppf((1 - CONFIDENCE) / 2, n, 0.5)) - 1

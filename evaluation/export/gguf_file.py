@@ -6,10 +6,10 @@ graph for this family never renormalises the chosen routing weights, so a checkp
 """
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,27 +30,8 @@ PRECISIONS = {
 }
 ALWAYS_FLOAT32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "_norm", "bias")
 EXPERT = re.compile(r"(?P<module>model\.layers\.\d+\.mlp\.experts)\.(?P<number>\d+)\.(?P<part>\w+\.weight)")
-Names = gguf.TensorNameMap
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the file: its name, and the tensors of the checkpoint it is made of (all experts, or one)."""
-
-    name: str
-    sources: tuple[StoredTensor, ...]
-
-    @property
-    def is_float32(self) -> bool:
-        return any(part in self.name for part in ALWAYS_FLOAT32)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Slowest axis first, as numpy has it."""
-        one = self.sources[0].shape
-        if "_exps" in self.name:
-            return (len(self.sources), *one)
-        return (one[-1],) if "ffn_gate_inp_shexp" in self.name else one
+Sources = list[StoredTensor]
+"""The tensors of the checkpoint that one tensor of the file is made of: all experts of a layer in order, or one."""
 
 
 def write_gguf(model_dir: str | Path, path: str | Path, *, precision: str = "float16") -> None:
@@ -63,74 +44,63 @@ def write_gguf(model_dir: str | Path, path: str | Path, *, precision: str = "flo
     if precision not in PRECISIONS:
         raise UserError(f"GGUF precision {precision!r} is not known; write one of {', '.join(PRECISIONS)}")
     config = _read_config(Path(model_dir))
-    planned = plan_tensors(model_dir, config)
+    tensors = _tensors(model_dir, config)
+    kinds = {name: PRECISIONS["float32" if any(p in name for p in ALWAYS_FLOAT32) else precision] for name in tensors}
     with writing_aside(path) as aside, closing(gguf.GGUFWriter(aside, "qwen2moe")) as writer:
         _add_sizes(writer, config, Path(model_dir).name, precision)
-        _add_tokenizer(writer, Path(model_dir), config["vocab_size"])
-        for tensor in planned:
-            kind, _, dtype = PRECISIONS["float32" if tensor.is_float32 else precision]
-            length_bytes = int(np.prod(tensor.shape)) * dtype.itemsize
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint16), length_bytes, raw_dtype=kind)
+        _add_tokenizer(writer, Path(model_dir), config)
+        for name, sources in tensors.items():
+            (kind, _, dtype), shape = kinds[name], _shape(name, sources)
+            length_bytes = math.prod(shape) * dtype.itemsize
+            writer.add_tensor_info(name, shape, np.dtype(np.uint16), length_bytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with ExitStack() as shards:
-            files = {shard: shards.enter_context(safe_open(shard, framework="pt")) for shard in _shards(planned)}
-            for tensor in planned:
-                writer.write_tensor_data(_numbers(tensor, files, "float32" if tensor.is_float32 else precision))
+        with ExitStack() as opened:
+            shards = {source.shard for sources in tensors.values() for source in sources}
+            files = {shard: opened.enter_context(safe_open(shard, framework="pt")) for shard in shards}
+            for name, sources in tensors.items():
+                writer.write_tensor_data(_numbers(name, sources, files, kinds[name][2]))
 
 
-def gguf_name(checkpoint_name: str, names: Names) -> str:
-    """The GGUF name of a tensor of the checkpoint; all experts of a layer's matrix have the same.
+def _tensors(model_dir: str | Path, config: dict[str, Any]) -> dict[str, Sources]:
+    """Every tensor of the file by its name, in the order of the checkpoint's index.
 
     Raises:
         UserError: the family's layout has no such tensor.
     """
-    match = EXPERT.fullmatch(checkpoint_name)
-    stem = f"{match['module']}.{match['part']}" if match else checkpoint_name
-    found: str | None = names.get_name(stem, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise UserError(
-            f"GGUF has no place for {checkpoint_name} in a Qwen2-MoE model; give a checkpoint of that family"
-        )
-    return found
-
-
-def tensor_names(layers: int) -> Names:
-    """PyPI gguf's table for this family."""
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, layers)
-
-
-def plan_tensors(model_dir: str | Path, config: dict[str, Any]) -> list[Planned]:
-    """Every tensor of the file, in the order of the checkpoint's index; experts in the order of their numbers."""
-    names = tensor_names(config["num_hidden_layers"])
-    sources: dict[str, list[tuple[int, StoredTensor]]] = {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, config["num_hidden_layers"])
+    numbered: dict[str, list[tuple[int, StoredTensor]]] = {}
     for name, tensor in read_index(model_dir).items():
         match = EXPERT.fullmatch(name)
-        sources.setdefault(gguf_name(name, names), []).append((int(match["number"]) if match else 0, tensor))
+        stem = f"{match['module']}.{match['part']}" if match else name
+        found = names.get_name(stem, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UserError(f"GGUF has no place for {name} in a Qwen2-MoE model; give a checkpoint of that family")
+        numbered.setdefault(found, []).append((int(match["number"]) if match else 0, tensor))
     if config.get("tie_word_embeddings"):
-        sources["output.weight"] = sources["token_embd.weight"]
-    return [
-        Planned(name, tuple(tensor for _, tensor in sorted(numbered, key=lambda pair: pair[0])))
-        for name, numbered in sources.items()
-    ]
+        numbered["output.weight"] = numbered["token_embd.weight"]
+    return {name: [tensor for _, tensor in sorted(of, key=lambda pair: pair[0])] for name, of in numbered.items()}
 
 
-def _shards(planned: Sequence[Planned]) -> set[Path]:
-    return {source.shard for tensor in planned for source in tensor.sources}
+def _shape(name: str, sources: Sources) -> tuple[int, ...]:
+    """Slowest axis first, as numpy has it."""
+    one = sources[0].shape
+    if "_exps" in name:
+        return (len(sources), *one)
+    return (one[-1],) if "ffn_gate_inp_shexp" in name else one
 
 
-def _numbers(planned: Planned, files: Mapping[Path, Any], precision: str) -> np.ndarray:
+def _numbers(name: str, sources: Sources, files: Mapping[Path, Any], dtype: torch.dtype) -> np.ndarray:
     """The tensor's data as raw words of the precision, read from the open shards."""
-    dtype = PRECISIONS[precision][2]
-    stacked = torch.empty((len(planned.sources), *planned.sources[0].shape), dtype=dtype)
-    for into, source in zip(stacked, planned.sources, strict=True):
+    stacked = torch.empty((len(sources), *sources[0].shape), dtype=dtype)
+    for into, source in zip(stacked, sources, strict=True):
         into.copy_(files[source.shard].get_tensor(source.name))
     if not bool(stacked.isfinite().all()):
-        raise UserError(f"{planned.name} holds numbers that {precision} cannot; write the GGUF in bfloat16 or float32")
-    words = torch.int16 if dtype.itemsize == 2 else torch.int32
-    raw: np.ndarray = stacked.view(words).numpy().reshape(planned.shape)
-    return raw
+        precision = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} holds numbers that {precision} cannot; write the GGUF in bfloat16 or float32")
+    raw: np.ndarray = stacked.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+    return raw.reshape(_shape(name, sources))
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
@@ -164,14 +134,14 @@ def _add_sizes(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, preci
     writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, model_dir: Path, vocabulary: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, model_dir: Path, config: dict[str, Any]) -> None:
     """Byte-level BPE as llama.cpp reads it. Ids mean the same; how text is cut before BPE is GPT-2's or Qwen2's."""
     path = model_dir / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if tokenizer.get("model", {}).get("type") != "BPE":
         raise UserError(f"{model_dir} has no tokenizer.json with a byte-level BPE; llama.cpp needs one")
-    tokens = [f"[unused {i}]" for i in range(vocabulary)]
-    types = [gguf.TokenType.UNUSED] * vocabulary
+    tokens = [f"[unused {i}]" for i in range(config["vocab_size"])]
+    types = [gguf.TokenType.UNUSED] * len(tokens)
     for token, number in tokenizer["model"]["vocab"].items():
         tokens[number], types[number] = token, gguf.TokenType.NORMAL
     for added in tokenizer["added_tokens"]:
@@ -184,11 +154,6 @@ def _add_tokenizer(writer: gguf.GGUFWriter, model_dir: Path, vocabulary: int) ->
     writer.add_token_types(types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_add_bos_token(False)
-    _add_special_tokens(writer, model_dir)
-
-
-def _add_special_tokens(writer: gguf.GGUFWriter, model_dir: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     for role in ("bos", "eos", "pad"):
         number = config.get(f"{role}_token_id")
         if isinstance(number, int):

@@ -14,7 +14,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 from safetensors import safe_open
 from torch import Tensor
 
@@ -24,16 +23,11 @@ from evaluation.engine.store.shards import StoredTensor
 
 COUNT_OF_FIELDS_AT = 16  # after magic, version and the number of tensors
 MADE_FROM = "give a GGUF that was made from the base the delta was trained on"
-Floats = npt.NDArray[np.float32]
+Routers = Mapping[str, Tensor]
 
 
 def patch_gguf(
-    base: Path,
-    output: Path,
-    routers: Mapping[str, Tensor],
-    *,
-    stored: Mapping[str, StoredTensor],
-    about: Mapping[str, Any],
+    base: Path, output: Path, routers: Routers, *, stored: Mapping[str, StoredTensor], about: Mapping[str, Any]
 ) -> None:
     """Write `base` with these routers to `output`, aside and renamed.
 
@@ -46,7 +40,7 @@ def patch_gguf(
         UserError: `base` is no GGUF, or one of another base: routers are missing or have another shape, type or value.
     """
     reader = _read(base)
-    places = _places(reader, base, routers, stored)
+    places = _places(reader, base, stored)
     fields = _text_fields(routers, about)
     fields_end = int(reader.tensors[0].field.offset)
     with writing_aside(output) as aside, base.open("rb") as source, aside.open("wb") as target:
@@ -74,9 +68,7 @@ def _read(path: Path) -> gguf.GGUFReader:
     return reader
 
 
-def _places(
-    reader: gguf.GGUFReader, path: Path, routers: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
-) -> dict[str, Any]:
+def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The file's tensor of each router, by its name in the loaded model; all of them have the base's values.
 
     Raises:
@@ -85,9 +77,7 @@ def _places(
     architecture = str(reader.fields["general.architecture"].contents())
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
-        raise UserError(
-            f"{path} is of architecture {architecture!r}, which this version of gguf does not know; {MADE_FROM}"
-        )
+        raise UserError(f"{path} is of architecture {architecture!r}, which this gguf does not know; {MADE_FROM}")
     layers = int(reader.fields[f"{architecture}.block_count"].contents())
     names = gguf.get_tensor_name_map(known[architecture], layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -95,8 +85,8 @@ def _places(
     for name, place in stored.items():
         in_file = names.get_name(place.name, try_suffixes=(".weight", ".bias"))
         tensor = tensors.get(in_file or "")
-        if tensor is None or tuple(reversed(tensor.shape.tolist())) != place.shape:
-            shape = None if tensor is None else list(reversed(tensor.shape.tolist()))
+        shape = None if tensor is None else tensor.shape.tolist()[::-1]
+        if tensor is None or shape != [*place.shape]:
             raise UserError(
                 f"{path} ({architecture}) has {in_file} of shape {shape} where the base has its router {place.name} of "
                 f"shape {list(place.shape)}; {MADE_FROM}"
@@ -105,7 +95,9 @@ def _places(
             raise UserError(
                 f"{path} stores {in_file} as {tensor.tensor_type.name}, routers must be F32; convert it anew"
             )
-        if not np.array_equal(np.asarray(tensor.data, dtype=np.float32).reshape(place.shape), _base_values(place)):
+        with safe_open(place.shard, framework="pt") as shard:
+            values = shard.get_tensor(place.name).float().numpy()
+        if not np.array_equal(tensor.data.reshape(place.shape), values):
             raise UserError(f"{path} has other values in {in_file} than the base in {place.shard}; {MADE_FROM}")
         found[name] = tensor
     missing = [t for t in tensors if ".ffn_gate_inp." in t and t not in {tensor.name for tensor in found.values()}]
@@ -114,29 +106,18 @@ def _places(
     return found
 
 
-def _base_values(place: StoredTensor) -> Floats:
-    with safe_open(place.shard, framework="pt") as tensors:
-        return np.asarray(tensors.get_tensor(place.name).float())
-
-
 def _infos_end(reader: gguf.GGUFReader) -> int:
     last = reader.tensors[-1].field
     return int(last.offset) + sum(int(part.nbytes) for part in last.parts)
 
 
-def _text_fields(routers: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[bytes]:
+def _text_fields(routers: Routers, about: Mapping[str, Any]) -> list[bytes]:
     digest = hashlib.sha256()
     for name in sorted(routers):
         digest.update(name.encode() + routers[name].float().contiguous().numpy().tobytes())
-    texts = {
-        "remoe.router_delta_sha256": digest.hexdigest(),
-        "remoe.base_model": str(about["base_model"]),
-        "remoe.base_frozen_sha256": str(about["base_frozen_sha256"]),
-        "remoe.objective": str(about["objective"]),
-        "remoe.code_commit": str(about["code_commit"]),
-    }
-    kind = struct.pack("<I", gguf.GGUFValueType.STRING)
-    return [_text(key) + kind + _text(value) for key, value in texts.items()]
+    said = {key: str(about[key]) for key in ("base_model", "base_frozen_sha256", "objective", "code_commit")}
+    kind, texts = struct.pack("<I", gguf.GGUFValueType.STRING), {"router_delta_sha256": digest.hexdigest(), **said}
+    return [_text(f"remoe.{key}") + kind + _text(value) for key, value in texts.items()]
 
 
 def _text(text: str) -> bytes:

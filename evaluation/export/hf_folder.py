@@ -24,8 +24,10 @@ from evaluation.engine.store.shards import StoredTensor, read_index
 from training.model.lazy_weights import TORCH_DTYPES, read_config
 from training.model.transformers_internals import revert_weight_conversion
 
+Routers = Mapping[str, Tensor]
 
-def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+
+def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]:
     """The place of each router tensor in the checkpoint, by its name in the loaded model.
 
     Raises:
@@ -48,12 +50,7 @@ def stored_tensors(model_dir: Path, routers: Mapping[str, Tensor]) -> dict[str, 
 
 
 def write_folder(
-    model_dir: Path,
-    output: Path,
-    routers: Mapping[str, Tensor],
-    *,
-    stored: Mapping[str, StoredTensor],
-    about: Mapping[str, Any],
+    model_dir: Path, output: Path, routers: Routers, *, stored: Mapping[str, StoredTensor], about: Mapping[str, Any]
 ) -> None:
     """Write the whole model as a Hugging Face folder, aside and renamed.
 
@@ -105,12 +102,12 @@ def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
         tags=["mixture-of-experts", "remoe", "expert-reuse"],
     )
     config, metrics = about["config"], about["metrics"]
-    coefficients = {key: value for key, value in config.items() if key.endswith("_coef") and value}
+    coefficients = ", ".join(f"{key} {value}" for key, value in config.items() if key.endswith("_coef") and value)
     rows = [
         ("base", base),
         ("licence", licence or "that of the base: see there"),
         ("trained", f"{len(about['tensors'])} router tensors; every other byte is the base's"),
-        ("objective", f"{about['objective']} ({', '.join(f'{key} {value}' for key, value in coefficients.items())})"),
+        ("objective", f"{about['objective']} ({coefficients})"),
         ("steps, learning rate, seed", f"{config['max_steps']}, {config['learning_rate']}, {config['seed']}"),
         ("code", str(about["code_commit"])),
         *((key, f"{value:.6g}") for key, value in metrics.items() if key.startswith(("train/", "moe/reuse_rate_mean"))),

@@ -5,6 +5,7 @@ takes the page's font. Matplotlib's global settings are not touched.
 """
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -26,28 +27,7 @@ KNOWN_COLOURS = {
 }  # fmt: skip
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
 MARKERS = "osD^vPX<>"
-STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": "#333333",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-}
+STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
 WIDTH_INCHES = 10.8
 PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
@@ -55,9 +35,8 @@ SEEDS = "± 1 sd over seeds"
 
 def colours(results: Results) -> dict[str, str]:
     """The colour of every arm."""
-    others = [arm for arm in results.arms if arm not in KNOWN_COLOURS]
-    given = {arm: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, arm in enumerate(others)}
-    return {arm: KNOWN_COLOURS.get(arm) or given[arm] for arm in results.arms}
+    others = itertools.cycle(OTHER_COLOURS)
+    return {arm: KNOWN_COLOURS.get(arm) or next(others) for arm in results.arms}
 
 
 def line(axes: Axes, xs: Sequence[float], values: Sequence[SeedMean | None], *, scale: float, **look: Any) -> None:
@@ -85,10 +64,9 @@ def legend(
     as_bars: bool = False,
 ) -> None:
     """Above the panels, the same arms in the same order in every figure."""
-    looks = looks_of(results)
+    looks, seeds = looks_of(results), {arm: len(results.arms[arm].runs) for arm in arms}
     handles = [Patch(color=looks[arm]["color"]) if as_bars else Line2D([], [], **looks[arm]) for arm in arms]
-    labels = [_label(results, arm) for arm in arms]
-    texts = [*labels, *(label for _, label in extra)]
+    texts = [arm if n == 1 else f"{arm} (n = {n})" for arm, n in seeds.items()] + [text for _, text in extra]
     wanted_inches = 0.075 * sum(map(len, texts)) + 0.55 * len(texts)  # as the font and the spacing below have it
     columns = math.ceil(len(texts) / math.ceil(wanted_inches / figure.get_figwidth()))
     drawn = [*handles, *(handle for handle, _ in extra)]
@@ -97,17 +75,10 @@ def legend(
 
 def looks_of(results: Results) -> dict[str, dict[str, Any]]:
     """Colour and marker of every arm, as matplotlib's keywords."""
-    looks: dict[str, dict[str, Any]] = {
-        arm: {"color": colour, "marker": MARKERS[i % len(MARKERS)]}
-        for i, (arm, colour) in enumerate(colours(results).items())
-    }
+    marked = zip(colours(results).items(), itertools.cycle(MARKERS), strict=False)
+    looks: dict[str, dict[str, Any]] = {arm: {"color": colour, "marker": marker} for (arm, colour), marker in marked}
     looks[BASE] |= {"linewidth": 3.2, "markersize": 8}  # drawn first; seen under an arm that lies on it
     return looks
-
-
-def _label(results: Results, arm: str) -> str:
-    n = len(results.arms[arm].runs)
-    return arm if n == 1 else f"{arm} (n = {n})"
 
 
 def has_seeds(results: Results) -> bool:
@@ -127,9 +98,8 @@ def svg_of(draw: Callable[[Figure], None], *, height_inches: float, label: str) 
     _save(draw, text, size=(WIDTH_INCHES, height_inches), salt=label, format="svg", transparent=True, metadata=metadata)
     svg = text.getvalue()
     svg = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", svg[svg.index("<svg") :])  # group names repeat from figure to figure
-    return re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', svg, count=1
-    )
+    head = rf'<svg viewBox="\1" role="img" aria-label="{label}">'
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', head, svg, count=1)
 
 
 def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: float) -> None:
@@ -139,7 +109,7 @@ def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: floa
 
 
 def _save(draw: Callable[[Figure], None], target: Any, *, size: tuple[float, float], salt: str, **how: Any) -> None:
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+    with matplotlib.rc_context({"svg.hashsalt": salt}, STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(target, **how)

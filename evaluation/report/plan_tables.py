@@ -24,24 +24,20 @@ def plan_tables(results: Results) -> list[Table]:
 
 
 def _divisions(results: Results) -> Table:
-    refused = [
+    rows = [
         [f"{budget.memory_budget}\ntoo small: {budget.too_small}", *[MISSING] * (len(PARTS) + 1)]
         for budget in results.budgets_too_small
     ]
-    rows = [
-        [
-            _name(plan),
-            *(bytes_text(getattr(plan.division, key)) for key in PARTS.values()),
-            f"{COUNT.text(plan.division.slots)} of {COUNT.text(_all_experts(results))}",
-        ]
-        for plan in results.plans
-    ]
+    for plan in results.plans:
+        parts = [bytes_text(getattr(plan.division, key)) for key in PARTS.values()]
+        held = f"{COUNT.text(plan.division.slots)} of {COUNT.text(_times(results.model.layers, results.model.experts))}"
+        rows.append([_name(plan), *parts, held])
     context = f" of {COUNT.text(results.plans[0].division.context_tokens)} tokens" if results.plans else ""
     note = (
         f"Residents are measured, keys, values and activations{context} worked out; experts get what is left. "
         "Counted is what the process holds beyond the interpreter and libraries."
     )
-    return Table("Budgets divided", ["budget", *PARTS, "experts held"], refused + rows, note)
+    return Table("Budgets divided", ["budget", *PARTS, "experts held"], rows, note)
 
 
 def _costs(results: Results) -> Table:
@@ -89,10 +85,6 @@ def expected_tpot_ms(run: Run, plan: Plan, expert_bytes: Number) -> Number:
 
 def _times(value: Number, factor: Number) -> Number:
     return None if value is None or factor is None else value * factor
-
-
-def _all_experts(results: Results) -> Number:
-    return _times(results.model.layers, results.model.experts)
 
 
 def _name(plan: Plan) -> str:

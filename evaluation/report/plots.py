@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from evaluation.report.drawing import (
     svg_of,
     write_png,
 )
-from evaluation.report.numbers import data_size, demands_text
-from evaluation.report.summary import PERPLEXITY_LIMIT, Change, FrontierPoint, SeedMean, seed_mean
+from evaluation.report.numbers import bytes_text, data_size, demands_text
+from evaluation.report.summary import PERPLEXITY_LIMIT, Change, FrontierPoint, SeedMean, place_means, seed_mean
 from evaluation.report.wording import LIMIT_TEXT
 from evaluation.results import BASE, MEAN, Results, Run
 from evaluation.turns import extent
@@ -63,9 +64,7 @@ def miss_rate_figure(results: Results) -> str | None:
 
 def reuse_figure(results: Results) -> str | None:
     """Bars of the reuse rate per layer and their mean, with the chance level."""
-    layers = {
-        arm: summary.layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer) for arm in results.arms
-    }
+    layers = {arm: place_means(r.reuse_rate_per_layer for r in summary.routings(results, arm)) for arm in results.arms}
     n_layers = max(map(len, layers.values()))
     if not n_layers:
         return None
@@ -74,11 +73,10 @@ def reuse_figure(results: Results) -> str | None:
         axes = figure.subplots()
         for i, arm in enumerate(results.arms):
             rates = [*layers[arm], *[None] * (n_layers - len(layers[arm]))]
-            rates.append(summary.routed(results, arm, lambda routing: routing.reuse_rate_mean))
+            rates.append(seed_mean(map(summary.reuse_rate, results.arms[arm].runs)))
             _bars(axes, rates, colours(results)[arm], shift=i - (len(layers) - 1) / 2, width=0.8 / len(layers))
-        chance = summary.routed(results, BASE, lambda routing: routing.chance_reuse_rate)
-        extra = []
-        if chance is not None:
+        chance, extra = summary.chance_reuse_rate(results), []
+        if chance:
             axes.axhline(chance.mean, **CHANCE)
             extra.append((Line2D([], [], **CHANCE), f"chance, K / E = {chance.mean:.3g}"))
         if has_seeds(results):
@@ -121,8 +119,7 @@ def training_figure(results: Results) -> str | None:
         for axes, (key, label) in zip(panels, keys, strict=True):
             for arm in arms:
                 for run in results.arms[arm].runs:
-                    steps, values = _curve(run, key)
-                    axes.plot(steps, values, color=colours(results)[arm], linewidth=1.4, alpha=0.85)
+                    axes.plot(*_curve(run, key), color=colours(results)[arm], linewidth=1.4, alpha=0.85)
             axes.set(xlabel="step", title=label)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         legend(figure, results, arms, as_bars=True)
@@ -132,28 +129,17 @@ def training_figure(results: Results) -> str | None:
 
 def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
     """Steps and the centred moving average over `SMOOTHING` records, fewer at the ends."""
-    records = [
-        row for row in run.history or [] if row.get(key) is not None and row.get("train/global_step") is not None
-    ]
-    values = [float(row[key]) for row in records]
-    smooth = []
-    for i in range(len(values)):
-        window = values[max(0, i - SMOOTHING // 2) : i + SMOOTHING // 2 + 1]
-        smooth.append(sum(window) / len(window))
-    return [row["train/global_step"] for row in records], smooth
+    points = [(row.get("train/global_step"), row.get(key)) for row in run.history or []]
+    known = [(step, float(value)) for step, value in points if step is not None and value is not None]
+    windows = [known[max(0, i - SMOOTHING // 2) : i + SMOOTHING // 2 + 1] for i in range(len(known))]
+    return [step for step, _ in known], [sum(value for _, value in window) / len(window) for window in windows]
 
 
 def quality_figure(results: Results) -> str | None:
     """Forest plot: differences from base with intervals, tasks left, perplexities right."""
-    arms = summary.tuned_arms(results)
-    tasks = [
-        task for task in summary.task_names(results) if any(summary.task_change(results, arm, task) for arm in arms)
-    ]
-    domains = [
-        domain
-        for domain in [*summary.domain_names(results), MEAN]
-        if any(summary.perplexity_change(results, arm, domain) for arm in arms)
-    ]
+    arms, domains = summary.tuned_arms(results), [*summary.domain_names(results), MEAN]
+    tasks = [t for t in summary.task_names(results) if any(summary.task_change(results, arm, t) for arm in arms)]
+    domains = [d for d in domains if any(summary.perplexity_change(results, arm, d) for arm in arms)]
     if not tasks and not domains:
         return None
 
@@ -201,13 +187,8 @@ def frontier_figure(results: Results) -> str | None:
     Vertical bars are 95 % intervals over test items, horizontal ones a standard deviation over seeds.
     """
     sizes = summary.frontier_budgets(results)
-    if not sizes:
-        return None
-    return svg_of(
-        lambda figure: _draw_frontier(figure, results, sizes),
-        height_inches=3.5,
-        label="Quality against bytes per token",
-    )
+    draw = partial(_draw_frontier, results=results, sizes=sizes)
+    return svg_of(draw, height_inches=3.5, label="Quality against bytes per token") if sizes else None
 
 
 def write_frontier(results: Results, path: Path) -> None:
@@ -219,7 +200,7 @@ def write_frontier(results: Results, path: Path) -> None:
     sizes = summary.frontier_budgets(results)[:2]
     if not sizes:
         raise UserError("these results have no frontier: no tuned arm was both decoded and compared with base")
-    write_png(lambda figure: _draw_frontier(figure, results, sizes), path, height_inches=3.4)
+    write_png(partial(_draw_frontier, results=results, sizes=sizes), path, height_inches=3.4)
 
 
 def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> None:
@@ -240,17 +221,12 @@ def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> No
 
 
 def _frontier_point(axes: Axes, point: FrontierPoint, *, scale: float, look: dict[str, Any]) -> None:
-    read, cost = point.bytes_per_token, point.cost
+    read, cost = point
     middle, low, high = cost.value.mean, cost.low, cost.high
-    axes.errorbar(
-        [scale * read.mean],
-        [100 * middle],
-        xerr=[scale * read.sd] if read.sd else None,
-        yerr=None if low is None or high is None else [[100 * (middle - low)], [100 * (high - middle)]],
-        linestyle="",
-        capsize=3,
-        **{"markersize": 6.5, **look, "linewidth": 1.5},
-    )
+    across = [scale * read.sd] if read.sd else None
+    along = None if low is None or high is None else [[100 * (middle - low)], [100 * (high - middle)]]
+    look = {"markersize": 6.5, **look, "linewidth": 1.5}
+    axes.errorbar([scale * read.mean], [100 * middle], xerr=across, yerr=along, linestyle="", capsize=3, **look)
 
 
 def decode_figure(results: Results) -> str | None:
@@ -262,8 +238,8 @@ def decode_figure(results: Results) -> str | None:
         left, right = figure.subplots(1, 2)
         _draw_bytes(left, results)
         _draw_times(right, results)
-        for axes in (left, right):
-            _budget_axis(axes, results)
+        _budget_axis(left, results)
+        _budget_axis(right, results)
         times = Line2D([], [], color="#777777", linestyle="", marker="|", markersize=11)
         legend(figure, results, list(results.arms), extra=[*band(results), (times, "times: least to most")])
 
@@ -274,7 +250,8 @@ def _draw_bytes(axes: Axes, results: Results) -> None:
     unit = data_size(max((row.bytes_read_per_token or 0 for row in summary.decode_rows(results)), default=0))
     sizes = summary.decode_budgets(results)
     for arm, look in looks_of(results).items():
-        values = [summary.decoded(results, arm, size, lambda row: row.bytes_read_per_token) for size in sizes]
+        runs = results.arms[arm].runs
+        values = [seed_mean(summary.bytes_per_token(run, size) for run in runs) for size in sizes]
         line(axes, sizes, values, scale=unit.scale, **look)
     axes.set(title=f"bytes read per token, {unit.suffix.strip()}")
 
@@ -285,11 +262,8 @@ def _draw_times(axes: Axes, results: Results) -> None:
     for i, (arm, look) in enumerate(looks_of(results).items()):
         shifted = [size * 2 ** (0.08 * (i - (len(arms) - 1) / 2)) for size in sizes]
         extents = [extent(summary.turn_times(results, arm, size, "tpot_ms")) for size in sizes]
-        means = [summary.decoded(results, arm, size, lambda row: row.mean_tpot_ms) for size in sizes]
-        middles = [
-            mean if found is None else SeedMean(found.median, None, 1)
-            for found, mean in zip(extents, means, strict=True)
-        ]
+        means = [seed_mean(row.mean_tpot_ms for row in summary.decodes(results, arm, size)) for size in sizes]
+        middles = [SeedMean(e.median, None, 1) if e else mean for e, mean in zip(extents, means, strict=True)]
         line(axes, shifted, middles, scale=1, **look)
         for x, found in zip(shifted, extents, strict=True):
             if found is not None:
@@ -308,5 +282,4 @@ def _budget_axis(axes: Axes, results: Results) -> None:
 
 
 def _budget_tick(size: float, demand: float | None) -> str:
-    text = data_size(size).text(size)
-    return text if not demand else f"{demands_text(size / demand)}\n{text}"
+    return (f"{demands_text(size / demand)}\n" if demand else "") + bytes_text(size)

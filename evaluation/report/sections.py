@@ -1,7 +1,7 @@
 """The report's contents in order, the same for Markdown and HTML: what each section says, draws and tabulates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -25,8 +25,8 @@ class Section:
     lead: str = ""
     figure: Callable[[Results], str | None] | None = None
     absent: str = "Not measured in this run."
-    tables: Sequence[Table] = field(default_factory=tuple)
-    folded: Sequence[Table] = field(default_factory=tuple)
+    tables: Sequence[Table] = ()
+    folded: Sequence[Table] = ()
 
 
 def contents(results: Results) -> dict[str, Any]:
@@ -45,98 +45,72 @@ def contents(results: Results) -> dict[str, Any]:
 
 def sections(results: Results) -> list[Section]:
     """All of it but the opening, the definitions and the configuration."""
-    makers = (_frontier, _misses, _reuse, _training, _quality, _decode, _budgets, _health)
-    return [make(results) for make in makers]
-
-
-def _frontier(results: Results) -> Section:
-    return Section(
-        "Quality against bytes per token",
-        "The price of reading less: left is fewer bytes, lower is better quality. Bytes as the engine read them "
-        f"while decoding (cache: {decode_policy(results)}).",
-        figure=plots.frontier_figure,
-        absent="No tuned arm was both decoded and compared with base in this run.",
-        folded=[frontier_table(results)],
-    )
-
-
-def _misses(results: Results) -> Section:
-    return Section(
-        "Misses against cache size",
-        "Share of expert accesses that must be loaded, replayed from a routing trace. Lower is better; Belady is "
-        "the bound that no policy can beat on the same routing.",
-        figure=plots.miss_rate_figure,
-        folded=tables.miss_tables(results),
-    )
-
-
-def _reuse(results: Results) -> Section:
-    return Section(
-        "Reuse per layer",
-        "How often a token finds its experts among those of the token before it.",
-        figure=plots.reuse_figure,
-        folded=[tables.layer_table(results)],
-    )
-
-
-def _training(results: Results) -> Section:
-    return Section(
-        "Training",
-        "Each arm starts from the base; only router weights change. "
-        f"One line per seed, moving average over {plots.SMOOTHING} records.",
-        figure=plots.training_figure,
-        absent="No arm was trained in this run.",
-        folded=[tables.arms_table(results)],
-    )
-
-
-def _quality(results: Results) -> Section:
-    return Section(
-        "Quality",
-        "Tuned minus base with paired 95 % intervals: an interval across zero is no evidence of a change.",
-        figure=plots.quality_figure,
-        absent="No tuned arm was compared with base in this run.",
-        tables=[values_table(results)],
-        folded=[differences_table(results)],
-    )
-
-
-def _decode(results: Results) -> Section:
-    return Section(
-        "Decode under a memory budget",
-        "Real greedy decoding with the expert weights on disk and a cache of the given size "
-        f"({decode_policy(results)}).",
-        figure=plots.decode_figure,
-        folded=[tables.decode_table(results)],
-    )
-
-
-def _budgets(results: Results) -> Section:
-    return Section(
-        "What a memory budget becomes",
-        "One budget for everything: what is fixed, what is left for experts, and what an LRU cache of that size would "
-        "cost each arm on the traced text.",
-        absent="No budget was divided in this run.",
-        tables=plan_tables(results),
-    )
-
-
-def _health(results: Results) -> Section:
-    lead = "Reuse must not be bought by starving experts."
-    return Section("Routing health", lead, tables=[tables.balance_table(results)])
+    policy = decode_policy(results)
+    return [
+        Section(
+            "Quality against bytes per token",
+            "The price of reading less: left is fewer bytes, lower is better quality. Bytes as the engine read them "
+            f"while decoding (cache: {policy}).",
+            figure=plots.frontier_figure,
+            absent="No tuned arm was both decoded and compared with base in this run.",
+            folded=[frontier_table(results)],
+        ),
+        Section(
+            "Misses against cache size",
+            "Share of expert accesses that must be loaded, replayed from a routing trace. Lower is better; Belady is "
+            "the bound that no policy can beat on the same routing.",
+            figure=plots.miss_rate_figure,
+            folded=tables.miss_tables(results),
+        ),
+        Section(
+            "Reuse per layer",
+            "How often a token finds its experts among those of the token before it.",
+            figure=plots.reuse_figure,
+            folded=[tables.layer_table(results)],
+        ),
+        Section(
+            "Training",
+            "Each arm starts from the base; only router weights change. "
+            f"One line per seed, moving average over {plots.SMOOTHING} records.",
+            figure=plots.training_figure,
+            absent="No arm was trained in this run.",
+            folded=[tables.arms_table(results)],
+        ),
+        Section(
+            "Quality",
+            "Tuned minus base with paired 95 % intervals: an interval across zero is no evidence of a change.",
+            figure=plots.quality_figure,
+            absent="No tuned arm was compared with base in this run.",
+            tables=[values_table(results)],
+            folded=[differences_table(results)],
+        ),
+        Section(
+            "Decode under a memory budget",
+            f"Real greedy decoding with the expert weights on disk and a cache of the given size ({policy}).",
+            figure=plots.decode_figure,
+            folded=[tables.decode_table(results)],
+        ),
+        Section(
+            "What a memory budget becomes",
+            "One budget for everything: what is fixed, what is left for experts, and what an LRU cache of that size "
+            "would cost each arm on the traced text.",
+            absent="No budget was divided in this run.",
+            tables=plan_tables(results),
+        ),
+        Section(
+            "Routing health", "Reuse must not be bought by starving experts.", tables=[tables.balance_table(results)]
+        ),
+    ]
 
 
 def subtitle(results: Results) -> str:
     """The model in one line."""
     model = results.model
-    parts = [
-        str(model.name),
-        f"{COUNT.text(model.n_parameters)} parameters ({model.dtype})",
-        f"{COUNT.text(model.layers)} layers of {COUNT.text(model.experts)} experts",
-        f"{COUNT.text(model.top_k)} chosen per token",
-        f"{bytes_text(model.expert_bytes)} per expert, {bytes_text(model.token_demand_bytes)} per token",
-    ]
-    return " · ".join(parts)
+    return (
+        f"{model.name} · {COUNT.text(model.n_parameters)} parameters ({model.dtype}) · {COUNT.text(model.layers)} layers of "
+        f"{COUNT.text(model.experts)} experts · {COUNT.text(model.top_k)} chosen per token · "
+        f"{bytes_text(model.expert_bytes)} per expert, {bytes_text(model.token_demand_bytes)} per token"
+    )
 
 
 def reproduction(results: Results) -> Table:

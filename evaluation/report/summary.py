@@ -6,7 +6,8 @@ What was not measured is None throughout and never counts as a number.
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import zip_longest
+from typing import Literal, NamedTuple
 
 from evaluation.results import BASE, MEAN, Decode, Difference, Quality, Replay, Results, Routing, Run
 from evaluation.turns import PairedRatio, paired_ratio
@@ -43,38 +44,23 @@ class Change:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """`best` has the fewest LRU misses of the arms within the perplexity limit; `closest` costs least perplexity."""
-
-    best: str | None
-    closest: str | None
-
-
-@dataclass(frozen=True)
-class FrontierPoint:
+class FrontierPoint(NamedTuple):
     """What an arm reads per token with one expert cache, and what its mean perplexity costs against base."""
 
     bytes_per_token: SeedMean
     cost: Change
 
 
-# Over seeds
-
-
 def seed_mean(values: Iterable[Number]) -> SeedMean | None:
     """Mean and sample standard deviation of what was measured; None if nothing was."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return SeedMean(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+    sd = statistics.stdev(known) if len(known) > 1 else None
+    return SeedMean(statistics.fmean(known), sd, len(known)) if known else None
 
 
 def place_means(values_by_run: Iterable[Sequence[Number]]) -> list[SeedMean | None]:
     """The means over runs place by place, for example layer by layer; a run may have fewer places than another."""
-    runs = list(values_by_run)
-    places = max(map(len, runs), default=0)
-    return [seed_mean(values[place] for values in runs if place < len(values)) for place in range(places)]
+    return [seed_mean(values) for values in zip_longest(*values_by_run)]
 
 
 def relative_change(value: Number, base: Number) -> Number:
@@ -98,17 +84,24 @@ def over_base(results: Results, arm: str, value_of: Callable[[Run], Number]) -> 
     return seed_mean(relative_change(value_of(run), base.mean) for run in results.arms[arm].runs)
 
 
-# Routing and replay
+def routings(results: Results, arm: str) -> list[Routing]:
+    """What was measured of an arm's routing, one per seed."""
+    return [run.routing for run in results.arms[arm].runs if run.routing]
 
 
-def routed(results: Results, arm: str, value_of: Callable[[Routing], Number]) -> SeedMean | None:
-    """A figure of every run's routing, over seeds."""
-    return seed_mean(value_of(run.routing) for run in results.arms[arm].runs if run.routing)
+def qualities(results: Results, arm: str) -> list[Quality]:
+    """What was measured of an arm's quality, one per seed."""
+    return [run.quality for run in results.arms[arm].runs if run.quality]
 
 
-def layer_means(results: Results, arm: str, values_of: Callable[[Routing], Sequence[Number]]) -> list[SeedMean | None]:
-    """Figures of every layer's routing, over seeds."""
-    return place_means(values_of(run.routing) for run in results.arms[arm].runs if run.routing)
+def decodes(results: Results, arm: str, budget_bytes: int) -> list[Decode]:
+    """What an arm decoded with one expert cache, one row per seed."""
+    return [row for run in results.arms[arm].runs if (row := decode_row(run, budget_bytes))]
+
+
+def chance_reuse_rate(results: Results) -> SeedMean | None:
+    """EOR of experts chosen at random."""
+    return seed_mean(routing.chance_reuse_rate for routing in routings(results, BASE))
 
 
 def reuse_rate(run: Run) -> Number:
@@ -173,21 +166,13 @@ def headline_sizes(results: Results) -> list[int]:
     return sorted({min(sizes, key=lambda size: (abs(size - factor * top_k), size)) for factor in (1.5, 3)})
 
 
-# Decode
-
-
 def decode_row(run: Run, budget_bytes: int) -> Decode | None:
     return next((row for row in run.decode or [] if row.expert_cache_bytes == budget_bytes), None)
 
 
-def decode_value(run: Run, budget_bytes: int, value_of: Callable[[Decode], Number]) -> Number:
+def bytes_per_token(run: Run, budget_bytes: int) -> Number:
     row = decode_row(run, budget_bytes)
-    return None if row is None else value_of(row)
-
-
-def decoded(results: Results, arm: str, budget_bytes: int, value_of: Callable[[Decode], Number]) -> SeedMean | None:
-    """A figure of every run's decode with one expert cache, over seeds."""
-    return seed_mean(decode_value(run, budget_bytes, value_of) for run in results.arms[arm].runs)
+    return None if row is None else row.bytes_read_per_token
 
 
 def decode_rows(results: Results) -> list[Decode]:
@@ -213,8 +198,7 @@ def headline_budget(results: Results) -> int | None:
 
 def turn_times(results: Results, arm: str, budget_bytes: int, time: Time) -> list[Number]:
     """A time of every turn, mean over seeds; none where only the mean of all turns was kept."""
-    rows = [decode_row(run, budget_bytes) for run in results.arms[arm].runs]
-    means = place_means(getattr(row, time) or [] for row in rows if row)
+    means = place_means(getattr(row, time) or [] for row in decodes(results, arm, budget_bytes))
     return [None if found is None else found.mean for found in means]
 
 
@@ -230,24 +214,20 @@ def is_busy(results: Results) -> bool:
     return load is not None and load.stolen_share + load.others_share > BUSY_SHARE
 
 
-# Quality
-
-
-def scored(results: Results, arm: str, value_of: Callable[[Quality], Number]) -> SeedMean | None:
-    """A figure of every run's quality, over seeds."""
-    return seed_mean(value_of(run.quality) for run in results.arms[arm].runs if run.quality)
+def mean_perplexity(results: Results, arm: str) -> SeedMean | None:
+    return seed_mean(quality.mean_perplexity for quality in qualities(results, arm))
 
 
 def task_change(results: Results, arm: str, task: str) -> Change | None:
     """The difference of a task's metric from base."""
-    entries = [found.tasks[task] for found in _differences(results, arm) if task in found.tasks]
-    return _change([(entry.difference, entry.low, entry.high) for entry in entries])
+    entries = [found.tasks.get(task) for found in _differences(results, arm)]
+    return _change([(entry.difference, entry.low, entry.high) for entry in entries if entry])
 
 
 def perplexity_change(results: Results, arm: str, domain: str = MEAN) -> Change | None:
     """The relative change of a domain's perplexity, or of the mean over domains."""
-    entries = [found.perplexity[domain] for found in _differences(results, arm) if domain in found.perplexity]
-    return _change([(entry.relative, entry.low, entry.high) for entry in entries])
+    entries = [found.perplexity.get(domain) for found in _differences(results, arm)]
+    return _change([(entry.relative, entry.low, entry.high) for entry in entries if entry])
 
 
 def task_names(results: Results) -> list[str]:
@@ -262,9 +242,8 @@ def domain_names(results: Results) -> list[str]:
 
 def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
     """The task that falls most (mean over seeds)."""
-    found = [(task, task_change(results, arm, task)) for task in task_names(results)]
-    measured = [(task, change) for task, change in found if change is not None]
-    return min(measured, key=lambda pair: pair[1].value.mean, default=None)
+    found = [(task, change) for task in task_names(results) if (change := task_change(results, arm, task))]
+    return min(found, key=lambda pair: pair[1].value.mean, default=None)
 
 
 def _differences(results: Results, arm: str) -> list[Difference]:
@@ -283,14 +262,11 @@ def _names(results: Results, part_of: Callable[[Quality | Difference], Iterable[
     return list(dict.fromkeys(name for part in parts for name in part_of(part)))
 
 
-# Both together
-
-
 def frontier(results: Results, budget_bytes: int) -> dict[str, FrontierPoint]:
     """Every arm of which both bytes and quality are known; base costs nothing."""
     points = {}
     for arm in results.arms:
-        read = decoded(results, arm, budget_bytes, lambda row: row.bytes_read_per_token)
+        read = seed_mean(row.bytes_read_per_token for row in decodes(results, arm, budget_bytes))
         cost = Change(SeedMean(0.0, None, 1), None, None) if arm == BASE else perplexity_change(results, arm)
         if read is not None and cost is not None:
             points[arm] = FrontierPoint(read, cost)
@@ -306,17 +282,17 @@ def frontier_budgets(results: Results) -> list[int]:
 def miss_score(results: Results, arm: str) -> Number:
     """What the best arm is chosen by: LRU misses relative to base, mean over the headline sizes."""
     changes = [miss_change(results, arm, size) for size in headline_sizes(results)]
-    known = [change.mean for change in changes if change is not None]
+    known = [change.mean for change in changes if change]
     return statistics.fmean(known) if known and len(known) == len(changes) else None
 
 
-def verdict(results: Results) -> Verdict:
-    """Which arm has the fewest LRU misses at no more than `PERPLEXITY_LIMIT`, and which costs least perplexity."""
-    changes = {arm: perplexity_change(results, arm) for arm in tuned_arms(results)}
-    cost = {arm: change.value.mean for arm, change in changes.items() if change is not None}
-    scores = {arm: score for arm in cost if (score := miss_score(results, arm)) is not None}
-    within = [arm for arm in scores if cost[arm] <= PERPLEXITY_LIMIT]
-    return Verdict(
-        best=min(within, key=lambda arm: scores[arm], default=None),
-        closest=min(cost, key=lambda arm: cost[arm], default=None),
-    )
+def best_arm(results: Results) -> str | None:
+    """The arm with the fewest LRU misses of those that cost at most `PERPLEXITY_LIMIT`."""
+    within = [arm for arm, cost in perplexity_costs(results).items() if cost.mean <= PERPLEXITY_LIMIT]
+    scores = {arm: score for arm in within if (score := miss_score(results, arm)) is not None}
+    return min(scores, key=lambda arm: scores[arm], default=None)
+
+
+def perplexity_costs(results: Results) -> dict[str, SeedMean]:
+    """The change of mean perplexity of every tuned arm where it was measured."""
+    return {arm: found.value for arm in tuned_arms(results) if (found := perplexity_change(results, arm))}

@@ -4,8 +4,10 @@ A line break in a cell starts a second, lesser line.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
+from statistics import fmean
 
 from evaluation.report import summary
 from evaluation.report.numbers import (
@@ -20,12 +22,11 @@ from evaluation.report.numbers import (
     RATE,
     Unit,
     bytes_text,
-    data_size,
     demands_text,
 )
-from evaluation.report.summary import Number, SeedMean, Time, seed_mean
+from evaluation.report.summary import Number, SeedMean, Time, place_means, seed_mean
 from evaluation.report.wording import LIMIT_TEXT, decode_policy, machine_sentence, time_change
-from evaluation.results import BASE, Results, Run
+from evaluation.results import BASE, Results, Routing, Run
 from evaluation.turns import extent
 
 
@@ -47,7 +48,7 @@ def headline_table(results: Results) -> Table:
     header = ["arm", "EOR", *(f"LRU misses\nC = {size}" for size in sizes), "mean perplexity", "worst task"]
     note = (
         "Lesser lines are changes against base; under perplexity and worst task the 95 % interval. "
-        f"Chance EOR is {RATE.over_seeds(summary.routed(results, BASE, lambda routing: routing.chance_reuse_rate))}. "
+        f"Chance EOR is {RATE.over_seeds(summary.chance_reuse_rate(results))}. "
         f"Marked: the arm with the fewest LRU misses among those within {LIMIT_TEXT} mean perplexity."
     )
     if budget is not None:
@@ -55,11 +56,10 @@ def headline_table(results: Results) -> Table:
         header += [f"bytes / token\n{at}", f"TPOT\n{at}"]
         note += (
             " TPOT: median, least to most, change. LRU misses are replayed; bytes and times are of real decoding (cache: "
-            f"{decode_policy(results)})."
+            f"{decode_policy(results)}). {machine_sentence(results)}"
         )
-        note += f" {machine_sentence(results)}"
     rows = [_headline_row(results, arm, sizes, budget) for arm in results.arms]
-    return Table("Headline", header, rows, note.rstrip(), marked=summary.verdict(results).best)
+    return Table("Headline", header, rows, note.rstrip(), marked=summary.best_arm(results))
 
 
 def _headline_row(results: Results, arm: str, sizes: Sequence[int], budget: int | None) -> list[str]:
@@ -67,13 +67,13 @@ def _headline_row(results: Results, arm: str, sizes: Sequence[int], budget: int 
     row = [arm if n == 1 else f"{arm}\nn = {n}", _beside_base(results, arm, RATE.over_seeds, summary.reuse_rate)]
     row += [_beside_base(results, arm, PERCENT.over_seeds, partial(summary.miss_rate, slots=size)) for size in sizes]
     if arm == BASE:
-        row.append(PLAIN.over_seeds(summary.scored(results, arm, lambda quality: quality.mean_perplexity)))
+        row.append(PLAIN.over_seeds(summary.mean_perplexity(results, arm)))
     else:
         row.append(FINE_CHANGE.change(summary.perplexity_change(results, arm)))
     worst = summary.worst_task(results, arm)
     row.append(MISSING if worst is None else f"{POINTS.change(worst[1])}\n{worst[0]}")
     if budget is not None:
-        row.append(_bytes_cell(results, arm, budget))
+        row.append(_beside_base(results, arm, bytes_text, partial(summary.bytes_per_token, budget_bytes=budget)))
         row.append(_time_cell(results, arm, budget, "tpot_ms"))
     return row
 
@@ -87,17 +87,12 @@ def _beside_base(
     return text if against is None else f"{text}\n{CHANGE.over_seeds(against)}"
 
 
-def _bytes_cell(results: Results, arm: str, budget: int) -> str:
-    return _beside_base(
-        results, arm, bytes_text, lambda run: summary.decode_value(run, budget, lambda row: row.bytes_read_per_token)
-    )
-
-
 def _time_cell(results: Results, arm: str, budget: int, time: Time) -> str:
     """Median, least and most of all turns, below them the change against base; else the mean that was kept."""
     found = extent(summary.turn_times(results, arm, budget, time))
     if found is None:
-        return MILLISECONDS.over_seeds(summary.decoded(results, arm, budget, lambda row: getattr(row, f"mean_{time}")))
+        rows = summary.decodes(results, arm, budget)
+        return MILLISECONDS.over_seeds(seed_mean(getattr(row, f"mean_{time}") for row in rows))
     ratio = summary.time_ratio(results, arm, budget, time)
     return MILLISECONDS.extent(found) + ("" if ratio is None else f"\n{time_change(ratio)}")
 
@@ -115,35 +110,25 @@ def arms_table(results: Results) -> Table:
 
 def miss_tables(results: Results) -> list[Table]:
     """Miss rate with and without first touches, and regret: a row per arm and policy, a column per size."""
-    policies = summary.replay_policies(results)
+    sizes, policies = summary.replay_sizes(results), summary.replay_policies(results)
+    header = ["arm", "policy", *(f"C = {size}" for size in sizes)]
     accesses = seed_mean(row.accesses for run in results.arms[BASE].runs for row in run.replay or [])
     note = f"Of all accesses ({COUNT.over_seeds(accesses)} in base); C slots per layer, cold at every request."
-    without_first = partial(summary.miss_rate, first_touches=False)
-    online = [policy for policy in policies if policy != "belady"]
-    return [
-        _by_size(results, "Miss rate", PERCENT, summary.miss_rate, policies, note),
-        _by_size(results, "Miss rate without first touches", PERCENT, without_first, policies, note),
-        _by_size(
-            results, "Policy regret", PLAIN, summary.policy_regret, online, "Misses / Belady's misses; 1 is optimal."
-        ),
-    ]
 
-
-def _by_size(
-    results: Results,
-    title: str,
-    unit: Unit,
-    value_of: Callable[[Run, int, str], Number],
-    policies: Sequence[str],
-    note: str,
-) -> Table:
-    sizes = summary.replay_sizes(results)
-    rows = []
-    for arm, measured in results.arms.items():
-        for policy in policies:
-            means = [seed_mean(value_of(run, size, policy) for run in measured.runs) for size in sizes]
+    def by_size(title: str, unit: Unit, value_of: Callable[[Run, int, str], Number], note: str = note) -> Table:
+        rows = []
+        for arm, policy in product(results.arms, policies):
+            means = [seed_mean(value_of(run, size, policy) for run in results.arms[arm].runs) for size in sizes]
             rows.append([arm, policy, *map(unit.over_seeds, means)])
-    return Table(title, ["arm", "policy", *(f"C = {size}" for size in sizes)], rows, note, text_columns=2)
+        return Table(title, header, rows, note, text_columns=2)
+
+    without_first = partial(summary.miss_rate, first_touches=False)
+    tables = [
+        by_size("Miss rate", PERCENT, summary.miss_rate),
+        by_size("Miss rate without first touches", PERCENT, without_first),
+    ]
+    regret = by_size("Policy regret", PLAIN, summary.policy_regret, "Misses / Belady's misses; 1 is optimal.")
+    return [*tables, replace(regret, rows=[row for row in regret.rows if row[1] != "belady"])]
 
 
 def decode_table(results: Results) -> Table:
@@ -154,12 +139,11 @@ def decode_table(results: Results) -> Table:
         [arm, *_decode_cells(results, arm, budget)]
         for budget in summary.decode_budgets(results)
         for arm in results.arms
-        if any(summary.decode_row(run, budget) for run in results.arms[arm].runs)
+        if summary.decodes(results, arm, budget)
     ]
     all_rows = summary.decode_rows(results)
-    prompts, tokens = (
-        COUNT.over_seeds(seed_mean(getattr(row, key) for row in all_rows)) for key in ("n_prompts", "n_tokens")
-    )
+    prompts = COUNT.over_seeds(seed_mean(row.n_prompts for row in all_rows))
+    tokens = COUNT.over_seeds(seed_mean(row.n_tokens for row in all_rows))
     note = (
         f"Each row: {prompts} prompts, {tokens} generated tokens, one request at a time, experts on disk; cache: "
         f"{decode_policy(results)}. Under the cache size: how many times one token's demand it holds.",
@@ -186,9 +170,8 @@ def _turns(results: Results) -> str:
 
 def _exactness(results: Results) -> str:
     """Whether paging changed a token, where that was compared."""
-    compared = [
-        row.tokens_equal_resident for row in summary.decode_rows(results) if row.tokens_equal_resident is not None
-    ]
+    all_rows = summary.decode_rows(results)
+    compared = [equal for row in all_rows if (equal := row.tokens_equal_resident) is not None]
     if not compared:
         return ""
     if all(compared):
@@ -198,15 +181,16 @@ def _exactness(results: Results) -> str:
 
 
 def _decode_cells(results: Results, arm: str, budget: int) -> list[str]:
-    demands = summary.decoded(results, arm, budget, lambda row: row.demands)
+    rows = summary.decodes(results, arm, budget)
+    demands = seed_mean(row.demands for row in rows)
     return [
-        f"{data_size(budget).text(budget)}\n{demands_text(None if demands is None else demands.mean)}",
-        PERCENT.over_seeds(summary.decoded(results, arm, budget, lambda row: row.hit_rate.prefill)),
-        PERCENT.over_seeds(summary.decoded(results, arm, budget, lambda row: row.hit_rate.decode)),
-        bytes_text(summary.decoded(results, arm, budget, lambda row: row.bytes_read_per_token)),
+        f"{bytes_text(budget)}\n{demands_text(demands.mean if demands else None)}",
+        PERCENT.over_seeds(seed_mean(row.hit_rate.prefill for row in rows)),
+        PERCENT.over_seeds(seed_mean(row.hit_rate.decode for row in rows)),
+        bytes_text(seed_mean(row.bytes_read_per_token for row in rows)),
         _time_cell(results, arm, budget, "ttft_ms"),
         _time_cell(results, arm, budget, "tpot_ms"),
-        Unit(digits=1).over_seeds(summary.decoded(results, arm, budget, lambda row: row.output_throughput)),
+        Unit(digits=1).over_seeds(seed_mean(row.output_throughput for row in rows)),
     ]
 
 
@@ -214,50 +198,41 @@ def balance_table(results: Results) -> Table:
     """How evenly experts are used, one row per arm."""
     header = ["arm", "tokens", "loss\nnats / token", "entropy\nmean, nats", "entropy\nlowest layer"]
     header += ["CV\nmean", "CV\nhighest layer", "dead experts"]
-    rows = [_balance_row(results, arm) for arm in results.arms]
-    note = "Dead experts: all layers together, mean over seeds."
-    return Table("Balance of expert loads", header, rows, note)
+    rows = [[arm, *_balance_cells(summary.routings(results, arm))] for arm in results.arms]
+    return Table("Balance of expert loads", header, rows, "Dead experts: all layers together, mean over seeds.")
 
 
-def _balance_row(results: Results, arm: str) -> list[str]:
-    entropies = _means(summary.layer_means(results, arm, lambda routing: routing.load_entropy_per_layer))
-    variations = _means(summary.layer_means(results, arm, lambda routing: routing.load_cv_per_layer))
-    evenness = [_mean(entropies), min(entropies, default=None), _mean(variations), max(variations, default=None)]
-    dead = [run.routing.dead_experts_per_layer for run in results.arms[arm].runs if run.routing]
+def _balance_cells(routings: Sequence[Routing]) -> list[str]:
+    entropies = [layer.mean for layer in place_means(r.load_entropy_per_layer for r in routings) if layer]
+    variations = [layer.mean for layer in place_means(r.load_cv_per_layer for r in routings) if layer]
+    dead = [r.dead_experts_per_layer for r in routings]
     totals = [sum(layer or 0 for layer in layers) for layers in dead if layers and None not in layers]
     return [
-        arm,
-        COUNT.over_seeds(summary.routed(results, arm, lambda routing: routing.n_tokens)),
-        RATE.over_seeds(summary.routed(results, arm, lambda routing: routing.nll)),
-        *map(PLAIN.text, evenness),
+        COUNT.over_seeds(seed_mean(r.n_tokens for r in routings)),
+        RATE.over_seeds(seed_mean(r.nll for r in routings)),
+        PLAIN.text(fmean(entropies) if entropies else None),
+        PLAIN.text(min(entropies, default=None)),
+        PLAIN.text(fmean(variations) if variations else None),
+        PLAIN.text(max(variations, default=None)),
         _few(seed_mean(totals)),
     ]
 
 
 def layer_table(results: Results) -> Table:
     """Every measure of the routing, layer by layer."""
+    measures = (
+        ("EOR", RATE.over_seeds, "reuse_rate_per_layer"),
+        ("entropy", PLAIN.over_seeds, "load_entropy_per_layer"),
+        ("CV", PLAIN.over_seeds, "load_cv_per_layer"),
+        ("dead experts", _few, "dead_experts_per_layer"),
+    )
     rows = []
-    for arm in results.arms:
-        reuse = summary.layer_means(results, arm, lambda routing: routing.reuse_rate_per_layer)
-        entropy = summary.layer_means(results, arm, lambda routing: routing.load_entropy_per_layer)
-        variation = summary.layer_means(results, arm, lambda routing: routing.load_cv_per_layer)
-        dead = summary.layer_means(results, arm, lambda routing: routing.dead_experts_per_layer)
-        rows += [[arm, "EOR", *map(RATE.over_seeds, reuse)]] if reuse else []
-        rows += [[arm, "entropy", *map(PLAIN.over_seeds, entropy)]] if entropy else []
-        rows += [[arm, "CV", *map(PLAIN.over_seeds, variation)]] if variation else []
-        rows += [[arm, "dead experts", *map(_few, dead)]] if dead else []
+    for arm, (measure, write, key) in product(results.arms, measures):
+        layers = place_means(getattr(routing, key) for routing in summary.routings(results, arm))
+        rows += [[arm, measure, *map(write, layers)]] if layers else []
     n_layers = max((len(row) - 2 for row in rows), default=0)
     header = ["arm", "measure", *(f"layer {layer}" for layer in range(n_layers))]
     return Table("Per layer", header, [[*row, *[MISSING] * (n_layers + 2 - len(row))] for row in rows], text_columns=2)
-
-
-def _means(layers: Sequence[SeedMean | None]) -> list[float]:
-    return [layer.mean for layer in layers if layer is not None]
-
-
-def _mean(values: Sequence[float]) -> Number:
-    found = seed_mean(values)
-    return None if found is None else found.mean
 
 
 def _few(count: SeedMean | None) -> str:
@@ -267,4 +242,4 @@ def _few(count: SeedMean | None) -> str:
 
 def _budget(results: Results, budget: int) -> str:
     demand = results.model.token_demand_bytes
-    return data_size(budget).text(budget) if not demand else f"{demands_text(budget / demand)} demand"
+    return f"{demands_text(budget / demand)} demand" if demand else bytes_text(budget)

@@ -17,46 +17,44 @@ def headline(results: Results) -> str:
     """One sentence: what the best arm won and cost, or why there is none."""
     if not summary.tuned_arms(results):
         return "Only the untouched model was measured: there is no tuned arm to compare it with."
-    found = summary.verdict(results)
-    if found.best is not None:
-        return _praise(results, found.best)
-    cost = found.closest and summary.perplexity_change(results, found.closest)
-    if not cost:
+    costs = summary.perplexity_costs(results)
+    if not costs:
         return "No arm's mean perplexity was compared with base, so none can be called the best."
-    cheapest = f"the cheapest, {found.closest}, is at {FINE_CHANGE.over_seeds(cost.value)}"
-    if cost.value.mean > PERPLEXITY_LIMIT:
+    if best := summary.best_arm(results):
+        return _praise(results, best, costs[best])
+    closest, cost = min(costs.items(), key=lambda item: item[1].mean)
+    cheapest = f"the cheapest, {closest}, is at {FINE_CHANGE.over_seeds(cost)}"
+    if cost.mean > PERPLEXITY_LIMIT:
         return f"No arm keeps mean perplexity within {LIMIT_TEXT} of base: {cheapest}."
     return f"No arm within {LIMIT_TEXT} mean perplexity had its cache misses measured; {cheapest}."
 
 
-def _praise(results: Results, arm: str) -> str:
-    cost = summary.perplexity_change(results, arm)
-    changes = {size: summary.miss_change(results, arm, size) for size in summary.headline_sizes(results)}
-    saved = {size: found for size, found in changes.items() if found is not None}
-    assert cost is not None, f"{arm} was chosen by its perplexity"
+def _praise(results: Results, arm: str, cost: SeedMean) -> str:
+    sizes = summary.headline_sizes(results)
+    saved = {size: found for size in sizes if (found := summary.miss_change(results, arm, size))}
     parts: list[str] = []
     for size, found in saved.items():
         more = "fewer" if found.mean < 0 else "more"
         what = f"{more} with {size}" if parts else f"{more} expert loads than base with {size} LRU slots per layer"
         parts.append(f"{_size(found, PERCENT)} {what}")
-    seeds = f" ({cost.value.n} seeds)" if cost.value.n > 1 else ""
+    seeds = f" ({cost.n} seeds)" if cost.n > 1 else ""
     gained = all(found.mean < 0 for found in saved.values())
     opening = "The best arm" if gained else "No arm within the limit saves loads at every size; the best of them"
     return (
-        f"{opening}, {arm}{seeds}, needs {' and '.join(parts)}, at {FINE_CHANGE.over_seeds(cost.value)} mean perplexity "
+        f"{opening}, {arm}{seeds}, needs {' and '.join(parts)}, at {FINE_CHANGE.over_seeds(cost)} mean perplexity "
         f"(limit {LIMIT_TEXT}); {_tasks(results, arm)}."
     )
 
 
 def _tasks(results: Results, arm: str) -> str:
-    changes = {task: summary.task_change(results, arm, task) for task in summary.task_names(results)}
-    measured = {task: found for task, found in changes.items() if found is not None}
+    names = summary.task_names(results)
+    measured = {task: found for task in names if (found := summary.task_change(results, arm, task))}
     if not measured:
         return "no task was compared"
-    falls = {task: found for task, found in measured.items() if found.excludes_zero and found.value.mean < 0}
+    falls = {task: found.value for task, found in measured.items() if found.excludes_zero and found.value.mean < 0}
     if not falls:
         return "no task falls by more than its 95 % interval allows for"
-    return "but " + ", ".join(f"{task} falls by {_size(found.value, POINTS)}" for task, found in falls.items())
+    return "but " + ", ".join(f"{task} falls by {_size(fall, POINTS)}" for task, fall in falls.items())
 
 
 def _size(value: SeedMean, unit: Unit) -> str:
@@ -95,60 +93,51 @@ def machine_sentence(results: Results) -> str:
     return f"{facts}."
 
 
-DEFINITIONS = (
-    (
-        "EOR",
+DEFINITIONS = {
+    "EOR": (
         "expert reuse rate: the share of a token's chosen experts that the token before it chose too, mean over "
-        "layers and tokens, measured on given text. Chance is K / E, what choosing at random would give.",
+        "layers and tokens, measured on given text. Chance is K / E, what choosing at random would give."
     ),
-    (
-        "Miss",
+    "Miss": (
         "one chosen expert of one layer and token that the cache does not hold and that must be loaded. A cache of C "
         "slots per layer starts empty with every request, and a token's K experts arrive together. Miss rate = misses "
-        "/ accesses; hit rate = 1 − miss rate.",
+        "/ accesses; hit rate = 1 − miss rate."
     ),
-    (
-        "First touch",
-        "the first use of an expert in a request. Every policy misses it, so misses are also given without.",
+    "First touch": (
+        "the first use of an expert in a request. Every policy misses it, so misses are also given without."
     ),
-    (
-        "LRU, LFU, FIFO, decayed",
-        "evict what was used least recently, least often, or loaded first; decayed counts uses too, and lets old ones fade.",
+    "LRU, LFU, FIFO, decayed": (
+        "evict what was used least recently, least often, or loaded first; decayed counts uses too, and lets old ones "
+        "fade."
     ),
-    (
-        "Belady",
+    "Belady": (
         "the optimum: evict what is needed again last. It needs to know the future, so it is a bound, not a policy to "
-        "run. Regret = misses / Belady's misses at the same size.",
+        "run. Regret = misses / Belady's misses at the same size."
     ),
-    (
-        "Demand",
+    "Demand": (
         "the expert bytes that one token asks for: layers × K × the bytes of one expert. An LRU pool shared by all "
         "layers that is smaller than one demand hits nothing, whatever the routing: a layer's experts are evicted "
-        "before its next turn.",
+        "before its next turn."
     ),
-    ("Bytes per token", "expert bytes read during decoding, per token, counted by the engine."),
-    (
-        "TTFT, TPOT",
-        "time to the first token, and per output token after it: the median over prompts and repeats, below it the least "
-        "and the most. Arms decode each prompt one after another, so a change is the median of the ratios to base of "
-        "the same prompt and repeat, with the 95 % interval of that median; it is given only where the interval excludes "
-        "no difference.",
+    "Bytes per token": "expert bytes read during decoding, per token, counted by the engine.",
+    "TTFT, TPOT": (
+        "time to the first token, and per output token after it: the median over prompts and repeats, below it the "
+        "least and the most. Arms decode each prompt one after another, so a change is the median of the ratios to "
+        "base of the same prompt and repeat, with the 95 % interval of that median; it is given only where the "
+        "interval excludes no difference."
     ),
-    (
-        "Perplexity change",
+    "Perplexity change": (
         "relative, per token, on test text; the mean is geometric over domains. Word perplexity is the same loss "
-        "spread over fewer units, so it moves by a larger factor.",
+        "spread over fewer units, so it moves by a larger factor."
     ),
-    (
-        "Interval",
+    "Interval": (
         "95 %, paired: the same items scored by base and by the tuned model, so it holds the noise of the items and "
-        "not that of training. Differences are tuned minus base. With several seeds the means of the seeds' bounds are "
-        "shown; the spread of training is in ±.",
+        "not that of training. Differences are tuned minus base. With several seeds the means of the seeds' bounds "
+        "are shown; the spread of training is in ±."
     ),
-    ("±", "standard deviation over the n seeds of an arm. A single seed has none."),
-    (
-        "Load entropy, CV",
+    "±": "standard deviation over the n seeds of an arm. A single seed has none.",
+    "Load entropy, CV": (
         "how evenly a layer's experts are used: entropy in nats (ln E is perfectly even) and the standard deviation "
-        "of loads over their mean (0 is perfectly even). A dead expert was never chosen.",
+        "of loads over their mean (0 is perfectly even). A dead expert was never chosen."
     ),
-)
+}

@@ -57,7 +57,7 @@ def test_models_take_turns_at_every_prompt_and_every_second_time_backwards(
 
     monkeypatch.setattr(budgets, "decode", noting)
     args = DecodeArguments(demands=[1.0, 2.0], max_new_tokens=4, repeats=2)
-    base, tuned = decoded(folder, [None, other_routers(folder)], args)
+    base, tuned = decoded(folder, [{}, other_routers(folder)], args)
     small, large = sorted({size for size, *_ in turns})
     forwards, backwards = ("base", "tuned"), ("tuned", "base")
     orders = [(5, forwards), (40, backwards), (5, backwards), (40, forwards)]
@@ -75,7 +75,7 @@ def test_the_times_of_every_turn_are_kept_repeat_by_repeat(folder: str, monkeypa
 
     monkeypatch.setattr(budgets, "decode", timed)
     args = DecodeArguments(demands=[1.0], max_new_tokens=3, repeats=2)
-    (base,), (tuned,) = decoded(folder, [None, other_routers(folder)], args)
+    (base,), (tuned,) = decoded(folder, [{}, other_routers(folder)], args)
     assert base.ttft_ms == [1000, 4000, 6000, 7000]
     assert tuned.ttft_ms == [2000, 3000, 5000, 8000]
     assert base.tpot_ms == tuned.tpot_ms == [1500] * 4
@@ -84,7 +84,7 @@ def test_the_times_of_every_turn_are_kept_repeat_by_repeat(folder: str, monkeypa
 
 
 def test_repeats_change_no_count_and_tokens_are_the_resident_models(folder: str) -> None:
-    sides = [None, other_routers(folder)]
+    sides = [{}, other_routers(folder)]
     rows = {}
     for repeats in (1, 3):
         args = DecodeArguments(demands=[1.0], max_new_tokens=8, repeats=repeats)
@@ -112,7 +112,7 @@ def test_one_repeat_with_other_tokens_is_told(folder: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(budgets, "decode", wrong_in_the_last)
     args = DecodeArguments(demands=[1.0], max_new_tokens=4, repeats=2)
-    ((row,),) = decoded(folder, [None], args)
+    ((row,),) = decoded(folder, [{}], args)
     assert not row.tokens_equal_resident
 
 

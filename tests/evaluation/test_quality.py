@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from configs.load import UserError
-from evaluation.quality import QualityArguments, TaskScores, differences, run_tasks, summarize
+from evaluation.quality import QualityArguments, TaskScores, TextScores, differences, run_tasks, summarize
 from training.model.loading import load_pretrained, load_tokenizer
 
 MakeModelDir = Callable[[str], Path]
@@ -63,11 +63,9 @@ def test_scores_are_those_of_a_forward_pass_by_hand(model_dir: MakeModelDir, tas
 
 def test_summary_has_perplexity_per_token_and_per_word() -> None:
     scores = {
-        "perplexity_a": TaskScores(
-            "perplexity_a", "m", np.array([-6.0, -2.0]), 0.0, np.array([3.0, 1.0]), np.array([1.0, 1.0])
-        ),
-        "perplexity_b": TaskScores("perplexity_b", "m", np.array([-4.0]), 0.0, np.array([1.0]), np.array([1.0])),
-        "choice": TaskScores("choice", "acc", np.array([1.0, 0.0, 1.0, 1.0]), 0.25),
+        "perplexity_a": TextScores(np.array([-6.0, -2.0]), tokens=np.array([3.0, 1.0]), words=np.array([1.0, 1.0])),
+        "perplexity_b": TextScores(np.array([-4.0]), tokens=np.array([1.0]), words=np.array([1.0])),
+        "choice": TaskScores("acc", np.array([1.0, 0.0, 1.0, 1.0]), 0.25),
     }
     summary = summarize(scores)
     assert dict(summary.perplexity["a"]) == pytest.approx(
@@ -80,7 +78,7 @@ def test_summary_has_perplexity_per_token_and_per_word() -> None:
 
 
 def test_one_item_has_a_value_and_no_error_or_interval() -> None:
-    one = {"t": TaskScores("t", "acc", np.array([1.0]), 0.25)}
+    one = {"t": TaskScores("acc", np.array([1.0]), 0.25)}
     assert (summarize(one).tasks["t"].value, summarize(one).tasks["t"].stderr) == (1.0, None)
     found = differences(one, one).tasks["t"]
     assert (found.difference, found.low, found.high) == (0.0, None, None)
@@ -88,7 +86,7 @@ def test_one_item_has_a_value_and_no_error_or_interval() -> None:
 
 def test_task_difference_is_paired() -> None:
     before, after = np.array([1.0, 0, 1, 0, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 1, 0, 1, 1])
-    base, tuned = ({"t": TaskScores("t", "acc", values, 0.0)} for values in (before, after))
+    base, tuned = ({"t": TaskScores("acc", values, 0.0)} for values in (before, after))
     found = differences(base, tuned).tasks["t"]
     interval = stats.ttest_rel(after, before).confidence_interval(0.95)
     assert dict(found) == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
@@ -101,8 +99,8 @@ def test_perplexity_difference_covers_a_known_shift() -> None:
     tokens = draw.integers(20, 60, 200).astype(float)
     loss = 3 * tokens + draw.normal(0, 30, 200)
     shift = 0.01 * tokens + draw.normal(0, 0.1, 200)
-    base = {"perplexity_a": TaskScores("perplexity_a", "m", -loss, 0.0, tokens, tokens)}
-    tuned = {"perplexity_a": TaskScores("perplexity_a", "m", -loss - shift, 0.0, tokens, tokens)}
+    base = {"perplexity_a": TextScores(-loss, tokens, tokens)}
+    tuned = {"perplexity_a": TextScores(-loss - shift, tokens, tokens)}
     found = differences(base, tuned).perplexity
     assert found["a"].relative == pytest.approx(np.expm1(shift.sum() / tokens.sum()))
     assert found["a"].low < np.expm1(0.01) < found["a"].high

@@ -4,22 +4,24 @@ import pytest
 
 from evaluation.report.summary import (
     SeedMean,
+    best_arm,
     decode_budgets,
     headline_budget,
     headline_sizes,
     is_busy,
+    mean_perplexity,
     miss_change,
     miss_rate,
     perplexity_change,
+    perplexity_costs,
     place_means,
     relative_change,
-    scored,
     seed_mean,
     time_ratio,
     turn_times,
-    verdict,
     worst_task,
 )
+from evaluation.report.wording import headline
 from evaluation.results import MachineLoad, PerplexityDifference, Results, TaskDifference
 from evaluation.turns import PairedRatio
 from tests.evaluation.made_results import made_results
@@ -116,31 +118,34 @@ def test_worst_task_is_the_one_that_falls_most() -> None:
 
 def test_best_arm_has_the_fewest_misses_among_those_within_the_perplexity_limit() -> None:
     results = made_results()  # remoe is beyond the limit, ce_only within it with the misses of base
-    assert verdict(results).best == "cache"
+    assert best_arm(results) == "cache"
     set_cost(results, "cache", 0.0101, 0.0101, 0.0101)
-    assert verdict(results).best == "ce_only"
+    assert best_arm(results) == "ce_only"
     set_cost(results, "remoe", 0.01)
-    assert verdict(results).best == "remoe"
+    assert best_arm(results) == "remoe"
 
 
 def test_no_arm_is_best_when_none_is_within_the_limit() -> None:
     results = made_results()
     set_cost(results, "ce_only", 0.03)
     set_cost(results, "cache", 0.02, 0.02, 0.02)
-    assert (verdict(results).best, verdict(results).closest) == (None, "remoe")
+    assert best_arm(results) is None
+    costs = {arm: cost.mean for arm, cost in perplexity_costs(results).items()}
+    assert costs == pytest.approx({"ce_only": 0.03, "remoe": 0.0162, "cache": 0.02})
+    assert "the cheapest, remoe, is at" in headline(results)
 
 
 def test_an_arm_without_measured_perplexity_is_never_best() -> None:
     results = made_results()
     for run in results.arms["cache"].runs:
         run.difference = None
-    assert verdict(results).best == "ce_only"
+    assert best_arm(results) == "ce_only"
 
 
 def test_a_figure_is_none_below_a_part_that_was_not_measured() -> None:
     results = made_results()
     results.arms["base"].runs[0].quality = None
-    assert scored(results, "base", lambda quality: quality.mean_perplexity) is None
+    assert mean_perplexity(results, "base") is None
 
 
 def set_times(results: Results, arm: str, *times_by_seed: list[float | None] | None) -> None:

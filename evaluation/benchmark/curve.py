@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from configs.checks import at_least
+from evaluation.benchmark.tables import table
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.pool import SCOPES
@@ -55,16 +55,15 @@ class CurveBenchmark:
 
 def benchmark(options: CurveBenchmark) -> None:
     """Measure both scopes on every shape and print a table."""
-    table = Table(title=f"all-sizes LRU curve, million accesses per second (median of {options.repeats})")
-    for heading in ("shape", "tokens", "EOR", "scope", "by wall time", "by CPU time"):
-        table.add_column(heading, justify="left" if heading in ("shape", "scope") else "right")
+    rows = []
     for name, shape in SHAPES.items():
         trace = drifting_trace(shape, tokens=max(1, options.accesses // (shape.layers * shape.top_k)), seed=0)
         reuse = f"{reuse_rate_per_layer(trace).mean():.2f}"
         for scope in SCOPES:
             rates = accesses_per_second(trace, scope, repeats=options.repeats)
-            table.add_row(name, f"{trace.tokens:,}", reuse, scope, *(f"{rate / 1e6:.1f}" for rate in rates))
-    Console().print(table)
+            rows.append((name, f"{trace.tokens:,}", reuse, scope, *(f"{rate / 1e6:.1f}" for rate in rates)))
+    title = f"all-sizes LRU curve, million accesses per second (median of {options.repeats})"
+    Console().print(table(title, "shape|>tokens|>EOR|scope|>by wall time|>by CPU time", rows))
 
 
 def accesses_per_second(trace: RouteTrace, cache_scope: str, *, repeats: int) -> tuple[float, float]:

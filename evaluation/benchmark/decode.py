@@ -21,7 +21,7 @@ from data.pieces import document_beginnings
 from evaluation.benchmark import page_cache
 from evaluation.benchmark.bandwidth import disk_rate, memory_bandwidth, products_beside
 from evaluation.benchmark.comparison import decode_bound, equal_tokens, prompt_bound, ratios, summarise
-from evaluation.benchmark.memory_group import Hierarchy, find_hierarchy
+from evaluation.benchmark.memory_group import NO_CONTROLLER, Hierarchy, find_hierarchy
 from evaluation.benchmark.order import COLD, LONG, WARM, Leg, Order
 from evaluation.benchmark.processes import Limits, SideRun, run_side
 from evaluation.benchmark.sides.contenders import OPPONENTS, Contender, opponent, our_contenders
@@ -130,10 +130,7 @@ def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, str]:
     if hierarchy is not None:
         return hierarchy, f"peak + cache: of the process's memory group ({hierarchy.version.name}), page cache included"
     if options.memory_limit_cgroup:
-        raise UserError(
-            "--memory-limit-cgroup needs a memory controller (cgroup v1 or v2) in which this user may make groups, and "
-            "there is none; run as root on a machine that has it, or leave the limit away"
-        )
+        raise UserError(f"--memory-limit-cgroup {NO_CONTROLLER}, or leave the limit away")
     return None, "no memory groups can be made here: peaks are of the process alone, without its page cache"
 
 

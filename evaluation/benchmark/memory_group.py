@@ -14,6 +14,10 @@ from pathlib import Path
 from configs.load import UserError
 
 NUMBERS = count()
+NO_CONTROLLER = (
+    "needs a memory controller (cgroup v1 or v2) in which this user may make groups, and there is none; run as root on a "
+    "machine that has it"
+)
 REMOVAL_SECONDS = 2.0  # pages of the dead process are given back after a moment
 
 

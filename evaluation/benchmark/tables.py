@@ -20,14 +20,14 @@ def result_tables(result: dict[str, Any]) -> RenderableType:
     return Group(_speeds(result), _reads(result), _ratios(result), _bounds(result), _times(result), *_lines(result))
 
 
-def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose `columns` are named with `|` between; words are on the left, numbers on the right."""
-    table = Table(title=title)
+def table(title: str, columns: str, rows: Iterable[Sequence[str]], *, caption: str | None = None) -> Table:
+    """A table whose `columns` are named with `|` between: words are on the left, `>` before the name of numbers."""
+    made = Table(title=title, caption=caption, caption_justify="left")
     for column in columns.split("|"):
-        table.add_column(column, justify="left" if column in ("side", "to", "leg") else "right")
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
 def _legs(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -45,7 +45,7 @@ def _speeds(result: dict[str, Any]) -> Table:
     ]
     failed = [name for name, summary in result["summary"].items() if not summary["legs"]]
     rows += [(name, "failed", MISSING, MISSING, MISSING) for name in failed]
-    return _table("speed: medians over repeats (least to most)", "side|leg|TTFT|TPOT|tokens/s", rows)
+    return table("speed: medians over repeats (least to most)", "side|leg|>TTFT|>TPOT|>tokens/s", rows)
 
 
 def _reads(result: dict[str, Any]) -> Table:
@@ -55,7 +55,7 @@ def _reads(result: dict[str, Any]) -> Table:
         rates = _median(measured["hit_rate_decode"], PERCENT), _median(measured["reuse_rate_mean"], RATE)
         peaks = [bytes_text(result["summary"][contender][key]) for key in ("peak_rss_bytes", "peak_memory_bytes")]
         rows.append((contender, leg, bytes_text(read and read["median"]), *rates, *peaks))
-    return _table("reads and memory", "side|leg|read/token|hit rate|EOR|peak RSS|peak with page cache", rows)
+    return table("reads and memory", "side|leg|>read/token|>hit rate|>EOR|>peak RSS|>peak with page cache", rows)
 
 
 def _ratios(result: dict[str, Any]) -> Table:
@@ -67,7 +67,7 @@ def _ratios(result: dict[str, Any]) -> Table:
         for leg, ratio in legs.items()
         if ratio["mean_tpot_ms_ratio"] is not None
     ]
-    return _table("ratios within repeats", "side|to|leg|TPOT|TTFT|equal tokens", rows)
+    return table("ratios within repeats", "side|to|leg|>TPOT|>TTFT|>equal tokens", rows)
 
 
 def _bounds(result: dict[str, Any]) -> Table:
@@ -84,7 +84,7 @@ def _bounds(result: dict[str, Any]) -> Table:
     title = (
         "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)"
     )
-    return _table(title, "side|leg|bound|share reached|with resident TPOT|waiting for reads", rows)
+    return table(title, "side|leg|>bound|>share reached|>with resident TPOT|>waiting for reads", rows)
 
 
 def _times(result: dict[str, Any]) -> Table:
@@ -96,7 +96,7 @@ def _times(result: dict[str, Any]) -> Table:
         if leg != LONG
     ]
     title = "what keeps a token from reading at the disk's rate all the time: its share of that is the product"
-    return _table(title, "side|leg|of the time, reading|of the disk's rate, then|of the bytes, needed|product", rows)
+    return table(title, "side|leg|>of the time, reading|>of the disk's rate, then|>of the bytes, needed|>product", rows)
 
 
 def _lines(result: dict[str, Any]) -> Iterator[Text]:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from configs.checks import at_least, chosen
 from configs.files import prepare, write_json, write_yaml
 from configs.load import UserError, load
+from evaluation.benchmark import tables
 from evaluation.benchmark.processes import Child
-from evaluation.benchmark.sides.training_side import FIGURES, OURS, READY, Measured, TrainingOrder
+from evaluation.benchmark.sides.training_side import FIGURES, OURS, READY, Measured
 from training.arguments import TrainArguments
 
 MODULE = "evaluation.benchmark.sides.training_side"
@@ -113,7 +114,7 @@ def loaded(side: str, config: TrainArguments, *, threads: int) -> Iterator[Child
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{side}.yaml"
         write_yaml(path, replace(config, output_dir=str(Path(folder) / side), run_name=side))
-        with Child(MODULE, json.dumps(asdict(TrainingOrder(side, str(path), threads)))) as child:
+        with Child(MODULE, side, str(path), str(threads)) as child:
             _answer(side, child)
             yield child
 
@@ -182,17 +183,18 @@ def table(result: Mapping[str, Any]) -> Table:
         f"{ratio['median']:.2f} x ({min(ratio['each']):.2f} to {max(ratio['each']):.2f})"
         for ratio in (result["speed_ratio"], result["memory_ratio"])
     )
-    made = Table(
-        "side", title="Training routers: ours beside transformers' Trainer", caption_justify="left",
-        caption=f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model",
-    )  # fmt: skip
-    for column in ("s per step", "tokens/s", "above the model", "task loss, step 1", "of the bound"):
-        made.add_column(column, justify="right")
-    for side, row in result["sides"].items():
-        made.add_row(
+    rows = [
+        (
             side if side == OURS else f"Trainer, {side}",
             f"{row['step_seconds']:.3f} ({row['step_seconds_min']:.3f} to {row['step_seconds_max']:.3f})",
             f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['loss_at_step_1']:.5f}",
             f"{100 * row['bound_share']:.0f} %",
-        )  # fmt: skip
-    return made
+        )
+        for side, row in result["sides"].items()
+    ]  # fmt: skip
+    return tables.table(
+        "Training routers: ours beside transformers' Trainer",
+        "side|>s per step|>tokens/s|>above the model|>task loss, step 1|>of the bound",
+        rows,
+        caption=f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model",
+    )

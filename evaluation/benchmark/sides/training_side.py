@@ -1,4 +1,4 @@
-"""The process of one side of `remoe bench training`: `python -m evaluation.benchmark.sides.training_side ORDER_JSON`.
+"""The process of one side of `remoe bench training`: `python -m evaluation.benchmark.sides.training_side SIDE CONFIG THREADS`.
 
 Loads the model, takes each step when it is told to, and says on standard output how long each took, how much memory they
 needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.
@@ -43,15 +43,6 @@ than the product), and how long."""
 
 
 @dataclass
-class TrainingOrder:
-    """The task of one process."""
-
-    side: str  # `OURS`, or a stock experts_implementation, trained by transformers' Trainer
-    config: str  # YAML of a `TrainArguments` whose max_steps are all steps
-    threads: int
-
-
-@dataclass
 class Measured:
     """The figures that one process prints; the first step warms up."""
 
@@ -65,21 +56,26 @@ class Measured:
     attn_implementation: str  # transformers' name
 
 
-def main(order: TrainingOrder) -> None:
-    """Load, train, print the figures as one line of JSON."""
-    torch.set_num_threads(order.threads)
+def main(side: str, config: str, threads: int) -> None:
+    """Load, train, print the figures as one line of JSON.
+
+    Args:
+        side: `OURS`, or a stock experts_implementation, trained by transformers' Trainer.
+        config: YAML of a `TrainArguments` whose max_steps are all steps.
+    """
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = build(load(TrainArguments, order.config))
-    if order.side != OURS:
+    run = build(load(TrainArguments, config))
+    if side != OURS:
         run.observer.close()
-        run.model.set_experts_implementation(order.side)
+        run.model.set_experts_implementation(side)
         if _attention(run) == packed_attention.IMPLEMENTATION:
             run.model.set_attn_implementation("sdpa")
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)
-    seconds, losses = (_our_steps if order.side == OURS else _stock_steps)(run)
+    seconds, losses = (_our_steps if side == OURS else _stock_steps)(run)
     measured = Measured(
         seconds, losses, run.rows_per_step * run.args.max_length, model_bytes,
         peak_bytes=_peak_bytes(run.accelerator.device) - model_bytes, forward_flop_per_step=flop,
@@ -202,4 +198,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda _: main(TrainingOrder(**json.loads(sys.argv[1])))))
+    sys.exit(run_command(lambda _: main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -19,8 +19,14 @@ from configs.files import folder_aside, write_json
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
-from evaluation.benchmark.made_model.made_checkpoint import DTYPES, Recipe, weight_bytes, write_checkpoint
-from evaluation.benchmark.made_model.measured import MISS_SHARES, measure
+from evaluation.benchmark.made_model.made_checkpoint import (
+    DTYPES,
+    MISS_SHARES,
+    Recipe,
+    measure,
+    weight_bytes,
+    write_checkpoint,
+)
 from evaluation.benchmark.made_model.synthetic import Shape
 from training.model.loading import load_tokenizer
 

@@ -4,6 +4,7 @@ import os
 import random
 import threading
 import time
+import timeit
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,11 +44,10 @@ def disk_rate(
     direct = takes_direct_reads(files[0])
     descriptors = [os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for path in files]
     try:
-        by_depth = {depth: _rate(descriptors, length, depth, seconds) for depth in depths}
+        return DiskRate(length, direct, {depth: _rate(descriptors, length, depth, seconds) for depth in depths})
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    return DiskRate(length, direct, by_depth)
 
 
 def _rate(descriptors: Sequence[int], length: int, depth: int, seconds: float) -> float:
@@ -61,12 +61,11 @@ def _read_until(descriptors: Sequence[int], length: int, end: float, *, seed: in
     """Read random places until `end`; returns how many bytes were read."""
     draw, buffer, total = random.Random(seed), memoryview(huge_pages(length))[:length], 0
     sizes = [os.fstat(descriptor).st_size for descriptor in descriptors]
-    while True:
+    while not total or time.perf_counter() < end:
         number = draw.choices(range(len(descriptors)), weights=sizes)[0]
         offset = draw.randrange(max(1, (sizes[number] - length) // PAGE_BYTES)) * PAGE_BYTES
         total += os.preadv(descriptors[number], [buffer], offset)
-        if time.perf_counter() >= end:
-            return total
+    return total
 
 
 @contextmanager
@@ -80,21 +79,19 @@ def products_beside(threads: int) -> Iterator[None]:
             for matrix in matrices:
                 torch.mm(matrix[:1], matrix.T)
 
-    worker = threading.Thread(target=multiply, name="products")
-    with _threads(threads):
-        worker.start()
+    with _threads(threads), ThreadPoolExecutor(1, thread_name_prefix="products") as worker:
+        worker.submit(multiply)
         try:
             yield
         finally:
             ended.set()
-            worker.join()
 
 
 def memory_bandwidth(threads: int, *, size_bytes: int = MEMORY_BYTES, rounds: int = MEMORY_ROUNDS) -> float:
     """Bytes per second at which `threads` threads read memory: the best of several sums over a large array."""
     with _threads(threads):
         numbers = torch.ones(size_bytes // 4)
-        return size_bytes / min(_seconds_to_sum(numbers) for _ in range(rounds))
+        return size_bytes / min(timeit.repeat(numbers.sum, number=1, repeat=rounds))
 
 
 @contextmanager
@@ -105,9 +102,3 @@ def _threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _seconds_to_sum(numbers: torch.Tensor) -> float:
-    start = time.perf_counter()
-    numbers.sum()
-    return time.perf_counter() - start

@@ -12,6 +12,7 @@ from evaluation.benchmark.order import LONG
 from evaluation.benchmark.processes import SideRun
 from evaluation.turns import extent
 
+RESIDENT = "resident"  # the contender that has everything in memory
 MEASURES: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
     "mean_ttft_ms": lambda leg: leg["ttft_ms"],
     "mean_tpot_ms": lambda leg: leg["tpot_ms"],
@@ -20,7 +21,7 @@ MEASURES: Mapping[str, Callable[[dict[str, Any]], float | None]] = {
     "hit_rate_decode": lambda leg: leg["engine"] and leg["engine"]["hit_rate"]["decode"],
     "reuse_rate_mean": lambda leg: leg["engine"] and leg["engine"]["reuse_rate_mean"],
 }
-"""The figures of a leg that are summarised; `bytes_read_per_token` is the device's, see `meter.py`, and `engine` ours."""
+"""The figures of a leg that are summarised; `bytes_read_per_token` is the device's, see `serving.py`, and `engine` ours."""
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float] | None:
@@ -36,44 +37,34 @@ def summarise(runs: Sequence[SideRun]) -> dict[str, Any]:
 
 
 def _summary(own: Sequence[SideRun]) -> dict[str, Any]:
-    """The summary of one contender's runs."""
-    legs = dict.fromkeys(name for run in own for name in run.legs)
+    legs = {name: [run.legs[name] for run in own if name in run.legs] for run in own for name in run.legs}
     return {
         "legs": {
-            leg: {
-                name: spread(read(run.legs[leg]) for run in own if leg in run.legs) for name, read in MEASURES.items()
-            }
-            for leg in legs
+            leg: {name: spread(map(read, measured)) for name, read in MEASURES.items()}
+            for leg, measured in legs.items()
         },
         "limit_bytes": own[0].limit_bytes,
-        "peak_rss_bytes": _most(run.peak_rss_bytes for run in own),
-        "peak_memory_bytes": _most(run.peak_memory_bytes for run in own),
+        "peak_rss_bytes": max((run.peak_rss_bytes for run in own if run.peak_rss_bytes), default=None),
+        "peak_memory_bytes": max((run.peak_memory_bytes for run in own if run.peak_memory_bytes), default=None),
         "load_seconds": spread(run.load_seconds for run in own),
         "settings": next((run.settings for run in own if run.settings), {}),
         "failures": sorted({run.failure for run in own if run.failure}),
     }
 
 
-def _most(values: Iterable[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)
-
-
 def ratios(runs: Sequence[SideRun], *, of: str, to: str, leg: str) -> dict[str, dict[str, float] | None]:
     """The spread of `of`'s TPOT and TTFT divided by `to`'s in the same repeat."""
+    pairs = [(a.legs[leg], b.legs[leg]) for a, b in _pairs(runs, of, to, leg)]
     return {
-        f"{name}_ratio": spread(
-            _divide(MEASURES[name](a.legs[leg]), MEASURES[name](b.legs[leg])) for a, b in _pairs(runs, of, to, leg)
-        )
-        for name in ("mean_tpot_ms", "mean_ttft_ms")
+        f"mean_{name}_ratio": spread(_divide(a[name], b[name]) for a, b in pairs) for name in ("tpot_ms", "ttft_ms")
     }
 
 
 def _pairs(runs: Sequence[SideRun], of: str, to: str, leg: str) -> list[tuple[SideRun, SideRun]]:
-    by_repeat = {(run.contender, run.repeat): run for run in runs if leg in run.legs}
+    """Runs of two contenders in the same repeat, where both have the leg."""
+    others = {run.repeat: run for run in runs if run.contender == to and leg in run.legs}
     return [
-        (by_repeat[of, repeat], by_repeat[to, repeat])
-        for contender, repeat in by_repeat
-        if contender == of and (to, repeat) in by_repeat
+        (run, others[run.repeat]) for run in runs if run.contender == of and leg in run.legs and run.repeat in others
     ]
 
 
@@ -84,73 +75,66 @@ def equal_tokens(runs: Sequence[SideRun], *, of: str, to: str) -> float | None:
         for leg in dict.fromkeys(name for run in runs for name in run.legs)
         for a, b in _pairs(runs, of, to, leg)
     ]
-    return sum(map(_first_different, equal)) / sum(map(len, equal)) if equal else None
-
-
-def _first_different(equal: Sequence[bool]) -> int:
-    return equal.index(False) if False in equal else len(equal)
+    return sum([*one, False].index(False) for one in equal) / sum(map(len, equal)) if equal else None
 
 
 def decode_bound(
-    runs: Sequence[SideRun], contender: str, leg: str, *, resident: str, memory_rate: float, active_bytes: int
+    runs: Sequence[SideRun], contender: str, leg: str, *, memory_rate: float, active_bytes: int
 ) -> dict[str, Any] | None:
-    """The least that a token costs, and the share of it that was reached: bound / TPOT.
+    """The least that a token costs, the share of it that was reached, bound / TPOT, and where the rest of the time went.
 
     The bound of a token is the slower of reading its missing experts, at what the disk gave around that very process, and
     of reading all weights it needs from memory. A processor that computes slower than its memory keeps even the resident
     model from the latter, so `share_with_resident` takes the resident model's TPOT of the same repeat in its place.
+
+    `read_share` is the product of three others: something is read for `reading_share` of the time, at `rate_share` of the
+    disk's rate, and `needed_share` of it was not read ahead in vain.
     """
-    own = [run for run in runs if run.contender == contender and leg in run.legs]
-    rows = [(run, run.legs[leg]) for run in own if run.legs[leg]["tpot_ms"] is not None and run.read_rate]
+    memory_ms = 1e3 * active_bytes / memory_rate
+    resident_ms = {
+        run.repeat: run.legs[leg]["tpot_ms"] for run in runs if run.contender == RESIDENT and leg in run.legs
+    }
+    shares = [
+        _shares(run.legs[leg], run.read_rate, memory_ms=memory_ms, resident_ms=resident_ms.get(run.repeat))
+        for run in runs
+        if run.contender == contender and leg in run.legs and run.read_rate and run.legs[leg]["tpot_ms"] is not None
+    ]
+    if not shares:
+        return None
+    return {"memory_ms": memory_ms, **{name: spread(share[name] for share in shares) for name in shares[0]}}
+
+
+def _shares(
+    row: dict[str, Any], read_rate: float, *, memory_ms: float, resident_ms: float | None
+) -> dict[str, float | None]:
+    """The bound of one leg of our engine, and shares of its decode time; see `decode_bound`."""
+    engine, tokens, seconds = row["engine"], len(row["itl_ms"]), sum(row["itl_ms"]) / 1e3
+    read_ms = 1e3 * engine["missed_bytes_per_token"] / read_rate
+    read_bytes, needed_bytes = (
+        tokens * engine[f"{which}_per_token"] for which in ("counted_bytes_read", "missed_bytes")
+    )
+    reading_seconds = engine["reading_seconds"]["decode"]
+    return {
+        "bound_ms": max(read_ms, memory_ms),
+        "share": max(read_ms, memory_ms) / row["tpot_ms"],
+        "share_with_resident": max(read_ms, resident_ms) / row["tpot_ms"] if resident_ms else None,
+        "stall_share": engine["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]),
+        "reading_share": reading_seconds / seconds,
+        "rate_share": _divide(read_bytes / read_rate, reading_seconds),
+        "needed_share": _divide(needed_bytes, read_bytes),
+        "read_share": needed_bytes / read_rate / seconds,
+    }
+
+
+def prompt_bound(runs: Sequence[SideRun], contender: str) -> dict[str, Any] | None:
+    """The long prompt: one pass over the experts it touches plus the resident model's time, and TTFT over that."""
+    rows = [
+        (a.legs[LONG], b.legs[LONG]["ttft_ms"], a.read_rate)
+        for a, b in _pairs(runs, contender, RESIDENT, LONG)
+        if a.read_rate
+    ]
     if not rows:
         return None
-    memory_ms = 1e3 * active_bytes / memory_rate
-    read_ms = [1e3 * row["engine"]["missed_bytes_per_token"] / float(run.read_rate or 0) for run, row in rows]
-    tpot_ms = [row["tpot_ms"] for _, row in rows]
-    resident_ms = {
-        run.repeat: run.legs[leg]["tpot_ms"] for run in runs if run.contender == resident and leg in run.legs
-    }
-    beside_ms = [resident_ms.get(run.repeat) for run, _ in rows]
-    return {
-        "bound_ms": spread(max(ms, memory_ms) for ms in read_ms),
-        "memory_ms": memory_ms,
-        "share": spread(max(ms, memory_ms) / took for ms, took in zip(read_ms, tpot_ms, strict=True)),
-        "share_with_resident": spread(
-            max(ms, beside) / took for ms, beside, took in zip(read_ms, beside_ms, tpot_ms, strict=True) if beside
-        ),
-        "stall_share": spread(row["engine"]["stall_seconds"]["decode"] * 1e3 / sum(row["itl_ms"]) for _, row in rows),
-        **_where_time_goes(rows),
-    }
-
-
-def _where_time_goes(rows: Sequence[tuple[SideRun, dict[str, Any]]]) -> dict[str, Any]:
-    """The reasons why a token does not read what it misses at the disk's rate all the time.
-
-    `read_share` is the product of the three others: something is read for `reading_share` of the time, at `rate_share` of
-    the disk's rate, and `needed_share` of it was not read ahead in vain.
-    """
-    shares: list[dict[str, float | None]] = []
-    for run, row in rows:
-        engine, seconds, tokens = row["engine"], sum(row["itl_ms"]) / 1e3, len(row["itl_ms"])
-        reading_seconds, disk_rate = engine["reading_seconds"]["decode"], float(run.read_rate or 0)
-        read_bytes = tokens * engine["counted_bytes_read_per_token"]
-        needed_bytes = tokens * engine["missed_bytes_per_token"]
-        share = {
-            "reading_share": reading_seconds / seconds,
-            "rate_share": _divide(read_bytes / disk_rate, reading_seconds),
-            "needed_share": _divide(needed_bytes, read_bytes),
-            "read_share": needed_bytes / disk_rate / seconds,
-        }
-        shares.append(share)
-    return {name: spread(share[name] for share in shares) for name in shares[0]}
-
-
-def prompt_bound(runs: Sequence[SideRun], contender: str, *, resident: str) -> dict[str, Any] | None:
-    """The long prompt: one pass over the experts it touches plus the resident model's time, and TTFT over that."""
-    pairs = [(a, b) for a, b in _pairs(runs, contender, resident, LONG) if a.read_rate]
-    if not pairs:
-        return None
-    rows = [(a.legs[LONG], b.legs[LONG]["ttft_ms"], float(a.read_rate or 0)) for a, b in pairs]
     touched = [row["engine"]["first_touches"] * row["engine"]["expert_bytes"] for row, _, _ in rows]
     expected = [1e3 * size / rate + compute for size, (_, compute, rate) in zip(touched, rows, strict=True)]
     return {

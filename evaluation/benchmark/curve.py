@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from configs.checks import at_least
+from evaluation.benchmark.tables import table
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.pool import SCOPES
@@ -55,27 +55,26 @@ class CurveBenchmark:
 
 def benchmark(options: CurveBenchmark) -> None:
     """Measure both scopes on every shape and print a table."""
-    table = Table(title=f"all-sizes LRU curve, million accesses per second (median of {options.repeats})")
-    for heading in ("shape", "tokens", "EOR", "scope", "by wall time", "by CPU time"):
-        table.add_column(heading, justify="left" if heading in ("shape", "scope") else "right")
+    rows = []
     for name, shape in SHAPES.items():
         trace = drifting_trace(shape, tokens=max(1, options.accesses // (shape.layers * shape.top_k)), seed=0)
         reuse = f"{reuse_rate_per_layer(trace).mean():.2f}"
         for scope in SCOPES:
             rates = accesses_per_second(trace, scope, repeats=options.repeats)
-            table.add_row(name, f"{trace.tokens:,}", reuse, scope, *(f"{rate / 1e6:.1f}" for rate in rates))
-    Console().print(table)
+            rows.append((name, f"{trace.tokens:,}", reuse, scope, *(f"{rate / 1e6:.1f}" for rate in rates)))
+    title = f"all-sizes LRU curve, million accesses per second (median of {options.repeats})"
+    Console().print(table(title, "shape|>tokens|>EOR|scope|>by wall time|>by CPU time", rows))
 
 
 def accesses_per_second(trace: RouteTrace, cache_scope: str, *, repeats: int) -> tuple[float, float]:
     """The median speed of `lru_curve`, by wall time and by CPU time of this process."""
-    wall_seconds, cpu_seconds = [], []
+    seconds = []
     for _ in range(repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         lru_curve(trace, cache_scope=cache_scope)
-        wall_seconds.append(time.perf_counter() - wall)
-        cpu_seconds.append(time.process_time() - cpu)
-    return trace.expert_ids.size / median(wall_seconds), trace.expert_ids.size / median(cpu_seconds)
+        seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall_seconds, cpu_seconds = (median(each) for each in zip(*seconds, strict=True))
+    return trace.expert_ids.size / wall_seconds, trace.expert_ids.size / cpu_seconds
 
 
 def drifting_trace(shape: TraceShape, *, tokens: int, seed: int) -> RouteTrace:
@@ -86,11 +85,12 @@ def drifting_trace(shape: TraceShape, *, tokens: int, seed: int) -> RouteTrace:
     for token in range(tokens):
         taste_LE = DRIFT * taste_LE + np.sqrt(1 - DRIFT**2) * random.standard_normal(taste_LE.shape)
         ids_TLK[token] = np.argsort(-(liked_LE + taste_LE), axis=1)[:, : shape.top_k]
+    number_T = np.arange(tokens)
     return RouteTrace(
         ids_TLK,
-        phase=np.full(tokens, DECODE),
-        request_id=np.arange(tokens) // REQUEST_TOKENS,
-        call=np.arange(tokens),
-        num_experts=shape.experts,
-        layer_ids=tuple(range(shape.layers)),
+        np.full(tokens, DECODE),
+        number_T // REQUEST_TOKENS,
+        number_T,
+        shape.experts,
+        tuple(range(shape.layers)),
     )

@@ -3,7 +3,6 @@
 Every side runs in a process of its own, the sides take turns in every repeat, and a side that fails is reported.
 """
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +13,7 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from configs.checks import at_least
+from configs.checks import at_least, chosen, whole_numbers, words
 from configs.files import prepare, write_json
 from configs.load import UserError
 from configs.sizes import parse_size
@@ -22,10 +21,10 @@ from data.pieces import document_beginnings
 from evaluation.benchmark import page_cache
 from evaluation.benchmark.bandwidth import disk_rate, memory_bandwidth, products_beside
 from evaluation.benchmark.comparison import decode_bound, equal_tokens, prompt_bound, ratios, summarise
-from evaluation.benchmark.memory_group import Hierarchy, find_hierarchy
+from evaluation.benchmark.memory_group import NO_CONTROLLER, Hierarchy, find_hierarchy
 from evaluation.benchmark.order import COLD, LONG, WARM, Leg, Order
 from evaluation.benchmark.processes import Limits, SideRun, run_side
-from evaluation.benchmark.sides.contenders import Contender, opponent, our_contenders, parse_opponents
+from evaluation.benchmark.sides.contenders import OPPONENTS, Contender, opponent, our_contenders
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.store.experts import ExpertStore
@@ -77,34 +76,43 @@ class DecodeBenchmark:
             raise UserError(
                 f"--max-new-tokens {self.max_new_tokens} leaves nothing to time after the first token; write at least 2"
             )
-        if not _words(self.expert_cache) + _words(self.memory_budget):
+        if not words(self.expert_cache) + words(self.memory_budget):
             raise UserError(
                 "our engine needs a size: write --expert-cache 400MiB (experts) or --memory-budget 900MiB (all)"
             )
-        if not re.fullmatch(r"\d+(,\d+)*", self.prefetch):
-            raise UserError(f"--prefetch {self.prefetch!r} is no list of numbers; write for example 3, or 0,3 for both")
+        _ = self.prefetches, self.opponents, self.limit_bytes
 
     @property
     def prefetches(self) -> list[int]:
-        return list(dict.fromkeys(int(number) for number in self.prefetch.split(",")))
+        return whole_numbers(self.prefetch, flag="--prefetch", example="3, or 0,3 for both")
+
+    @property
+    def opponents(self) -> list[str]:
+        return chosen(self.against, OPPONENTS, flag="--against") if self.against else []
+
+    @property
+    def limit_bytes(self) -> int | None:
+        limit = self.memory_limit_cgroup
+        return parse_size(limit, what="--memory-limit-cgroup") if limit else None
 
 
 def benchmark(options: DecodeBenchmark) -> None:
     """Prepare the sides, let them take turns, measure the machine before and after, write and print."""
     output = prepare(options.output) if options.output else None
     model_dir = str(Path(local_folder(options.model)).resolve())
-    hierarchy, notes = _memory_groups(options)
-    legs, more_notes = _legs(model_dir, options)
+    hierarchy, group_note = _memory_groups(options)
+    legs, notes = _legs(model_dir, options)
     contenders = _contenders(model_dir, options, hierarchy)
-    bandwidth = {"before": _bandwidth(model_dir, options.threads)}
-    runs = _take_turns(contenders, legs, options.against_new_tokens)
-    bandwidth["after"] = _bandwidth(model_dir, options.threads)
+    store = ExpertStore(model_dir)
+    bandwidth = {"before": _bandwidth(store, options.threads)}
+    runs = _take_turns(contenders, legs, store, options.against_new_tokens)
+    bandwidth["after"] = _bandwidth(store, options.threads)
     result = {
         "config": {**asdict(options), "model_dir": model_dir},
         "machine": machine_facts(),
-        "notes": [*notes, *more_notes],
+        "notes": [group_note, *notes],
         "bandwidth": bandwidth,
-        **_compared(runs, contenders, bandwidth, model_dir),
+        **_compared(runs, contenders, bandwidth, store),
         "runs": [asdict(one) for one in runs],
     }
     if output:
@@ -112,23 +120,18 @@ def benchmark(options: DecodeBenchmark) -> None:
     Console(width=max(110, Console().width)).print(result_tables(result))
 
 
-def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, list[str]]:
-    """The place where processes can be limited, and notes on it.
+def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, str]:
+    """The place where processes can be limited, and a note on it.
 
     Raises:
         UserError: a limit was asked for where none can be set.
     """
     hierarchy = find_hierarchy()
     if hierarchy is not None:
-        return hierarchy, [
-            f"peak + cache: of the process's memory group ({hierarchy.version.name}), page cache included"
-        ]
+        return hierarchy, f"peak + cache: of the process's memory group ({hierarchy.version.name}), page cache included"
     if options.memory_limit_cgroup:
-        raise UserError(
-            "--memory-limit-cgroup needs a memory controller (cgroup v1 or v2) in which this user may make groups, and "
-            "there is none; run as root on a machine that has it, or leave the limit away"
-        )
-    return None, ["no memory groups can be made here: peaks are of the process alone, without its page cache"]
+        raise UserError(f"--memory-limit-cgroup {NO_CONTROLLER}, or leave the limit away")
+    return None, "no memory groups can be made here: peaks are of the process alone, without its page cache"
 
 
 def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], list[str]]:
@@ -153,28 +156,20 @@ def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], li
 
 
 def _contenders(model_dir: str, options: DecodeBenchmark, hierarchy: Hierarchy | None) -> list[Contender]:
-    limit = options.memory_limit_cgroup
-    limit_bytes = parse_size(limit, what="--memory-limit-cgroup") if limit else None
-    limits = Limits(options.timeout, limit_bytes, hierarchy)
+    limits = Limits(options.timeout, options.limit_bytes, hierarchy)
     base = Order("", model_dir, [], options.threads, cache_policy=options.cache_policy)
     work_dir = Path(options.work_dir).resolve()
     gguf = Path(options.gguf).resolve() if options.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
-    opponents = parse_opponents(options.against)
-    caches, budgets = _words(options.expert_cache), _words(options.memory_budget)
+    caches, budgets = words(options.expert_cache), words(options.memory_budget)
     ours = our_contenders(base, limits, caches=caches, budgets=budgets, prefetches=options.prefetches)
     return ours + [
         opponent(name, base, limits, work_dir=work_dir, gguf=gguf, ours=ours[0].order)
-        for name in tqdm(opponents, desc="prepare", unit="opponent")
+        for name in tqdm(options.opponents, desc="prepare", unit="opponent")
     ]
 
 
-def _words(text: str) -> list[str]:
-    """The words between commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def _take_turns(
-    contenders: Sequence[Contender], legs: Sequence[list[Leg]], against_new_tokens: int | None
+    contenders: Sequence[Contender], legs: Sequence[list[Leg]], store: ExpertStore, against_new_tokens: int | None
 ) -> list[SideRun]:
     """Run all sides with the legs of every repeat, each of which begins with another side."""
     turns = [(i, contenders[(i + j) % len(contenders)]) for i in range(len(legs)) for j in range(len(contenders))]
@@ -182,19 +177,20 @@ def _take_turns(
     with tqdm(turns, unit="process") as progress:
         for repeat, contender in progress:
             progress.set_description(f"repeat {repeat + 1}: {contender.name}")
-            runs.append(_turn(contender, _legs_of(contender, legs[repeat], against_new_tokens), repeat=repeat))
+            own_legs = _legs_of(contender, legs[repeat], against_new_tokens)
+            runs.append(_turn(contender, own_legs, store, repeat=repeat))
     return runs
 
 
-def _turn(contender: Contender, legs: list[Leg], *, repeat: int) -> SideRun:
-    """One process, from dropped page caches, and the disk's rate around it."""
+def _turn(contender: Contender, legs: list[Leg], store: ExpertStore, *, repeat: int) -> SideRun:
+    """One process, from dropped page caches, and the disk's rate around it: shared disks change from minute to minute."""
     if contender.unable:
         return SideRun(contender.name, repeat, contender.limits.memory_bytes, failure=contender.unable)
     order = replace(contender.order, legs=legs)
-    before = _read_rate(order)
-    page_cache.drop([*_shards(order.model_dir), *([Path(order.gguf)] if order.gguf else [])])
+    before = _read_rate(store)
+    page_cache.drop([*order.shards, *([Path(order.gguf)] if order.gguf else [])])
     one = run_side(order, contender.limits, contender=contender.name, repeat=repeat)
-    one.read_rate = (before + _read_rate(order)) / 2
+    one.read_rate = (before + _read_rate(store)) / 2
     if order.offload_dir:
         shutil.rmtree(order.offload_dir)
         Path(order.offload_dir).mkdir()
@@ -203,73 +199,57 @@ def _turn(contender: Contender, legs: list[Leg], *, repeat: int) -> SideRun:
 
 def _legs_of(contender: Contender, legs: Sequence[Leg], against_new_tokens: int | None) -> list[Leg]:
     """The legs of one side: the long prompt is for those its bound is made of; slow opponents may decode fewer tokens."""
-    side = contender.order.side
-    kept = [leg for leg in legs if leg.name != LONG or side in LONG_SIDES]
-    if side in LONG_SIDES or against_new_tokens is None:
-        return kept
-    return [replace(leg, max_new_tokens=min(leg.max_new_tokens, against_new_tokens)) for leg in kept]
+    if contender.order.side in LONG_SIDES:
+        return list(legs)
+    most = against_new_tokens or max(leg.max_new_tokens for leg in legs)
+    return [replace(leg, max_new_tokens=min(leg.max_new_tokens, most)) for leg in legs if leg.name != LONG]
 
 
-def _read_rate(order: Order) -> float:
-    """Bytes per second that the model's disk gives now: disks that are shared change from minute to minute."""
-    read_bytes = ExpertStore(order.model_dir).format.expert_bytes
-    return disk_rate(_shards(order.model_dir), read_bytes, depths=AROUND_DEPTHS, seconds=AROUND_SECONDS).best
+def _read_rate(store: ExpertStore) -> float:
+    """Bytes per second that the model's disk gives now."""
+    return disk_rate(store.shards, store.format.expert_bytes, depths=AROUND_DEPTHS, seconds=AROUND_SECONDS).best
 
 
-def _shards(model_dir: str) -> list[Path]:
-    return sorted(Path(model_dir).glob("*.safetensors"))
-
-
-def _bandwidth(model_dir: str, threads: int) -> dict[str, Any]:
+def _bandwidth(store: ExpertStore, threads: int) -> dict[str, Any]:
     """Bytes per second: of reads as large as one expert, alone and while all cores compute, and of memory."""
-    shards, read_bytes = _shards(model_dir), ExpertStore(model_dir).format.expert_bytes
-    reads = disk_rate(shards, read_bytes)
+    reads = disk_rate(store.shards, store.format.expert_bytes)
     with products_beside(threads):
-        beside = disk_rate(shards, read_bytes, depths=AROUND_DEPTHS, seconds=AROUND_SECONDS)
+        beside = _read_rate(store)
     return {
         "read_bytes": reads.read_bytes,
         "direct": reads.direct,
         "read_by_depth": reads.by_depth,
         "read": reads.best,
-        "read_beside_products": beside.best,
+        "read_beside_products": beside,
         "memory": memory_bandwidth(threads),
     }
 
 
-def _active_bytes(model_dir: str) -> int:
-    """Weights that one token needs."""
-    config = read_config(model_dir).get_text_config()
-    return ExpertStore(model_dir).active_bytes(
-        top_k=config.num_experts_per_tok, tied_embeddings=config.tie_word_embeddings
-    )
-
-
 def _compared(
-    runs: Sequence[SideRun], contenders: Sequence[Contender], bandwidth: dict[str, Any], model_dir: str
+    runs: Sequence[SideRun], contenders: Sequence[Contender], bandwidth: dict[str, Any], store: ExpertStore
 ) -> dict[str, Any]:
     """Summaries, ratios and bounds; the memory's rate is the better of before and after."""
-    memory_rate = max(measured["memory"] for measured in bandwidth.values())
+    config = read_config(store.model_dir).get_text_config()
+    active_bytes = store.active_bytes(top_k=config.num_experts_per_tok, tied_embeddings=config.tie_word_embeddings)
+    machine = {"memory_rate": max(one["memory"] for one in bandwidth.values()), "active_bytes": active_bytes}
     ours = [contender.name for contender in contenders if contender.order.side == "remoe"]
-    names = [contender.name for contender in contenders]
+    others = {contender.name: [one for one in ours if one != contender.name] for contender in contenders}
     bounds: dict[str, Any] = {}
     for name in ours:
-        legs = {
-            leg: decode_bound(
-                runs, name, leg, resident="resident", memory_rate=memory_rate, active_bytes=_active_bytes(model_dir)
-            )
-            for leg in (COLD, WARM)
+        legs = {leg: decode_bound(runs, name, leg, **machine) for leg in (COLD, WARM)} | {
+            LONG: prompt_bound(runs, name)
         }
-        legs[LONG] = prompt_bound(runs, name, resident="resident")
         bounds[name] = {leg: bound for leg, bound in legs.items() if bound is not None}
-    others = {name: [one for one in ours if one != name] for name in names}
     return {
         "ours": ours,
-        "model": {"active_bytes": _active_bytes(model_dir), "expert_bytes": ExpertStore(model_dir).format.expert_bytes},
+        "model": {"active_bytes": active_bytes, "expert_bytes": store.format.expert_bytes},
         "summary": summarise(runs),
         "ratios": {
-            name: {to: {leg: ratios(runs, of=name, to=to, leg=leg) for leg in (COLD, WARM)} for to in others[name]}
-            for name in names
+            name: {to: {leg: ratios(runs, of=name, to=to, leg=leg) for leg in (COLD, WARM)} for to in beside}
+            for name, beside in others.items()
         },
-        "equal_tokens": {name: {to: equal_tokens(runs, of=name, to=to) for to in others[name]} for name in names},
+        "equal_tokens": {
+            name: {to: equal_tokens(runs, of=name, to=to) for to in beside} for name, beside in others.items()
+        },
         "bounds": bounds,
     }

@@ -11,21 +11,21 @@ import math
 import random
 import subprocess
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from configs.checks import at_least
 from configs.files import prepare, write_json
 from configs.load import UserError
-from evaluation.benchmark.memory_group import Hierarchy, MemoryGroup, find_hierarchy
+from evaluation.benchmark.memory_group import NO_CONTROLLER, Hierarchy, MemoryGroup, find_hierarchy
 from evaluation.benchmark.processes import Child
 from evaluation.benchmark.sides.memory_trial import Trial
+from evaluation.benchmark.tables import table
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.report.numbers import bytes_text
 from training.model.loading import local_folder
@@ -93,10 +93,7 @@ def benchmark(options: MemoryBenchmark) -> None:
     output = prepare(options.output) if options.output else None
     hierarchy = find_hierarchy()
     if hierarchy is None:
-        raise UserError(
-            "this needs a memory controller (cgroup v1 or v2) in which this user may make groups, and there is none; run "
-            "as root on a machine that has it"
-        )
+        raise UserError(f"this {NO_CONTROLLER}")
     outcomes = _trials(options, hierarchy)
     served = [one for one in outcomes if one.outcome == "served"]
     result = {
@@ -108,7 +105,14 @@ def benchmark(options: MemoryBenchmark) -> None:
     }
     if output:
         write_json(output, result)
-    Console().print(_table(outcomes))
+    rows = [
+        (
+            bytes_text(one.budget_bytes), f"{one.batch} x {one.context_tokens}", str(one.slots or "-"),
+            f"{one.share:.1%}" if one.outcome != "refused" else "-", one.outcome,
+        )
+        for one in sorted(outcomes, key=lambda one: -one.share)
+    ]  # fmt: skip
+    Console().print(table("memory budgets", "budget|batch x context|slots|peak / budget|outcome", rows))
     broken = [one for one in outcomes if not one.kept]
     if broken:
         raise UserError(f"{len(broken)} of {len(outcomes)} budgets were not kept, for example {broken[0]}")
@@ -123,16 +127,10 @@ def _trials(options: MemoryBenchmark, hierarchy: Hierarchy) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with tqdm(total=options.trials, unit="trial") as progress:
         while progress.n < options.trials:
-            batch = draw.randint(1, MOST_BATCH)
-            trial = Trial(
-                model_dir=model_dir,
-                batch=batch,
-                memory_budget=int(model_bytes * draw.uniform(*SHARES)),
-                context_tokens=_drawn_context(draw, options.most_tokens // batch),
-                new_tokens=NEW_TOKENS,
-                seed=len(outcomes),
-                threads=options.threads,
-            )
+            batch, budget = draw.randint(1, MOST_BATCH), int(model_bytes * draw.uniform(*SHARES))
+            # every order of magnitude of a context is equally likely
+            context = int(math.exp(draw.uniform(math.log(LEAST_CONTEXT), math.log(options.most_tokens // batch))))
+            trial = Trial(model_dir, budget, batch, context, NEW_TOKENS, seed=len(outcomes), threads=options.threads)
             outcomes.append(one_trial(trial, hierarchy))
             if len(outcomes) >= MOST_REFUSALS and not progress.n and outcomes[-1].outcome == "refused":
                 raise UserError(
@@ -141,11 +139,6 @@ def _trials(options: MemoryBenchmark, hierarchy: Hierarchy) -> list[Outcome]:
             progress.update(outcomes[-1].outcome != "refused")
             progress.set_postfix(most=f"{max(one.share for one in outcomes):.1%}")
     return outcomes
-
-
-def _drawn_context(draw: random.Random, most_tokens: int) -> int:
-    """Tokens of a context: every order of magnitude is equally likely."""
-    return int(math.exp(draw.uniform(math.log(LEAST_CONTEXT), math.log(most_tokens))))
 
 
 def one_trial(trial: Trial, hierarchy: Hierarchy) -> Outcome:
@@ -159,48 +152,21 @@ def one_trial(trial: Trial, hierarchy: Hierarchy) -> Outcome:
             group.limit(libraries_bytes + before_bytes + int((1 + TOLERANCE) * trial.memory_budget))
             child.nudge()
             peak_bytes = _watch(child.process, watched)
-        last = _last_line(child)
+        last = child.line()
         child.wait()
-        said: dict[str, Any] = (
-            json.loads(last)
-            if last
-            else {"outcome": "killed" if group.was_killed else "failed", "why": child.last_words}
-        )
+        ended = {"outcome": "killed" if group.was_killed else "failed", "why": child.last_words}
+        said: dict[str, Any] = json.loads(last) if last else ended
     return Outcome(
-        budget_bytes=trial.memory_budget,
-        context_tokens=trial.context_tokens,
-        batch=trial.batch,
-        before_bytes=before_bytes,
-        peak_bytes=peak_bytes,
-        **said,
+        trial.memory_budget, trial.context_tokens, trial.batch, before_bytes=before_bytes, peak_bytes=peak_bytes, **said
     )
 
 
 def _watch(process: "subprocess.Popen[str]", watched: psutil.Process) -> int:
     """The most private memory until the process ends."""
     peak_bytes = 0
-    while process.poll() is None:
-        try:
+    with suppress(psutil.NoSuchProcess):
+        while process.poll() is None:
             info = watched.memory_info()
-        except psutil.NoSuchProcess:
-            break
-        peak_bytes = max(peak_bytes, info.rss - info.shared)
-        time.sleep(SAMPLE_SECONDS)
+            peak_bytes = max(peak_bytes, info.rss - info.shared)
+            time.sleep(SAMPLE_SECONDS)
     return peak_bytes
-
-
-def _last_line(child: Child) -> str:
-    last = ""
-    while line := child.line():
-        last = line
-    return last
-
-
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("budget", "batch x context", "slots", "peak / budget", "outcome", title="memory budgets")
-    for one in sorted(outcomes, key=lambda one: -one.share):
-        table.add_row(
-            bytes_text(one.budget_bytes), f"{one.batch} x {one.context_tokens}", str(one.slots or "-"),
-            f"{one.share:.1%}" if one.outcome != "refused" else "-", one.outcome,
-        )  # fmt: skip
-    return table

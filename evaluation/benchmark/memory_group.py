@@ -14,6 +14,10 @@ from pathlib import Path
 from configs.load import UserError
 
 NUMBERS = count()
+NO_CONTROLLER = (
+    "needs a memory controller (cgroup v1 or v2) in which this user may make groups, and there is none; run as root on a "
+    "machine that has it"
+)
 REMOVAL_SECONDS = 2.0  # pages of the dead process are given back after a moment
 
 
@@ -40,45 +44,35 @@ class Hierarchy:
 
 
 def find_hierarchy(proc: Path = Path("/proc/self")) -> Hierarchy | None:
-    """The memory controller in which this process may make groups; None where there is none."""
+    """The memory controller in which this process may make groups; None where there is none.
+
+    Groups are made in the nearest one, from this process's own upwards, where a new one has a memory limit.
+    """
     mounts = [line.split() for line in (proc / "mounts").read_text(encoding="utf-8").splitlines()]
     own = [line.split(":", 2) for line in (proc / "cgroup").read_text(encoding="utf-8").splitlines()]
     for _, point, kind, options, *_ in mounts:
         if kind == "cgroup" and "memory" in options.split(","):
-            path = next((where for _, controllers, where in own if "memory" in controllers.split(",")), "/")
-            return _usable(V1, Path(point), path)
+            group = next((where for _, controllers, where in own if "memory" in controllers.split(",")), "/")
+            return _nearest(V1, Path(point), group)
     for _, point, kind, *_ in mounts:
         controllers = Path(point) / "cgroup.controllers"
         if kind == "cgroup2" and controllers.is_file() and "memory" in controllers.read_text().split():
-            path = next((where for number, _, where in own if number == "0"), "/")
-            return _usable(V2, Path(point), path)
+            return _nearest(V2, Path(point), next((where for number, _, where in own if number == "0"), "/"))
     return None
 
 
-def _usable(version: Version, point: Path, own: str) -> Hierarchy | None:
-    """The nearest group from this process's own one upwards in which a new one has a memory limit."""
+def _nearest(version: Version, point: Path, own: str) -> Hierarchy | None:
     inside = point / own.lstrip("/")
-    for parent in (inside, *inside.parents):
-        if not parent.is_relative_to(point):
-            return None
-        if _can_limit(version, parent):
-            return Hierarchy(version, parent)
-    return None
+    parents = [parent for parent in (inside, *inside.parents) if parent.is_relative_to(point)]
+    return next((Hierarchy(version, parent) for parent in parents if _can_limit(version, parent)), None)
 
 
 def _can_limit(version: Version, parent: Path) -> bool:
-    trial = parent / _new_name()
     try:
-        trial.mkdir()
+        with MemoryGroup(Hierarchy(version, parent), None) as trial:
+            return (trial.path / version.limit).is_file()
     except OSError:
         return False
-    usable = (trial / version.limit).is_file()
-    trial.rmdir()
-    return usable
-
-
-def _new_name() -> str:
-    return f"remoe-{os.getpid()}-{next(NUMBERS)}"
 
 
 class MemoryGroup:
@@ -90,8 +84,8 @@ class MemoryGroup:
     """
 
     def __init__(self, hierarchy: Hierarchy, limit_bytes: int | None) -> None:
-        self._version, self.path = hierarchy.version, hierarchy.parent / _new_name()
-        self._limit_bytes = limit_bytes
+        self._version, self._limit_bytes = hierarchy.version, limit_bytes
+        self.path = hierarchy.parent / f"remoe-{os.getpid()}-{next(NUMBERS)}"
 
     def __enter__(self) -> "MemoryGroup":
         self.path.mkdir()
@@ -114,9 +108,8 @@ class MemoryGroup:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    raise UserError(
-                        f"the memory group {self.path} is still in use ({error}); remove it by hand"
-                    ) from error
+                    message = f"the memory group {self.path} is still in use ({error}); remove it by hand"
+                    raise UserError(message) from error
                 time.sleep(0.05)
 
     def command(self, arguments: list[str]) -> list[str]:

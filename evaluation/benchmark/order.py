@@ -1,9 +1,8 @@
 """The order that the benchmark gives to one side's process: which side, which requests, with which settings."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from evaluation.engine.cache.policies import DEFAULT
 
@@ -23,7 +22,7 @@ class Leg:
 class Order:
     """One process of one side: it loads once and serves the legs one after the other."""
 
-    side: str  # a key of `serving.SIDES`
+    side: str  # a function of `transformers_sides` or `llamacpp_side`
     model_dir: str
     legs: list[Leg]
     threads: int
@@ -35,7 +34,15 @@ class Order:
     kv_cache: str = "F16"  # llamacpp: precision of keys and values; F16 is its own choice
     resident_bytes: int | None = None  # accelerate: weights to keep in memory
     offload_dir: str | None = None  # accelerate
-    settings: dict[str, Any] = field(default_factory=dict)  # what a side adds: written into the result
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest leg."""
+        return max(len(leg.prompt_ids) + leg.max_new_tokens for leg in self.legs)
+
+    @property
+    def shards(self) -> list[Path]:
+        return sorted(Path(self.model_dir).glob("*.safetensors"))
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")

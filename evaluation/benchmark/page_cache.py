@@ -22,17 +22,13 @@ def drop(paths: Iterable[Path]) -> None:
 
 def cached_bytes(paths: Iterable[Path]) -> int:
     """Bytes of the files that are in the page cache (mincore)."""
-    return sum(_cached_bytes(path) for path in paths)
+    return sum(_cached_bytes(path) for path in paths if path.stat().st_size)
 
 
 def _cached_bytes(path: Path) -> int:
-    size = path.stat().st_size
-    if not size:
-        return 0
     data = np.memmap(path, np.uint8, mode="r")
-    pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
-    libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.mincore(ctypes.c_void_p(data.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
-    if failed:
+    pages = np.zeros(-(-len(data) // mmap.PAGESIZE), np.uint8)
+    libc, start = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p(data.ctypes.data)
+    if libc.mincore(start, ctypes.c_size_t(len(data)), ctypes.c_void_p(pages.ctypes.data)):
         raise OSError(ctypes.get_errno(), "mincore", str(path))
     return int((pages & 1).sum()) * mmap.PAGESIZE

@@ -5,22 +5,17 @@ request that goes from domain to domain and back, as a long conversation does. `
 from the validation split. Prints the tables of evaluation/engine/README.md.
 """
 
-import itertools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from configs.checks import at_least
-from configs.load import UserError
+from configs.checks import at_least, whole_numbers
 from data.corpus import DOMAINS
 from data.pieces import spread_pieces
 from evaluation.engine.cache.pool import SCOPES
-from evaluation.engine.cache.replay import POLICIES, Request, check_choice, replay, requests_of
+from evaluation.engine.cache.replay import POLICIES, check_choice, replay_all
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
@@ -46,12 +41,11 @@ class PoliciesBenchmark:
 
     def __post_init__(self) -> None:
         at_least(self, requests=2)
-        if not re.fullmatch(r"\d+(,\d+)*", self.slots):
-            raise UserError(f"--slots {self.slots!r} is no list of numbers; write for example 4,8,16")
+        _ = self.sizes
 
     @property
     def sizes(self) -> list[int]:
-        return [int(size) for size in self.slots.split(",")]
+        return whole_numbers(self.slots, flag="--slots", example="4,8,16")
 
 
 def benchmark(options: PoliciesBenchmark) -> None:
@@ -70,14 +64,9 @@ def benchmark(options: PoliciesBenchmark) -> None:
 def one_request(traces: Sequence[RouteTrace]) -> RouteTrace:
     """The first two requests of every trace, the first ones of all before the second ones, as a single request."""
     ids_TLK = np.concatenate([trace.expert_ids[trace.request_id == n] for n in range(2) for trace in traces])
-    tokens = len(ids_TLK)
-    return RouteTrace(
-        ids_TLK,
-        phase=np.ones(tokens, np.uint8),
-        request_id=np.zeros(tokens, np.int32),
-        call=np.arange(tokens),
-        num_experts=traces[0].num_experts,
-        layer_ids=traces[0].layer_ids,
+    number_T = np.arange(len(ids_TLK))
+    return replace(
+        traces[0], expert_ids=ids_TLK, phase=np.ones_like(number_T), request_id=np.zeros_like(number_T), call=number_T
     )
 
 
@@ -86,51 +75,30 @@ def regrets(texts: dict[str, RouteTrace], profile: RouteTrace, *, sizes: Sequenc
     for slots in sizes:
         check_choice(profile, policy="lru", cache_scope="per_layer", slots=slots)
     found: Regrets = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for text, trace in progress.track(texts.items(), description="replaying"):
-            requests = requests_of(trace)
-            for scope, slots in itertools.product(SCOPES, sizes):
-                total = slots * (trace.layers if scope == "global" else 1)
-                misses = _misses(trace, profile, requests, scope=scope, slots=total)
-                found[scope, slots, text] = {name: count / misses["belady"] for name, count in misses.items()}
+    for text, trace in texts.items():
+        for scope in SCOPES:
+            pools = {slots * (trace.layers if scope == "global" else 1): slots for slots in sizes}
+            results = replay_all(trace, POLICIES, scopes=[scope], sizes=list(pools), profile=profile)
+            optimum = {result.slots: result.misses for result in results if result.policy == "belady"}
+            for result in results:
+                regret = result.misses / optimum[result.slots]
+                found.setdefault((scope, pools[result.slots], text), {})[result.policy] = regret
     return found
-
-
-def _misses(
-    trace: RouteTrace, profile: RouteTrace, requests: list[Request], *, scope: str, slots: int
-) -> dict[str, int]:
-    """Policy -> misses with this number of slots in a pool."""
-    return {
-        policy: replay(
-            trace,
-            policy=policy,
-            cache_scope=scope,
-            requests=requests,
-            slots=slots,
-            profile=profile if policy == "static" else None,
-        ).misses
-        for policy in POLICIES
-    }
 
 
 def markdown(found: Regrets, *, scope: str, layers: int, num_experts: int) -> list[str]:
     """Lines of a table with a row per size: the geometric mean over the domains, and `all domains`."""
     policies = [policy for policy in POLICIES if policy != "belady"]
-    lines = [
-        f"| `{scope}`: experts held | " + " | ".join(policies) + " |",
-        "|---|" + "---|" * len(policies),
-    ]
+    lines = [f"| `{scope}`: experts held | " + " | ".join(policies) + " |", "|---|" + "---|" * len(policies)]
     for texts, label in ((DOMAINS, ""), (("all domains",), ", one long request")):
         for slots in sorted({slots for name, slots, _ in found if name == scope}):
             held = slots * (layers if scope == "global" else 1)
-            row = {p: _mean([found[scope, slots, text][p] for text in texts]) for p in policies}
-            cells = [f"**{row[p]:.2f}**" if row[p] == min(row.values()) else f"{row[p]:.2f}" for p in policies]
+            row = [
+                np.exp(np.mean([np.log(found[scope, slots, text][policy]) for text in texts])) for policy in policies
+            ]
+            cells = [f"**{mean:.2f}**" if mean == min(row) else f"{mean:.2f}" for mean in row]
             lines.append(f"| {held} ({slots / num_experts:.0%}){label} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.exp(np.mean(np.log(values))))
 
 
 def _trace(

@@ -6,10 +6,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from configs.sizes import readable
@@ -41,19 +40,14 @@ class Child:
         command = [sys.executable, "-m", module, *arguments]
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            group.command(command) if group else command,
-            cwd=PROJECT,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+            group.command(command) if group else command, cwd=PROJECT, env={**os.environ, **(environment or {})},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+        )  # fmt: skip
 
     def __enter__(self) -> "Child":
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
         self._errors.close()
@@ -112,17 +106,15 @@ class SideRun:
 
 def run_side(order: Order, limits: Limits, *, contender: str, repeat: int) -> SideRun:
     """Run the order to its end, its death or the timeout. Never raises for what happens inside the process."""
-    run = SideRun(contender, repeat, limits.memory_bytes)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    limit, place = limits.memory_bytes, limits.hierarchy
+    in_group: AbstractContextManager[MemoryGroup | None] = MemoryGroup(place, limit) if place else nullcontext()
+    with tempfile.TemporaryDirectory() as folder, in_group as group:
         order_path, result_path = Path(folder) / "order.json", Path(folder) / "result.json"
         order.write(order_path)
-        group = stack.enter_context(MemoryGroup(limits.hierarchy, limits.memory_bytes)) if limits.hierarchy else None
         with Child(MODULE, str(order_path), str(result_path), group=group) as child:
-            code = child.wait(limits.seconds)
-            last_words = child.last_words
-        if result_path.is_file():
-            for name, value in json.loads(result_path.read_text(encoding="utf-8")).items():
-                setattr(run, name, value)
+            code, last_words = child.wait(limits.seconds), child.last_words
+        result = json.loads(result_path.read_text(encoding="utf-8")) if result_path.is_file() else {}
+        run = SideRun(contender, repeat, limit, **result)
         run.peak_memory_bytes = group.peak_bytes if group else None
         if code != 0 or len(run.legs) < len(order.legs):
             run.failure = _failure(code, last_words, limits, killed=group is not None and group.was_killed)
@@ -135,6 +127,4 @@ def _failure(code: int | None, last_words: str, limits: Limits, *, killed: bool)
     if killed:
         limit = "" if limits.memory_bytes is None else f" of {readable(limits.memory_bytes)}"
         return f"killed by the kernel: more than the memory limit{limit}, page cache included"
-    if "ModuleNotFoundError" in last_words:
-        return f"{last_words}; {INSTALL}"
-    return f"exit code {code}: {last_words}"
+    return f"exit code {code}: {last_words}" if "ModuleNotFoundError" not in last_words else f"{last_words}; {INSTALL}"

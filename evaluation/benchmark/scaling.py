@@ -16,6 +16,7 @@ from configs.checks import at_least
 from configs.files import write_yaml
 from configs.load import UserError, load
 from evaluation.benchmark.processes import Child
+from evaluation.benchmark.training import ALONE
 from evaluation.turns import in_turn
 from training.arguments import TrainArguments
 
@@ -53,20 +54,14 @@ class ScalingBenchmark:
         Raises:
             UserError: its batch cannot be shared out evenly.
         """
-        config = load(TrainArguments, self.config, self.overrides)
+        alone = [f"max_steps={self.steps}", f"save_steps={self.steps}", "logging_steps=1", *ALONE]
+        config = load(TrainArguments, self.config, [*self.overrides, *alone])
         if config.per_device_train_batch_size % self.processes:
             raise UserError(
                 f"per_device_train_batch_size={config.per_device_train_batch_size} is that of the one process and must be "
                 f"a multiple of --processes {self.processes}"
             )
-        return replace(
-            config,
-            max_steps=self.steps,
-            logging_steps=1,
-            save_steps=self.steps,
-            report_to="none",
-            resume_from_checkpoint=None,
-        )
+        return config
 
 
 def benchmark(options: ScalingBenchmark) -> None:
@@ -86,17 +81,14 @@ def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
     Raises:
         UserError: training failed; with what it said last.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "launcher.yaml").write_text(json.dumps({**LAUNCHER, "num_processes": processes}), encoding="utf-8")
-        rows = config.per_device_train_batch_size // processes
-        write_yaml(
-            folder / "train.yaml", replace(config, output_dir=str(folder / "run"), per_device_train_batch_size=rows)
-        )
-        launcher = ["--accelerate-config", str(folder / "launcher.yaml")] if processes > 1 else []
-        threads = {"OMP_NUM_THREADS": "1"}
-        with Child("training.train", str(folder / "train.yaml"), *launcher, environment=threads) as child:
+    rows, threads = config.per_device_train_batch_size // processes, {"OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        run, train, launcher = Path(folder) / "run", Path(folder) / "train.yaml", Path(folder) / "launcher.yaml"
+        launcher.write_text(json.dumps({**LAUNCHER, "num_processes": processes}), encoding="utf-8")
+        write_yaml(train, replace(config, output_dir=str(run), per_device_train_batch_size=rows))
+        arguments = [str(train), "--accelerate-config", str(launcher)] if processes > 1 else [str(train)]
+        with Child("training.train", *arguments, environment=threads) as child:
             if code := child.wait():
                 raise UserError(f"{processes} processes ended with exit code {code}: {child.last_words}")
-        lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return median(json.loads(line)["time/tokens_per_second"] for line in lines[WARM_UP:])
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return median(json.loads(line)["time/tokens_per_second"] for line in lines[WARM_UP:])

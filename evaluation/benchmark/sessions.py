@@ -18,10 +18,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from configs.checks import at_least
+from configs.checks import at_least, chosen
 from configs.files import prepare, write_json
-from configs.load import UserError
 from data.pieces import document_beginnings
+from evaluation.benchmark.tables import table
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
@@ -61,31 +61,16 @@ class SessionsBenchmark:
     output: str | None = None  # JSON file to write everything that was measured to
 
     def __post_init__(self) -> None:
-        at_least(self, repeats=1)
-        if unknown := [name for name in self.workload_names if name not in WORKLOADS]:
-            raise UserError(
-                f"--workloads {unknown[0]!r} is not known; write {' or '.join(WORKLOADS)}, or both with a comma"
-            )
-        self.shares()
+        at_least(self, repeats=1, turns=1)
+        _ = self.workload_names, self.shares
 
     @property
     def workload_names(self) -> list[str]:
-        return [name.strip() for name in self.workloads.split(",")]
+        return chosen(self.workloads, WORKLOADS, flag="--workloads")
 
+    @property
     def shares(self) -> list[float]:
-        """The divisions by number.
-
-        Raises:
-            UserError: one of them is not among `SHARES`.
-        """
-        found = []
-        for name in self.divisions.split(","):
-            try:
-                found.append(SHARES[SHARES.index(float(name))])
-            except ValueError:
-                known = ",".join(map(str, SHARES))
-                raise UserError(f"--divisions {name.strip()!r} is not known; write some of {known}") from None
-        return found
+        return chosen(self.divisions, SHARES, flag="--divisions")
 
 
 class _Run(NamedTuple):
@@ -112,17 +97,12 @@ def benchmark(options: SessionsBenchmark) -> None:
 
 def _requests(model_dir: str, options: SessionsBenchmark, *, changing: bool) -> list[ChatRequest]:
     """Conversations whose turns go on in the text they began with."""
-    turns, question = options.turns, options.question_tokens
-    tokens = options.prefix_tokens + (turns - 1) * question
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer, question = load_tokenizer(model_dir), options.question_tokens
+    lengths = [options.prefix_tokens + turn * question for turn in range(options.turns)]
     texts = document_beginnings(
-        tokenizer, "test", tokens=tokens, count=options.conversations, domains=("prose", "code")
+        tokenizer, "test", tokens=lengths[-1], count=options.conversations, domains=("prose", "code")
     )
-    requests = [
-        ChatRequest(text[: options.prefix_tokens + turn * question], options.max_new_tokens)
-        for turn in range(turns)
-        for text in texts
-    ]
+    requests = [ChatRequest(text[:length], options.max_new_tokens) for length in lengths for text in texts]
     if not changing:
         return requests
     half = requests[: len(requests) // 2]
@@ -143,9 +123,9 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], options: SessionsB
         assert engine.division is not None
         shared_bytes = engine.division.shared_bytes
     best_plan = min(planned, key=lambda split: split.expected_seconds)
-    chosen = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
-    shares = sorted({*options.shares(), chosen, EVEN})
-    starts = {**{str(share): share for share in shares}, FROM_PLAN: chosen, FROM_EVEN: EVEN}
+    chosen_share = min(SHARES, key=lambda share: abs(int(share * shared_bytes) - best_plan.prefix_cache_bytes))
+    divided = {str(share): share for share in sorted({*options.shares, chosen_share, EVEN})}
+    starts = {**divided, FROM_PLAN: chosen_share, FROM_EVEN: EVEN}
     runs: dict[str, list[_Run]] = {name: [] for name in starts}
     for repeat in range(options.repeats):
         for name in in_turn(list(starts), repeat):
@@ -155,13 +135,8 @@ def _measure(model_dir: str, requests: Sequence[ChatRequest], options: SessionsB
                 one = _timed(chat, requests, MemoryController(engine, chat) if name in CONTROLLED else None)
             runs[name].append(one)
             print(f"{name}: {one.seconds:.1f} s, {one.found_tokens} prompt tokens found", file=sys.stderr)
-    return {
-        "requests": len(requests),
-        "shared_bytes": shared_bytes,
-        "planned": [vars(split) for split in planned],
-        "plan_chooses": chosen,
-        **_compared(runs, chosen=str(chosen)),
-    }
+    about = {"requests": len(requests), "shared_bytes": shared_bytes, "planned": [vars(split) for split in planned]}
+    return {**about, "plan_chooses": chosen_share, **_compared(runs, chosen=str(chosen_share))}
 
 
 def _compared(runs: Mapping[str, Sequence[_Run]], *, chosen: str) -> dict[str, Any]:
@@ -198,18 +173,17 @@ def _timed(chat: Conversations, requests: Sequence[ChatRequest], controller: Mem
 
 
 def _table(name: str, found: dict[str, Any]) -> Table:
-    table = Table("kept keys and values", "expected", "measured", title=f"{name}: {found['requests']} requests")
+    seconds, rows = found["median_seconds"], []
     for share, split in zip(SHARES, found["planned"], strict=True):
         mark = " <- plan" if share == found["plan_chooses"] else " (even)" if share == EVEN else ""
-        table.add_row(
-            f"{share:.3g} = {bytes_text(int(share * found['shared_bytes']))}{mark}", f"{split['expected_seconds']:.1f} s",
-            f"{found['median_seconds'][str(share)]:.1f} s" if str(share) in found["median_seconds"] else "-",
-        )  # fmt: skip
-    for controller in CONTROLLED:
-        table.add_row(controller, "-", f"{found['median_seconds'][controller]:.1f} s")
-    table.caption = (
+        kept = f"{share:.3g} = {bytes_text(int(share * found['shared_bytes']))}{mark}"
+        measured = f"{seconds[str(share)]:.1f} s" if str(share) in seconds else "-"
+        rows.append((kept, f"{split['expected_seconds']:.1f} s", measured))
+    rows += [(controller, "-", f"{seconds[controller]:.1f} s") for controller in CONTROLLED]
+    caption = (
         f"of the best division: plan {found['plan_over_best']:.2f}, even {found['even_over_best']:.2f}, controller "
         f"{found['controller_over_best']:.2f} (deciding took {found['deciding_seconds']:.2f} s); "
         f"answers {'equal' if found['answers_equal'] else 'DIFFER'}"
     )
-    return table
+    title = f"{name}: {found['requests']} requests"
+    return table(title, "kept keys and values|expected|measured", rows, caption=caption)

@@ -20,87 +20,83 @@ def result_tables(result: dict[str, Any]) -> RenderableType:
     return Group(_speeds(result), _reads(result), _ratios(result), _bounds(result), _times(result), *_lines(result))
 
 
-def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
-    """A table whose `columns` are named with `|` between; words are on the left, numbers on the right."""
-    table = Table(title=title)
+def table(title: str, columns: str, rows: Iterable[Sequence[str]], *, caption: str | None = None) -> Table:
+    """A table whose `columns` are named with `|` between: words are on the left, `>` before the name of numbers."""
+    made = Table(title=title, caption=caption, caption_justify="left")
     for column in columns.split("|"):
-        table.add_column(column, justify="left" if column in ("side", "to", "leg") else "right")
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
-def _legs(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
-    """Contender, leg, the leg's measures, the contender's summary."""
+def _legs(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Contender, leg, the leg's measures."""
     for contender, summary in result["summary"].items():
         for leg, measured in summary["legs"].items():
-            yield contender, leg.replace("_", " "), measured, summary
+            yield contender, leg.replace("_", " "), measured
 
 
 def _speeds(result: dict[str, Any]) -> Table:
+    columns = {"mean_ttft_ms": MILLISECONDS, "mean_tpot_ms": MILLISECONDS}
     rows = [
-        (contender, leg, *(_text(measured[name], MILLISECONDS) for name in ("mean_ttft_ms", "mean_tpot_ms")),
-         _median(measured["output_throughput"], PLAIN))
-        for contender, leg, measured, _ in _legs(result)
-    ]  # fmt: skip
+        (contender, leg, *_cells(measured, columns), _median(measured["output_throughput"], PLAIN))
+        for contender, leg, measured in _legs(result)
+    ]
     failed = [name for name, summary in result["summary"].items() if not summary["legs"]]
     rows += [(name, "failed", MISSING, MISSING, MISSING) for name in failed]
-    return _table("speed: medians over repeats (least to most)", "side|leg|TTFT|TPOT|tokens/s", rows)
+    return table("speed: medians over repeats (least to most)", "side|leg|>TTFT|>TPOT|>tokens/s", rows)
 
 
 def _reads(result: dict[str, Any]) -> Table:
     rows = []
-    for contender, leg, measured, summary in _legs(result):
+    for contender, leg, measured in _legs(result):
         read = measured["bytes_read_per_token"]
         rates = _median(measured["hit_rate_decode"], PERCENT), _median(measured["reuse_rate_mean"], RATE)
-        peaks = [bytes_text(summary[key]) for key in ("peak_rss_bytes", "peak_memory_bytes")]
-        rows.append((contender, leg, bytes_text(read["median"] if read else None), *rates, *peaks))
-    return _table("reads and memory", "side|leg|read/token|hit rate|EOR|peak RSS|peak with page cache", rows)
+        peaks = [bytes_text(result["summary"][contender][key]) for key in ("peak_rss_bytes", "peak_memory_bytes")]
+        rows.append((contender, leg, bytes_text(read and read["median"]), *rates, *peaks))
+    return table("reads and memory", "side|leg|>read/token|>hit rate|>EOR|>peak RSS|>peak with page cache", rows)
 
 
 def _ratios(result: dict[str, Any]) -> Table:
+    columns, equal = {"mean_tpot_ms_ratio": RATIO, "mean_ttft_ms_ratio": RATIO}, result["equal_tokens"]
     rows = [
-        (contender, ours, leg, _text(ratio["mean_tpot_ms_ratio"], RATIO), _text(ratio["mean_ttft_ms_ratio"], RATIO),
-         PERCENT.text(result["equal_tokens"][contender][ours]))
+        (contender, ours, leg, *_cells(ratio, columns), PERCENT.text(equal[contender][ours]))
         for contender, others in result["ratios"].items()
         for ours, legs in others.items()
         for leg, ratio in legs.items()
         if ratio["mean_tpot_ms_ratio"] is not None
-    ]  # fmt: skip
-    return _table("ratios within repeats", "side|to|leg|TPOT|TTFT|equal tokens", rows)
+    ]
+    return table("ratios within repeats", "side|to|leg|>TPOT|>TTFT|>equal tokens", rows)
 
 
 def _bounds(result: dict[str, Any]) -> Table:
-    rows = []
+    columns = {"bound_ms": MILLISECONDS, "share": PERCENT, "share_with_resident": PERCENT}
+    rows: list[Sequence[str]] = []
     for contender, legs in result["bounds"].items():
         for leg, bound in legs.items():
             if leg == LONG:
-                expected = f"{_text(bound['expected_ms'], MILLISECONDS)} for the prompt"
-                cells = [expected, f"TTFT is {_text(bound['ratio'], RATIO)} of it", MISSING, MISSING]
+                expected, ratio = _cells(bound, {"expected_ms": MILLISECONDS, "ratio": RATIO})
+                cells = [f"{expected} for the prompt", f"TTFT is {ratio} of it", MISSING, MISSING]
             else:
-                shares = [_text(bound[name], PERCENT) for name in ("share", "share_with_resident")]
-                cells = [_text(bound["bound_ms"], MILLISECONDS), *shares, _median(bound["stall_share"], PERCENT)]
+                cells = [*_cells(bound, columns), _median(bound["stall_share"], PERCENT)]
             rows.append((contender, leg.replace("_", " "), *cells))
-    return _table(
-        "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)",
-        "side|leg|bound|share reached|with resident TPOT|waiting for reads",
-        rows,
+    title = (
+        "the machine's bound: the slower of reading missing experts and reading active weights (or the resident TPOT)"
     )
+    return table(title, "side|leg|>bound|>share reached|>with resident TPOT|>waiting for reads", rows)
 
 
 def _times(result: dict[str, Any]) -> Table:
-    names = ("reading_share", "rate_share", "needed_share", "read_share")
+    columns = dict.fromkeys(("reading_share", "rate_share", "needed_share", "read_share"), PERCENT)
     rows = [
-        (contender, leg, *(_text(bound[name], PERCENT) for name in names))
+        (contender, leg, *_cells(bound, columns))
         for contender, legs in result["bounds"].items()
         for leg, bound in legs.items()
         if leg != LONG
     ]
-    return _table(
-        "what keeps a token from reading at the disk's rate all the time: its share of that is the product",
-        "side|leg|of the time, reading|of the disk's rate, then|of the bytes, needed|product",
-        rows,
-    )
+    title = "what keeps a token from reading at the disk's rate all the time: its share of that is the product"
+    return table(title, "side|leg|>of the time, reading|>of the disk's rate, then|>of the bytes, needed|>product", rows)
 
 
 def _lines(result: dict[str, Any]) -> Iterator[Text]:
@@ -121,10 +117,11 @@ def _lines(result: dict[str, Any]) -> Iterator[Text]:
         yield Text(note)
 
 
-def _text(value: dict[str, Any] | None, unit: Unit) -> str:
-    """The median, and the extremes if there are several values."""
-    found = None if value is None else Extent(**value)
-    return unit.text(found.median) if found and found.n == 1 else unit.extent(found)
+def _cells(measured: dict[str, Any], columns: dict[str, Unit]) -> Iterator[str]:
+    """The medians of these measures, and the extremes where there are several values."""
+    for name, unit in columns.items():
+        found = measured[name] and Extent(**measured[name])
+        yield unit.text(found.median) if found and found.n == 1 else unit.extent(found)
 
 
 def _median(value: dict[str, Any] | None, unit: Unit) -> str:

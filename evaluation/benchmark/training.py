@@ -19,15 +19,17 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from configs.checks import at_least
+from configs.checks import at_least, chosen
 from configs.files import prepare, write_json, write_yaml
 from configs.load import UserError, load
+from evaluation.benchmark import tables
 from evaluation.benchmark.processes import Child
-from evaluation.benchmark.sides.training_side import OURS, READY, Measured, TrainingOrder
+from evaluation.benchmark.sides.training_side import FIGURES, OURS, READY, Measured
 from training.arguments import TrainArguments
 
 MODULE = "evaluation.benchmark.sides.training_side"
 STOCK = ("grouped_mm", "batched_mm", "eager")
+ALONE = ("report_to=none", "resume_from_checkpoint=null")  # of a process that is only measured
 
 Runs = Mapping[str, Sequence[Measured]]
 
@@ -56,20 +58,17 @@ class TrainingBenchmark:
     output: str | None = None  # JSON file to write everything that was measured to
 
     def __post_init__(self) -> None:
-        if not self.stock_sides or set(self.stock_sides) - set(STOCK):
-            raise UserError(f"--stock {self.stock!r}: write one or more of {', '.join(STOCK)}, with commas between")
         at_least(self, steps=1, repeats=1, threads=1)
+        _ = self.stock_sides
 
     @property
     def stock_sides(self) -> list[str]:
-        return [name.strip() for name in self.stock.split(",") if name.strip()]
+        return chosen(self.stock, STOCK, flag="--stock")
 
     def train_arguments(self) -> TrainArguments:
         """The config with every ramp at its end, one more step to warm up, and nothing reported or resumed."""
-        config = load(TrainArguments, self.config, [*self.overrides, f"max_steps={self.steps + 1}"])
-        return replace(
-            config, report_to="none", resume_from_checkpoint=None, reuse_warmup_steps=0, consistency_warmup_steps=0
-        )
+        ramps = ("reuse_warmup_steps=0", "consistency_warmup_steps=0")
+        return load(TrainArguments, self.config, [*self.overrides, f"max_steps={self.steps + 1}", *ramps, *ALONE])
 
 
 def benchmark(options: TrainingBenchmark) -> None:
@@ -94,58 +93,47 @@ def take_turns(
     with tqdm(total=repeats * len(sides) * config.max_steps, unit="step") as progress:
         for _ in range(repeats):
             with ExitStack() as stack:
-                started = [stack.enter_context(loaded(side, config, threads=threads)) for side in sides]
+                started = [(side, stack.enter_context(loaded(side, config, threads=threads))) for side in sides]
                 for step in range(config.max_steps):
                     for i in range(len(started)):
-                        started[(step + i) % len(started)].take_step()
+                        side, child = started[(step + i) % len(started)]
+                        said = take_step(side, child)
+                        if step == config.max_steps - 1:
+                            runs[side].append(Measured(**json.loads(said.removeprefix(FIGURES))))
                         progress.update()
-                for side in started:
-                    runs[side.name].append(side.measured())
     return runs
 
 
 @contextmanager
-def loaded(name: str, config: TrainArguments, *, threads: int) -> Iterator["_Side"]:
-    """One side in a process that has loaded its model; it takes as many steps as the config has.
+def loaded(side: str, config: TrainArguments, *, threads: int) -> Iterator[Child]:
+    """A process that has loaded this side's model; it takes as many steps as the config has.
+
+    Raises:
+        UserError: the process ended before its first step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{side}.yaml"
+        write_yaml(path, replace(config, output_dir=str(Path(folder) / side), run_name=side))
+        with Child(MODULE, side, str(path), str(threads)) as child:
+            _answer(side, child)
+            yield child
+
+
+def take_step(side: str, child: Child) -> str:
+    """Let the process take a step; returns what it says then: that it is ready for the next, or at its end its figures.
 
     Raises:
         UserError: the process ended before its last step.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        write_yaml(path, replace(config, output_dir=str(Path(folder) / name), run_name=name))
-        with Child(MODULE, json.dumps(asdict(TrainingOrder(name, str(path), threads)))) as child:
-            side = _Side(name, child, steps=config.max_steps)
-            side.wait()
-            yield side
+    child.nudge()
+    return _answer(side, child)
 
 
-class _Side:
-    """A process that waits for its turns."""
-
-    def __init__(self, name: str, child: Child, *, steps: int) -> None:
-        self.name = name
-        self._child, self._left, self._last = child, steps, ""
-
-    def take_step(self) -> None:
-        """Return when the step is done; after the last one, when the process has ended."""
-        self._left -= 1
-        self._child.nudge()
-        self.wait()
-
-    def measured(self) -> Measured:
-        """The figures that the process printed at its end."""
-        return Measured(**json.loads(self._last))
-
-    def wait(self) -> None:
-        """Return when the process is ready for a step, or has ended after its last one."""
-        while line := self._child.line():
-            if line.strip() == READY:
-                return
-            self._last = line
-        code = self._child.wait()
-        if code or self._left:
-            raise UserError(f"side {self.name} ended with exit code {code}: {self._child.last_words}")
+def _answer(side: str, child: Child) -> str:
+    while line := child.line():
+        if line.startswith((READY, FIGURES)):
+            return line
+    raise UserError(f"side {side} ended with exit code {child.wait()}: {child.last_words}")
 
 
 def compare(runs: Runs) -> dict[str, Any]:
@@ -157,10 +145,8 @@ def compare(runs: Runs) -> dict[str, Any]:
     ours, others = runs[OURS], {side: runs[side] for side in runs if side != OURS}
     fastest = min(others, key=lambda side: median(_step_seconds(one) for one in others[side]))
     pairs = list(zip(ours, others[fastest], strict=True))
-    speed = [
-        median(b / a for a, b in zip(mine.step_seconds[1:], theirs.step_seconds[1:], strict=True))
-        for mine, theirs in pairs
-    ]
+    steps = [zip(mine.step_seconds[1:], theirs.step_seconds[1:], strict=True) for mine, theirs in pairs]
+    speed = [median(theirs / mine for mine, theirs in seconds) for seconds in steps]
     memory = [mine.peak_bytes / theirs.peak_bytes for mine, theirs in pairs]
     return {
         "sides": {side: _summary(measured) for side, measured in runs.items()},
@@ -193,25 +179,22 @@ def _summary(measured: Sequence[Measured]) -> dict[str, float]:
 
 def table(result: Mapping[str, Any]) -> Table:
     """The figures for a terminal."""
-    fastest = result["fastest_stock"]
-    made = Table(
-        title="Training routers: ours beside transformers' Trainer",
-        caption=f"ours / {fastest}: {_ratio(result['speed_ratio'])} the tokens per second, "
-        f"{_ratio(result['memory_ratio'])} the memory above the model",
-        caption_justify="left",
+    speed, memory = (
+        f"{ratio['median']:.2f} x ({min(ratio['each']):.2f} to {max(ratio['each']):.2f})"
+        for ratio in (result["speed_ratio"], result["memory_ratio"])
     )
-    made.add_column("side")
-    for column in ("s per step", "tokens/s", "above the model", "task loss, step 1", "of the bound"):
-        made.add_column(column, justify="right")
-    for side, row in result["sides"].items():
-        name = side if side == OURS else f"Trainer, {side}"
-        made.add_row(
-            name, f"{row['step_seconds']:.3f} ({row['step_seconds_min']:.3f} to {row['step_seconds_max']:.3f})",
+    rows = [
+        (
+            side if side == OURS else f"Trainer, {side}",
+            f"{row['step_seconds']:.3f} ({row['step_seconds_min']:.3f} to {row['step_seconds_max']:.3f})",
             f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['loss_at_step_1']:.5f}",
             f"{100 * row['bound_share']:.0f} %",
-        )  # fmt: skip
-    return made
-
-
-def _ratio(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['median']:.2f} x ({min(ratio['each']):.2f} to {max(ratio['each']):.2f})"
+        )
+        for side, row in result["sides"].items()
+    ]  # fmt: skip
+    return tables.table(
+        "Training routers: ours beside transformers' Trainer",
+        "side|>s per step|>tokens/s|>above the model|>task loss, step 1|>of the bound",
+        rows,
+        caption=f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model",
+    )

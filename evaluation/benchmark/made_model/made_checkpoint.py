@@ -1,16 +1,20 @@
-"""Writes the synthetic model as a Hugging Face folder: one shard a layer, never more than one layer in memory."""
+"""The synthetic model as a Hugging Face folder: written one shard a layer, never with more than one layer in memory, and
+measured by the engine: reuse, load, and misses of an LRU cache.
+"""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, Qwen2MoeConfig
+from transformers import PreTrainedTokenizerBase, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from configs.files import write_json
 from configs.load import UserError
@@ -19,6 +23,13 @@ from data.pieces import document_beginnings
 from evaluation.benchmark.made_model import synthetic
 from evaluation.benchmark.made_model.calibration import LayerRun, calibrated_router, fused
 from evaluation.benchmark.made_model.synthetic import Shape, Source
+from evaluation.engine.cache.counts import DECODE
+from evaluation.engine.cache.curve import lru_curve
+from evaluation.engine.cache.reuse import routing_summary
+from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.greedy import decode
+from evaluation.engine.loading import load
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.store.packing import pack_shard
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -27,6 +38,9 @@ ROWS, ROW_TOKENS = 4, 256  # a row of each domain
 LAYER_SPREAD = 0.03  # standard deviation of the layers' reuse around the wanted mean, as trained layers have it
 FREQUENCY_DOCUMENTS = 40  # of each domain, whose tokens are counted
 UNSEEN = 0.05  # counts of a token that does not occur
+CACHE = "30%"  # of the experts, while the checkpoint is measured
+PROMPT_TOKENS = 256  # of a prompt that it is measured with
+MISS_SHARES = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, for which LRU misses are given
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Recipe:
 
 
 def write_checkpoint(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Write config, tokenizer and all shards; returns sizes and the reuse that every router was calibrated to.
+    """Write config, tokenizer and all shards, then their index; returns sizes and the reuse every router was calibrated to.
 
     Raises:
         UserError: a reuse that a layer cannot have; numbers that the precision cannot hold.
@@ -49,21 +63,28 @@ def write_checkpoint(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenize
     config.save_pretrained(folder)
     tokenizer.model_max_length = recipe.shape.context
     tokenizer.save_pretrained(folder)
-    shards = ShardWriter(folder, recipe.shape.layers + 1)
+    shard_of: dict[str, str] = {}
     reached = []
-    for weights, eor in _shards(config, recipe, tokenizer):
-        shards.write(weights)
+    for number, (weights, eor) in enumerate(_shards(config, recipe, tokenizer), 1):
+        shard = f"model-{number:05}-of-{recipe.shape.layers + 1:05}.safetensors"
+        apart = {
+            name: weight.clone() if weight.dim() == 1 else weight for name, weight in weights.items()
+        }  # no aliases
+        save_file(apart, folder / shard, {"format": "pt"})
+        pack_shard(folder / shard, folder / shard)
+        shard_of |= dict.fromkeys(weights, shard)
         reached.append(eor)
-    shards.finish()
-    return {**asdict(recipe), "weight_bytes": shards.total_bytes, "calibrated_eor_per_layer": reached[:-1]}
+    total_bytes = weight_bytes(recipe.shape, recipe.dtype)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(shard_of.items()))}
+    write_json(folder / "model.safetensors.index.json", index)
+    return {**asdict(recipe), "weight_bytes": total_bytes, "calibrated_eor_per_layer": reached[:-1]}
 
 
 def weight_bytes(shape: Shape, dtype: str) -> int:
     """The bytes of all tensors."""
-    each = shape.attention_weights + shape.num_experts * (3 * shape.hidden * shape.intermediate)
-    each += shape.hidden * (shape.num_experts + 3 * shape.shared_intermediate + 1 + 2)  # router, shared expert, norms
-    whole = shape.layers * each + shape.hidden * (2 * shape.vocabulary + 1)
-    return whole * torch.empty((), dtype=DTYPES[dtype]).element_size()
+    with torch.device("meta"):
+        model = Qwen2MoeForCausalLM(shape.config(dtype, bos_token_id=0, pad_token_id=0))
+    return model.num_parameters() * DTYPES[dtype].itemsize
 
 
 def _shards(
@@ -126,31 +147,44 @@ def _cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
     return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
-class ShardWriter:
-    """Writes a checkpoint as transformers would, but packed, one shard at a time, and the index at the end."""
+def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int) -> dict[str, Any]:
+    """Routing on test text (teacher-forced) and while decoding greedily, by the engine, one prompt of each domain.
 
-    def __init__(self, folder: Path, shards: int) -> None:
-        self._folder, self._shards = folder, shards
-        self._weight_map: dict[str, str] = {}
-        self._written = 0
-        self.total_bytes = 0
+    `distinct_tokens` is how many of the greedy tokens differ, `distinct_tokens_in_text` how many do in as much real text.
+    """
+    rows = document_beginnings(tokenizer, "test", tokens=PROMPT_TOKENS, count=len(DOMAINS))
+    generated: list[list[int]] = []
+    with load(folder, EngineOptions(CACHE, record_trace=True, warn=False)) as (model, engine):
+        for row in tqdm(rows, desc="measure", unit="prompt"):
+            decoded = decode(model, engine, prompt_ids=row, max_new_tokens=1 + new_tokens)
+            generated.append(decoded.token_ids[:new_tokens])
+        trace = engine.trace()
+    return {
+        "split": "test",
+        "teacher_forced": _routing(trace, decoded=False),
+        "greedy": _routing(trace, decoded=True) if new_tokens > 1 else None,
+        "distinct_tokens": _distinct(generated),
+        "distinct_tokens_in_text": _distinct([row[:new_tokens] for row in rows]),
+        "most_common_share": _most_common_share(generated) if new_tokens else None,
+    }
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the next shard."""
-        self._written += 1
-        name = f"model-{self._written:05}-of-{self._shards:05}.safetensors"
-        apart = {key: tensor.clone() if tensor.dim() == 1 else tensor for key, tensor in tensors.items()}  # no aliases
-        save_file(apart, self._folder / name, {"format": "pt"})
-        pack_shard(self._folder / name, self._folder / name)
-        self._weight_map.update(dict.fromkeys(tensors, name))
-        self.total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 
-    def finish(self) -> None:
-        """Write the index.
+def _routing(trace: RouteTrace, *, decoded: bool) -> dict[str, Any]:
+    """EOR, load, and the misses of an LRU cache that holds a share of a layer's experts, cold for every prompt.
 
-        Raises:
-            AssertionError: fewer or more shards than were announced.
-        """
-        assert self._written == self._shards, f"{self._written} shards of {self._shards}"
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
-        write_json(self._folder / "model.safetensors.index.json", index)
+    Of the tokens of one phase, each as a call of its own.
+    """
+    kept_T = (trace.phase == DECODE) == decoded
+    trace = replace(trace.where(kept_T), phase=np.full(kept_T.sum(), DECODE), call=np.arange(kept_T.sum()))
+    curve = lru_curve(trace, cache_scope="per_layer")
+    misses, accesses = curve.misses.sum((0, 1)), int(curve.accesses.sum())
+    rates = {str(share): int(misses[round(share * trace.num_experts)]) / accesses for share in MISS_SHARES}
+    return {**routing_summary(trace), "lru_miss_rate": rates}
+
+
+def _distinct(rows: Sequence[Sequence[int]]) -> float:
+    return float(np.mean([len(set(row)) for row in rows]))
+
+
+def _most_common_share(rows: Sequence[Sequence[int]]) -> float:
+    return float(np.mean([Counter(row).most_common(1)[0][1] / len(row) for row in rows]))

@@ -21,6 +21,7 @@ Letters: V vocabulary, H hidden, I intermediate, E experts, F rotary frequencies
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,12 +73,6 @@ class Shape:
     def key_heads(self) -> int:
         return max(1, self.heads // 4)
 
-    @property
-    def attention_weights(self) -> int:
-        """Numbers in the attention of one layer, biases of queries, keys and values included."""
-        key_size = 64 * self.key_heads
-        return 2 * self.hidden * (self.hidden + key_size) + self.hidden + 2 * key_size
-
     def config(self, dtype: str, *, bos_token_id: int, pad_token_id: int) -> Qwen2MoeConfig:
         """The configuration of transformers. No token ends a text: a benchmark decides how long it is."""
         return Qwen2MoeConfig(
@@ -91,8 +86,7 @@ class Shape:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """The coordinates of the hidden state that hold token, context and memory."""
 
     token: slice

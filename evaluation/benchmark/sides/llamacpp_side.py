@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evaluation.benchmark.order import Leg, Order
-from evaluation.benchmark.sides.meter import LegResult, Meter
-from evaluation.benchmark.sides.serving import Serving
+from evaluation.benchmark.sides.serving import LegResult, Meter, Serving
+
+GGUF_PRECISION = "float16"  # what llama.cpp computes fastest in of the 16-bit formats, on processors without bfloat16
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def llamacpp(order: Order) -> Iterator[Serving]:
     assert order.gguf is not None, "an order for llama.cpp without a GGUF"
     params = xllamacpp.CommonParams()
     params.model.path = order.gguf
-    params.n_ctx = max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs) + 8
+    params.n_ctx = order.context_tokens + 8
     params.n_parallel, params.n_gpu_layers = 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order.threads
     params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{order.kv_cache}")
@@ -30,8 +31,9 @@ def llamacpp(order: Order) -> Iterator[Serving]:
     params.fit_params, params.ui, params.cache_prompt, params.verbosity = False, False, False, 0
     server = xllamacpp.Server(params)
     settings = {
-        "xllamacpp": xllamacpp.__version__, "gguf": Path(order.gguf).name, "load_mode": "mmap", "lazy_mode": "auto",
-        "n_ctx": params.n_ctx, "threads": order.threads, "kv_cache": order.kv_cache, "warmup": False,
+        "xllamacpp": xllamacpp.__version__, "gguf": Path(order.gguf).name, "gguf_precision": GGUF_PRECISION,
+        "load_mode": "mmap", "lazy_mode": "auto", "n_ctx": params.n_ctx, "threads": order.threads,
+        "kv_cache": order.kv_cache, "warmup": False,
         "system_info": xllamacpp.get_system_info().strip(),
     }  # fmt: skip
     yield Serving(lambda leg: _ask_server(server.listening_address, leg), [Path(order.gguf)], settings)

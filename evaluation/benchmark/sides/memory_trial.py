@@ -18,7 +18,7 @@ from evaluation.engine.memory.process import private_bytes
 from evaluation.engine.options import EngineOptions
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Trial:
     """The task of one process."""
 
@@ -52,12 +52,8 @@ def _serve(trial: Trial) -> int:
         draw = torch.Generator().manual_seed(trial.seed)
         ids_BT = torch.randint(vocabulary, (trial.batch, trial.context_tokens - trial.new_tokens), generator=draw)
         generate: Any = model.generate
-        generate(
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            max_new_tokens=trial.new_tokens,
-            min_new_tokens=trial.new_tokens,
-        )
+        mask_BT, new_tokens = torch.ones_like(ids_BT), trial.new_tokens
+        generate(input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
         return engine.division.slots
 
 

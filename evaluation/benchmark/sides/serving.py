@@ -1,25 +1,35 @@
-"""A side that is loaded and ready for requests, whichever it is.
+"""A side that is loaded and serves legs, and the clock for its tokens, which also notes what the process had read.
 
-Sides are imported only in the process that runs them (`side.py`): what one needs must not weigh on another. No text ends
-early: end-of-text tokens are switched off everywhere.
+`read_bytes` of /proc/self/io is what the kernel fetched from the device for this process, faults of mapped files and
+read-ahead included; `rchar` is what read calls returned, from the device or from the page cache, without mapped files.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmark.order import Leg, Order
-from evaluation.benchmark.sides.meter import LegResult
+import psutil
 
-SIDES = {
-    "remoe": "evaluation.benchmark.sides.transformers_sides",
-    "accelerate": "evaluation.benchmark.sides.transformers_sides",
-    "resident": "evaluation.benchmark.sides.transformers_sides",
-    "llamacpp": "evaluation.benchmark.sides.llamacpp_side",
-}
+from evaluation.benchmark.order import Leg
+from evaluation.engine.stats import Timing
+
+
+@dataclass
+class LegResult:
+    """One request of one side. `bytes_read_per_token` is `read_bytes` of the decode part; `engine` is ours alone."""
+
+    token_ids: list[int]
+    ttft_ms: float | None
+    tpot_ms: float | None
+    itl_ms: list[float]
+    output_throughput: float | None
+    prefill_io: dict[str, int]
+    decode_io: dict[str, int]
+    bytes_read_per_token: float | None
+    engine: dict[str, Any] | None = None  # hit rates, misses, EOR: what only a paged engine knows
 
 
 @dataclass
@@ -28,9 +38,9 @@ class Serving:
 
     Attributes:
         request: serves one leg.
-        begin_cold: forgets what the side itself has cached; the page cache is not its business.
         files: the weights it reads, for the page cache to be dropped.
         settings: in words or numbers, for the report.
+        begin_cold: forgets what the side itself has cached; the page cache is not its business.
     """
 
     request: Callable[[Leg], LegResult]
@@ -39,7 +49,35 @@ class Serving:
     begin_cold: Callable[[], None] = field(default=lambda: None)
 
 
-def open_side(order: Order) -> AbstractContextManager[Serving]:
-    """Load the order's side, for as long as the context lasts."""
-    opened: AbstractContextManager[Serving] = getattr(import_module(SIDES[order.side]), order.side)(order)
-    return opened
+def process_io() -> dict[str, int]:
+    """The counters of this process so far, of all its threads."""
+    counters = psutil.Process().io_counters()
+    return {"rchar": counters.read_chars, "read_bytes": counters.read_bytes}
+
+
+@dataclass
+class Meter:
+    """Notes time and bytes as tokens come; a request starts when its meter is made."""
+
+    start: float = field(default_factory=time.perf_counter)
+    start_io: dict[str, int] = field(default_factory=process_io)
+    token_ids: list[int] = field(default_factory=list)
+    token_seconds: list[float] = field(default_factory=list)
+    token_io: list[dict[str, int]] = field(default_factory=list)
+
+    def tokens(self, ids: Sequence[int]) -> None:
+        """Note that these tokens came now."""
+        self.token_ids += ids
+        self.token_seconds += [time.perf_counter() - self.start] * len(ids)
+        self.token_io += [process_io()] * len(ids)
+
+    def result(self) -> LegResult:
+        """The figures of the request, which must have given a token."""
+        assert self.token_ids, "a request without tokens"
+        timing, decoded = Timing(self.token_seconds), len(self.token_ids) - 1
+        steps = pairwise([self.start_io, self.token_io[0], self.token_io[-1]])
+        prefill_io, decode_io = ({name: after[name] - before[name] for name in after} for before, after in steps)
+        return LegResult(
+            self.token_ids, timing.ttft_ms, timing.tpot_ms, timing.itl_ms, timing.output_throughput, prefill_io, decode_io,
+            bytes_read_per_token=decode_io["read_bytes"] / decoded if decoded else None,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The process of one side of `remoe bench training`: `python -m evaluation.benchmark.sides.training_side ORDER_JSON`.
+"""The process of one side of `remoe bench training`: `python -m evaluation.benchmark.sides.training_side SIDE CONFIG THREADS`.
 
 Loads the model, takes each step when it is told to, and says on standard output how long each took, how much memory they
 needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import psutil
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -25,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from configs.command import run as run_command
 from configs.load import UserError, load
-from data.batches import Batch
+from data.batches import Batch, PackedRows
 from evaluation.engine.memory.process import peak_rss_bytes
 from training.arguments import TrainArguments
 from training.loop import train_step
@@ -33,20 +35,11 @@ from training.model import packed_attention
 from training.run import Run, build
 
 OURS = "remoe"
-READY = "ready for a step"
-"""A process prints this before each step, and takes the step when a line comes in."""
+READY, FIGURES = "ready for a step", "measured: "
+"""A process prints the first before each step, which it takes when a line comes in, and its figures as JSON at its end."""
 RATE_SIZE, ACCELERATOR_RATE_SIZE, RATE_SECONDS = 1024, 8192, 0.5
 """The square matrices with which the machine's rate is measured (on an accelerator starting a small product takes longer
 than the product), and how long."""
-
-
-@dataclass
-class TrainingOrder:
-    """The task of one process."""
-
-    side: str  # `OURS`, or a stock experts_implementation, trained by transformers' Trainer
-    config: str  # YAML of a `TrainArguments` whose max_steps are all steps
-    threads: int
 
 
 @dataclass
@@ -63,34 +56,32 @@ class Measured:
     attn_implementation: str  # transformers' name
 
 
-def main(order: TrainingOrder) -> None:
-    """Load, train, print the figures as one line of JSON."""
-    torch.set_num_threads(order.threads)
+def main(side: str, config: str, threads: int) -> None:
+    """Load, train, print the figures as one line of JSON.
+
+    Args:
+        side: `OURS`, or a stock experts_implementation, trained by transformers' Trainer.
+        config: YAML of a `TrainArguments` whose max_steps are all steps.
+    """
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = build(load(TrainArguments, order.config))
-    take_steps = _our_steps if order.side == OURS else _stock_steps
-    if order.side != OURS:
+    run = build(load(TrainArguments, config))
+    if side != OURS:
         run.observer.close()
-        run.model.set_experts_implementation(order.side)
+        run.model.set_experts_implementation(side)
         if _attention(run) == packed_attention.IMPLEMENTATION:
             run.model.set_attn_implementation("sdpa")
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)
-    seconds, losses = take_steps(run)
-    peak_bytes = _peak_bytes(run.accelerator.device) - model_bytes
+    seconds, losses = (_our_steps if side == OURS else _stock_steps)(run)
     measured = Measured(
-        step_seconds=seconds,
-        losses=losses,
-        tokens_per_step=run.rows_per_step * run.args.max_length,
-        model_bytes=model_bytes,
-        peak_bytes=peak_bytes,
-        forward_flop_per_step=flop,
-        matrix_flop_per_second=_matrix_rate(run),
-        attn_implementation=_attention(run),
-    )
-    print(json.dumps(asdict(measured)), flush=True)
+        seconds, losses, run.rows_per_step * run.args.max_length, model_bytes,
+        peak_bytes=_peak_bytes(run.accelerator.device) - model_bytes, forward_flop_per_step=flop,
+        matrix_flop_per_second=_matrix_rate(run), attn_implementation=_attention(run),
+    )  # fmt: skip
+    print(f"{FIGURES}{json.dumps(asdict(measured))}", flush=True)
 
 
 def _attention(run: Run) -> str:
@@ -111,61 +102,50 @@ def _our_steps(run: Run) -> tuple[list[float], list[float]]:
     while run.step < run.args.max_steps:
         began = _wait_for_turn()
         losses.append(train_step(run)["train/loss"])
-        _finish(run.accelerator.device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_finished(run.accelerator.device) - began)
     return seconds, losses
 
 
 def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
     """Take all steps with transformers' Trainer: same rows in the same order, same optimizer; the task loss alone."""
-    args, clock = run.args, _StepClock()
+    same = (
+        "max_steps", "seed", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "bf16",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(run.args, name) for name in same}
+    options |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    clock = _StepClock()
+    run.model.config.use_cache = False
     with tempfile.TemporaryDirectory() as folder:
-        settings = TrainingArguments(
-            output_dir=folder, max_steps=args.max_steps, seed=args.seed, learning_rate=args.learning_rate,
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps, lr_scheduler_type=args.lr_scheduler_type,
-            warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, adam_beta1=args.adam_beta1,
-            adam_beta2=args.adam_beta2, max_grad_norm=args.max_grad_norm, bf16=args.bf16, logging_steps=1,
-            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=run.accelerator.device.type == "cpu",
-        )  # fmt: skip
-        run.model.config.use_cache = False
-        trainer = Trainer(run.model, settings, train_dataset=_StockRows(run), callbacks=[clock])
+        settings = TrainingArguments(folder, use_cpu=run.accelerator.device.type == "cpu", **options)
+        trainer = Trainer(run.model, settings, train_dataset=_StockRows(run.rows), callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.seconds, clock.losses
+    return clock.seconds, [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 class _StepClock(TrainerCallback):
     def __init__(self) -> None:
-        self.began = 0.0
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
+        self.began, self.seconds = 0.0, list[float]()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.began = _wait_for_turn()
 
     def on_step_end(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
-        _finish(args.device)
-        self.seconds.append(time.perf_counter() - self.began)
-
-    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
+        self.seconds.append(_finished(args.device) - self.began)
 
 
 class _StockRows(IterableDataset[dict[str, Tensor]]):
     """Our packed rows as transformers takes them: its labels stand at their own positions, ours one position earlier."""
 
-    def __init__(self, run: Run) -> None:
-        self.rows = run.rows
+    def __init__(self, rows: PackedRows) -> None:
+        self.rows = rows
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        row = 0
-        while True:
+        for row in count():
             batch = self.rows.batch([row])
             labels_S = torch.cat([batch.labels_BS.new_full((1,), -100), batch.labels_BS[0, :-1]])
             yield {"input_ids": batch.input_ids_BS[0], "position_ids": batch.position_ids_BS[0], "labels": labels_S}
-            row += 1
 
 
 @torch.no_grad()
@@ -183,22 +163,20 @@ def _grouped_mm_flop(rows: torch.Size, weights: torch.Size, *_: Any, **__: Any) 
 
 def _matrix_rate(run: Run) -> float:
     """Floating-point operations per second of large matrix products in the precision that the model computes in."""
-    dtype = torch.bfloat16 if run.args.bf16 else next(run.model.parameters()).dtype
-    device = run.accelerator.device
+    device, dtype = run.accelerator.device, torch.bfloat16 if run.args.bf16 else next(run.model.parameters()).dtype
     size = RATE_SIZE if device.type == "cpu" else ACCELERATOR_RATE_SIZE
     a = torch.randn(size, size, dtype=dtype, device=device)
-    started, times = time.perf_counter(), []
-    while time.perf_counter() - started < RATE_SECONDS:
-        before = time.perf_counter()
-        _ = (a @ a)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - before)
-    return 2 * size**3 / sorted(times)[len(times) // 2]
+    product = Timer(
+        "(a @ a)[0, 0].item()", globals={"a": a}, num_threads=torch.get_num_threads()
+    )  # waits for the device
+    return 2 * size**3 / product.blocked_autorange(min_run_time=RATE_SECONDS).median
 
 
-def _finish(device: torch.device) -> None:
-    """Wait for what an accelerator still has to do."""
+def _finished(device: torch.device) -> float:
+    """Wait for what an accelerator still has to do; returns the time then."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def _begin_counting(device: torch.device) -> int:
@@ -220,4 +198,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda _: main(TrainingOrder(**json.loads(sys.argv[1])))))
+    sys.exit(run_command(lambda _: main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))

@@ -1,6 +1,6 @@
 """The sides that are transformers: our engine, accelerate's disk offload, and everything in memory.
 
-Every function here is a context manager that loads one side from an order and gives a `Serving`.
+Every public function but `accelerate_device_map` is a context manager that loads one side from an order.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from evaluation.benchmark.order import Leg, Order
-from evaluation.benchmark.sides.meter import LegResult, Meter
-from evaluation.benchmark.sides.serving import Serving
+from evaluation.benchmark.sides.serving import LegResult, Meter, Serving
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.reuse import reuse_rate_per_layer
 from evaluation.engine.cache.trace import RouteTrace
@@ -28,19 +27,13 @@ from evaluation.engine.store.experts import ExpertStore
 
 @contextmanager
 def remoe(order: Order) -> Iterator[Serving]:
-    """Our engine, with the order's expert cache."""
+    """Our engine, with the order's expert cache or memory budget."""
     _prepare(order)
-    options = EngineOptions(
-        expert_cache=order.expert_cache,
-        memory_budget=order.memory_budget,
-        context_tokens=max(len(leg.prompt_ids) + leg.max_new_tokens for leg in order.legs),
-        cache_policy=order.cache_policy,
-        prefetch=order.prefetch,
-        record_trace=True,
-        warn=False,
-    )
+    choices: dict[str, Any] = {
+        name: getattr(order, name) for name in ("expert_cache", "memory_budget", "cache_policy", "prefetch")
+    }
+    options = EngineOptions(**choices, context_tokens=order.context_tokens, record_trace=True, warn=False)
     with load(order.model_dir, options) as (model, engine):
-        _never_end(model)
 
         def request(leg: Leg) -> LegResult:
             engine.reset_stats()
@@ -48,28 +41,21 @@ def remoe(order: Order) -> Iterator[Serving]:
             result.engine = _engine_figures(engine)
             return result
 
-        settings = {
-            "expert_cache": order.expert_cache,
-            "memory_budget": order.memory_budget,
-            "expert_cache_bytes": engine.pool_bytes,
-            "cache_policy": order.cache_policy,
-            "prefetch": order.prefetch,
-            **_precision(engine.dtype),
-        }
-        yield Serving(request, _shards(order.model_dir), settings, engine.reset_cache)
+        settings = {**choices, "expert_cache_bytes": engine.pool_bytes, **_precision(engine.dtype)}
+        yield Serving(request, order.shards, settings, engine.reset_cache)
 
 
 def _engine_figures(engine: Engine) -> dict[str, Any]:
     """The figures that the engine counted since its counters were reset."""
     stats = engine.stats()
-    decoded = stats.tokens["decode"]
+    decoded, misses = stats.tokens["decode"], stats.misses_by_phase["decode"]
     return {
         "hit_rate": stats.hit_rate,
         "reuse_rate_mean": _decode_reuse(engine.trace(), sum(stats.tokens.values())),
-        "misses_per_token": stats.misses_by_phase["decode"] / decoded if decoded else None,
+        "misses_per_token": misses / decoded if decoded else None,
         "first_touches": stats.first_touches,
         "counted_bytes_read_per_token": stats.bytes_read_per_token,
-        "missed_bytes_per_token": stats.misses_by_phase["decode"] * engine.expert_bytes / decoded if decoded else None,
+        "missed_bytes_per_token": misses * engine.expert_bytes / decoded if decoded else None,
         "counted_bytes_read": stats.bytes_read_by_phase,
         "stall_seconds": stats.stall_seconds,
         "reading_seconds": stats.reading_seconds,
@@ -81,9 +67,7 @@ def _engine_figures(engine: Engine) -> dict[str, Any]:
 def _decode_reuse(trace: RouteTrace, last: int) -> float | None:
     """EOR of the decoded tokens among the `last` ones of the trace; None for fewer than two."""
     kept_T = (np.arange(trace.tokens) >= trace.tokens - last) & (trace.phase == DECODE)
-    if kept_T.sum() < 2:
-        return None
-    return float(reuse_rate_per_layer(trace.where(kept_T)).mean())
+    return float(reuse_rate_per_layer(trace.where(kept_T)).mean()) if kept_T.sum() > 1 else None
 
 
 @contextmanager
@@ -91,9 +75,8 @@ def resident(order: Order) -> Iterator[Serving]:
     """Plain transformers, everything in memory, in the precision of the checkpoint."""
     _prepare(order)
     model = AutoModelForCausalLM.from_pretrained(order.model_dir, dtype="auto").eval()
-    _never_end(model)
     settings = {**_precision(model.dtype), "experts_implementation": model.config._experts_implementation}
-    yield Serving(lambda leg: _generate(model, leg), _shards(order.model_dir), settings)
+    yield Serving(lambda leg: _generate(model, leg), order.shards, settings)
 
 
 @contextmanager
@@ -106,14 +89,12 @@ def accelerate(order: Order) -> Iterator[Serving]:
     assert order.offload_dir is not None, "an order for accelerate without an offload folder"
     _prepare(order)
     device_map = accelerate_device_map(order.model_dir, order.resident_bytes or 0)
-    on_disk = [name for name, device in device_map.items() if device == "disk"]
     model = AutoModelForCausalLM.from_pretrained(
         order.model_dir, dtype="auto", device_map=device_map, offload_folder=order.offload_dir
     ).eval()
-    _never_end(model)
-    files = _shards(order.model_dir) + [path for path in Path(order.offload_dir).rglob("*") if path.is_file()]
+    files = order.shards + [path for path in Path(order.offload_dir).rglob("*") if path.is_file()]
     settings = {
-        "layers_with_experts_on_disk": len(on_disk),
+        "layers_with_experts_on_disk": list(device_map.values()).count("disk"),
         "weights_in_memory_bytes": order.resident_bytes,
         "offload": "fused experts as safetensors in the offload folder, read layer by layer",
         **_precision(model.dtype),
@@ -124,12 +105,8 @@ def accelerate(order: Order) -> Iterator[Serving]:
 def accelerate_device_map(model_dir: str, resident_bytes: int) -> dict[str, str]:
     """Module -> `cpu` or `disk`: experts of the first layers in memory while `resident_bytes` last."""
     store = ExpertStore(model_dir)
-    left_bytes = resident_bytes - store.resident_bytes
-    on_disk = set()
-    for name, module_bytes in store.module_bytes.items():
-        left_bytes -= module_bytes
-        if left_bytes < 0:
-            on_disk.add(name)
+    left_bytes = resident_bytes - store.resident_bytes - np.cumsum(list(store.module_bytes.values()))
+    on_disk = {name for name, left in zip(store.module_bytes, left_bytes, strict=True) if left < 0}
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
     return dict(_placed(skeleton, "", on_disk))
@@ -147,6 +124,8 @@ def _placed(module: torch.nn.Module, name: str, on_disk: set[str]) -> Iterator[t
 
 
 def _generate(model: PreTrainedModel, leg: Leg) -> LegResult:
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
     meter = Meter()
     greedy(model, leg.prompt_ids, max_new_tokens=leg.max_new_tokens, on_tokens=meter.tokens)
     return meter.result()
@@ -159,12 +138,3 @@ def _prepare(order: Order) -> None:
 
 def _precision(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-
-
-def _never_end(model: PreTrainedModel) -> None:
-    assert model.generation_config is not None
-    model.generation_config.eos_token_id = None
-
-
-def _shards(model_dir: str) -> list[Path]:
-    return sorted(Path(model_dir).glob("*.safetensors"))

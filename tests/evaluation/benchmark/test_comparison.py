@@ -74,7 +74,7 @@ def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
         SideRun("resident", 0, None, legs={"cold": leg(150.0)}),
         SideRun("a", 2, None, legs={"cold": ours(50, 20.0)}),  # the disk was not measured around it
     ]
-    found = decode_bound(runs, "a", "cold", resident="resident", memory_rate=2000, active_bytes=40)
+    found = decode_bound(runs, "a", "cold", memory_rate=2000, active_bytes=40)
     assert found is not None
     assert found["memory_ms"] == 20
     assert found["bound_ms"] == {
@@ -92,7 +92,7 @@ def test_the_bound_is_the_slower_of_disk_and_memory() -> None:
     assert found["rate_share"]["least"] == pytest.approx(25 / 0.04 / 2000)
     assert found["read_share"]["most"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["most"])
     assert found["read_share"]["least"] == pytest.approx(0.8 * 0.8 * found["rate_share"]["least"])
-    assert decode_bound(runs, "a", "warm", resident="resident", memory_rate=1, active_bytes=1) is None
+    assert decode_bound(runs, "a", "warm", memory_rate=1, active_bytes=1) is None
 
 
 def test_the_prompt_bound_adds_reading_and_resident_time() -> None:
@@ -101,8 +101,8 @@ def test_the_prompt_bound_adds_reading_and_resident_time() -> None:
         SideRun("a", 0, None, read_rate=1000, legs={"long_prompt": long}),
         SideRun("resident", 0, None, legs={"long_prompt": leg(None, ttft_ms=300.0)}),
     ]
-    found = prompt_bound(runs, "a", resident="resident")
+    found = prompt_bound(runs, "a")
     assert found is not None
     assert found["expected_ms"]["median"] == pytest.approx(600)
     assert found["ratio"]["median"] == pytest.approx(1.5)
-    assert prompt_bound(runs[:1], "a", resident="resident") is None
+    assert prompt_bound(runs[:1], "a") is None

@@ -155,7 +155,7 @@ def test_a_model_llamacpp_cannot_have_is_told(
         ({"against_new_tokens": 1}, "--against-new-tokens is 1; write at least 2"),
         ({"repeats": 0}, "--repeats is 0; write at least 1"),
         ({"expert_cache": ""}, "our engine needs a size: write --expert-cache 400MiB"),
-        ({"prefetch": "some"}, "--prefetch 'some' is no list of numbers; write for example 3"),
+        ({"prefetch": "some"}, "--prefetch 'some' is no list of numbers; write for example 3, or 0,3 for both"),
         ({"max_new_tokens": 500}, "do not fit the model's context of 512"),
         ({"memory_limit_cgroup": "25%"}, "--memory-limit-cgroup '25%' is not understood"),
     ],

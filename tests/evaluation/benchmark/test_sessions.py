@@ -49,5 +49,5 @@ def test_the_benchmark_runs_every_division_and_the_controller(
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"--divisions '0\.3' is not known; write some of 0\.0,0\.125"):
         options(divisions="0.5,0.3")
-    with pytest.raises(UserError, match="--workloads 'mixd' is not known; write mixed or changing"):
+    with pytest.raises(UserError, match="--workloads 'mixd' is not known; write some of mixed,changing"):
         options(workloads="changing,mixd")

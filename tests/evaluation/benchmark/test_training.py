@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.benchmark.sides.training_side import READY, Measured
-from evaluation.benchmark.training import TrainingBenchmark, benchmark, compare, loaded, table
+from evaluation.benchmark.training import TrainingBenchmark, benchmark, compare, loaded, table, take_step
 
 
 def measured(seconds: float, peak: int) -> Measured:
@@ -47,8 +47,10 @@ def test_steps_of_the_same_turn_are_compared() -> None:
 
 
 def test_unknown_sides_and_numbers_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--stock 'deepspeed': write one or more of grouped_mm, batched_mm, eager"):
+    with pytest.raises(UserError, match="--stock 'deepspeed' is not known; write some of grouped_mm,batched_mm,eager"):
         TrainingBenchmark(config="x.yaml", stock="deepspeed")
+    with pytest.raises(UserError, match="--stock '' is not known; write some of grouped_mm,batched_mm,eager"):
+        TrainingBenchmark(config="x.yaml", stock="")
     with pytest.raises(UserError, match="--steps is 0; write at least 1"):
         TrainingBenchmark(config="x.yaml", steps=0)
 
@@ -61,10 +63,10 @@ def test_a_side_that_ends_before_its_last_step_is_named(
     ends_early.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(ends_early))
     with (
-        loaded("eager", train_args(max_steps=2), threads=1) as side,
+        loaded("eager", train_args(max_steps=2), threads=1) as child,
         pytest.raises(UserError, match="side eager ended with exit code 0: nothing on standard error"),
     ):
-        side.take_step()
+        take_step("eager", child)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from configs.load import UserError
 from data.corpus import EMBEDDED
 from data.pieces import document_beginnings
 from evaluation.benchmark.order import COLD, Leg, Order
-from evaluation.benchmark.sides.serving import open_side
+from evaluation.benchmark.sides.side import open_side
 from evaluation.engine.greedy import greedy
 from evaluation.export.gguf_file import write_gguf
 from evaluation.export.hf_folder import model_card

@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM
 from configs.load import UserError
 from data.corpus import EMBEDDED
 from data.pieces import document_beginnings
-from evaluation.benchmark.made_model.made_checkpoint import ShardWriter, weight_bytes
+from evaluation.benchmark.made_model.made_checkpoint import Recipe, measure, weight_bytes, write_checkpoint
 from evaluation.engine.greedy import greedy
 from evaluation.engine.store.shards import read_index
-from launch.make_model import measure
 from tests.evaluation.benchmark.conftest import TINY
 from training.model.loading import load_tokenizer
 
@@ -108,9 +107,8 @@ def test_activations_keep_their_size(made_model: Made, prompt: list[int]) -> Non
     assert all(0.3 < value < 10 for value in rms), rms
 
 
-def test_an_unfinished_set_of_shards_gets_no_index(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, 2)
-    writer.write({"a": torch.zeros(4)})
-    with pytest.raises(AssertionError, match="1 shards of 2"):
-        writer.finish()
+def test_an_unfinished_set_of_shards_gets_no_index(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="cannot have an expert reuse"):
+        write_checkpoint(tmp_path, Recipe(TINY, 0.97, 0, "bfloat16"), tokenizer)
+    assert (tmp_path / "config.json").exists()
     assert not (tmp_path / "model.safetensors.index.json").exists()

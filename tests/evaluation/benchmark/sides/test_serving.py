@@ -1,5 +1,6 @@
-"""Every side serves the legs of an order; ours and the transformers ones with the very same tokens."""
+"""Every side serves the legs of an order, ours and the transformers ones with the very same tokens; the meter counts."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from evaluation.benchmark.order import COLD, WARM, Leg, Order
-from evaluation.benchmark.sides.serving import open_side
+from evaluation.benchmark.sides.serving import Meter, process_io
+from evaluation.benchmark.sides.side import open_side
 from evaluation.benchmark.sides.transformers_sides import accelerate_device_map
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.gguf_file import write_gguf
@@ -100,3 +102,33 @@ def test_llamacpp_s_process_has_no_torch_to_carry() -> None:
     modules = "evaluation.benchmark.sides.side, evaluation.benchmark.sides.llamacpp_side"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[4], check=False).returncode == 0
+
+
+def test_figures_by_hand() -> None:
+    meter = Meter(start_io={"rchar": 100, "read_bytes": 10})
+    meter.token_ids = [7, 8, 9]
+    meter.token_seconds = [1.0, 1.5, 2.5]
+    meter.token_io = [{"rchar": n, "read_bytes": m} for n, m in ((150, 20), (170, 50), (190, 120))]
+    result = meter.result()
+    assert (result.ttft_ms, result.tpot_ms, result.itl_ms) == (1000, 750, [500, 1000])
+    assert result.output_throughput == pytest.approx(3 / 2.5)
+    assert result.prefill_io == {"rchar": 50, "read_bytes": 10}
+    assert result.decode_io == {"rchar": 40, "read_bytes": 100}
+    assert result.bytes_read_per_token == 50
+
+
+def test_one_token_has_no_time_per_output_token() -> None:
+    meter = Meter()
+    meter.tokens([5])
+    result = meter.result()
+    assert (result.tpot_ms, result.bytes_read_per_token, result.itl_ms) == (None, None, [])
+
+
+def test_reads_are_counted_where_they_happen(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    before = process_io()
+    descriptor = os.open(file, os.O_RDONLY)
+    os.read(descriptor, 1 << 20)
+    os.close(descriptor)
+    assert process_io()["rchar"] - before["rchar"] >= 1 << 20

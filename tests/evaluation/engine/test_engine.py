@@ -21,7 +21,7 @@ from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.replay import replay
-from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.cache.trace_formats import read_trace, write_trace
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 
@@ -61,8 +61,8 @@ def test_live_counters_are_those_of_the_replay(
         engine.reset_cache()
         generate(model, 3, batch=2)
         stats, counts = engine.stats(), engine.cache.counts
-        engine.trace().save(tmp_path / "t.safetensors")
-    trace = RouteTrace.read(tmp_path / "t.safetensors")
+        write_trace(engine.trace(), tmp_path / "t.safetensors")
+    trace = read_trace(tmp_path / "t.safetensors")
     result = replay(trace, policy=policy, cache_scope=scope, slots=slots)
     assert result.total == counts.total()
     assert (result.prefill, result.decode) == (counts.total(PREFILL), counts.total(DECODE))

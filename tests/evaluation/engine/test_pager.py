@@ -204,7 +204,7 @@ def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(
     folder, inputs = checkpoint("olmoe"), prompts(1)
     expected_tokens, _ = generate(resident(folder), inputs)
     with loaded(folder, 4) as (model, engine):
-        reads, original = 0, reader_module._PageBuffer.read
+        reads, original = 0, reader_module._read
 
         def failing_read(*args: Any) -> int:
             nonlocal reads
@@ -213,7 +213,6 @@ def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(
                 raise OSError("injected")
             return original(*args)
 
-        monkeypatch.setattr(reader_module._PageBuffer, "read", failing_read)
         monkeypatch.setattr(reader_module, "_read", failing_read)
         with pytest.raises(UserError, match=r"layer \d expert \d cannot be read from .*: injected"):
             generate(model, inputs)

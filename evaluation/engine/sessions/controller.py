@@ -16,7 +16,7 @@ from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.engine import Engine
 from evaluation.engine.sessions.conversations import Conversations
-from evaluation.engine.sessions.cost import Rates
+from evaluation.engine.sessions.workload import Rates
 from evaluation.engine.stats import EngineStats
 
 EVERY = 4

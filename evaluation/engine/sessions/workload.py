@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,6 @@ from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.sessions.conversations import Conversations
-from evaluation.engine.sessions.cost import Rates
 from evaluation.engine.stats import EngineStats
 
 KEYS = ("prompt", "max_tokens")
@@ -36,6 +36,22 @@ class ChatRequest:
 
     token_ids: list[int]
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds, by phase as in `PHASES`: what a division of memory costs in computing tokens and waiting for misses."""
+
+    token_seconds: Sequence[float]  # of computing a token
+    miss_seconds: Sequence[float]  # that computing waits for a miss
+
+    def seconds(self, *, tokens: Sequence[Any], misses: Sequence[Any]) -> Any:
+        """What it takes to compute these tokens and to wait for these misses, both by phase.
+
+        Numbers give the seconds of one division; arrays, those of as many divisions as they are long.
+        """
+        phases = range(len(PHASES))
+        return sum(self.token_seconds[p] * tokens[p] + self.miss_seconds[p] * misses[p] for p in phases)
 
 
 @dataclass(frozen=True)

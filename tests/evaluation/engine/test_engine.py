@@ -144,7 +144,7 @@ def test_a_router_delta_for_another_model_is_refused(checkpoint: Checkpoint) -> 
         ({"dtype": "int8"}, "dtype 'int8' is not supported; write auto, bfloat16, float16, float32"),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),
         ({"expert_cache": "auto"}, "expert cache 'auto' is not understood"),
-        ({"reads_in_flight": 0}, "reads_in_flight is 0; write at least 1"),
+        ({"reads_in_flight": 0}, "--reads-in-flight is 0; write at least 1"),
         (
             {"expert_cache": 100},
             r"an expert cache of 100 bytes is too small: .* the smallest that works is 15360 bytes \(15KiB\)",

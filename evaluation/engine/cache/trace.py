@@ -128,14 +128,11 @@ class TraceRecorder:
         if self._calls and self._calls[-1][0] == self._request:
             self._request += 1
 
-    @property
-    def has_calls(self) -> bool:
-        return bool(self._calls)
-
-    def keep_last(self, requests: int) -> None:
-        """Forget all calls but those of the last requests, this many."""
+    def keep_last(self, requests: int) -> bool:
+        """Forget all calls but those of the last requests, this many; return whether there are any."""
         kept = sorted({request for request, _, _ in self._calls})[-requests:]
         self._calls = [call for call in self._calls if kept and call[0] >= kept[0]]
+        return bool(kept)
 
     def begin_call(self, phase: int) -> None:
         """A forward call starts; one that did not reach its last layer is dropped."""

@@ -25,7 +25,7 @@ from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.sessions.conversations import Conversations
 from evaluation.engine.stats import EngineStats
 
-KEYS = ("prompt", "max_tokens")
+EXAMPLE = '{"prompt": "all that was said so far", "max_tokens": 32}'
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Divisions that are tried: kept keys and values, in parts of what can be divided."""
 
@@ -91,24 +91,20 @@ def read_requests(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"workload {path} does not exist; write one request per line, as {_example()}")
+        raise UserError(f"workload {path} does not exist; write one request per line, as {EXAMPLE}")
     requests = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             said = json.loads(line)
-            prompt, max_tokens = (said[key] for key in KEYS)
+            prompt, max_tokens = said["prompt"], said["max_tokens"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: {error!r}; a line is {_example()}") from error
+            raise UserError(f"{path}, line {number}: {error!r}; a line is {EXAMPLE}") from error
         if not isinstance(prompt, str) or not prompt or type(max_tokens) is not int or max_tokens < 1:
-            raise UserError(f"{path}, line {number}: a prompt is text and max_tokens at least 1, as {_example()}")
+            raise UserError(f"{path}, line {number}: a prompt is text and max_tokens at least 1, as {EXAMPLE}")
         requests.append(ChatRequest(tokenizer(prompt)["input_ids"], max_tokens))
     if not requests:
-        raise UserError(f"{path} is empty; write one request per line, as {_example()}")
+        raise UserError(f"{path} is empty; write one request per line, as {EXAMPLE}")
     return requests
-
-
-def _example() -> str:
-    return '{"prompt": "all that was said so far", "max_tokens": 32}'
 
 
 def serve_all(chat: Conversations, requests: Sequence[ChatRequest], *, progress: str | None = None) -> list[list[int]]:

@@ -132,7 +132,7 @@ def test_slots_filled_with_rubbish_after_eviction_are_read_again(checkpoint: Che
     with loaded(folder, None) as (model, engine):
         generate(model, inputs)
         engine.reset_cache()
-        memory = model.model.layers[0].mlp.experts.paged.pager._memory
+        memory = model.model.layers[0].mlp.experts.paged.pager.memory
         for slot in range(engine.cache.total_slots):
             memory.gate_up_HJ(slot).fill_(float("nan"))
             memory.down_IH(slot).fill_(float("nan"))
@@ -230,5 +230,5 @@ def test_only_attached_modules_are_paged(checkpoint: Checkpoint) -> None:
     with loaded(checkpoint("olmoe"), None) as (model, _):
         experts = model.model.layers[0].mlp.experts
         experts.paged = None
-        with pytest.raises(AssertionError, match="only modules that `attach` was called on"):
+        with pytest.raises(AssertionError, match="only experts of a model that `load` returned"):
             paged_experts_forward(experts, torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))

@@ -9,7 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from evaluation.tracing import teacher_forced_trace
 from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.model.routers import copy_into_routers, find_routers
-from training.objective.terms import objective_settings
+from training.objective.terms import ObjectiveArguments
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
 
@@ -118,7 +118,8 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
         about = router_delta.describe(folder)
         routers = router_delta.load_for(model_dir, folder)
         candidates.append(Candidate(routers, about["config"]["seed"], _history(folder.parent)))
-    return Arm(about["objective"], objective_settings(about["config"]), candidates)
+    settings = [field.name for field in fields(ObjectiveArguments) if field.name != "objective"]
+    return Arm(about["objective"], {key: about["config"][key] for key in settings}, candidates)
 
 
 def divide_budgets(model: str, args: EvaluationArguments) -> tuple[list[results.Plan], list[results.TooSmall]]:

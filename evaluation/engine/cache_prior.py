@@ -7,6 +7,7 @@ Axes: T tokens, E experts, K chosen.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -46,21 +47,17 @@ def attach_cache_prior(
         router.register_forward_hook(preference)
 
 
+@dataclass(eq=False)
 class Preference:
     """The hook of one layer's router."""
 
-    def __init__(
-        self,
-        weighing: Weighing,
-        resident: Callable[[], list[int]],
-        is_decode: Callable[[], bool],
-        *,
-        strength: float,
-        keep: int,
-    ) -> None:
-        self._weighing, self._resident, self._is_decode = weighing, resident, is_decode
-        self._strength, self._keep = strength, keep
-        self._spread_sum, self._tokens = 0.0, 0
+    weighing: Weighing
+    resident: Callable[[], list[int]]
+    is_decode: Callable[[], bool]
+    strength: float
+    keep: int
+    _spread_sum: float = 0.0
+    _tokens: int = 0
 
     def __call__(
         self, _: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -69,14 +66,14 @@ class Preference:
         z_TE = logits_TE.float()
         self._spread_sum += float((z_TE.amax(-1) - z_TE.amin(-1)).sum())
         self._tokens += len(z_TE)
-        if not self._is_decode():
+        if not self.is_decode():
             return output
-        bonus = self._strength * self._spread_sum / self._tokens
+        bonus = self.strength * self._spread_sum / self._tokens
         preferred_TE = torch.zeros_like(z_TE)
-        preferred_TE[:, self._resident()] = bonus
-        preferred_TE.scatter_(1, z_TE.topk(self._keep, dim=-1).indices, bonus)
+        preferred_TE[:, self.resident()] = bonus
+        preferred_TE.scatter_(1, z_TE.topk(self.keep, dim=-1).indices, bonus)
         chosen_TK = (z_TE + preferred_TE).topk(ids_TK.shape[1], dim=-1).indices
-        new_weights_TK, order_TK = self._weighing.weights(z_TE, chosen_TK).sort(dim=-1, descending=True)
+        new_weights_TK, order_TK = self.weighing.weights(z_TE, chosen_TK).sort(dim=-1, descending=True)
         chosen_TK = chosen_TK.gather(1, order_TK)
         same_T1 = (chosen_TK.sort(-1).values == ids_TK.sort(-1).values).all(-1, keepdim=True)
         new_weights_TK = torch.where(same_T1, weights_TK, new_weights_TK.to(weights_TK.dtype))

@@ -18,7 +18,7 @@ from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, attach, register
+from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.resident import experts_modules
 from evaluation.engine.slot_memory import SlotMemory
@@ -26,6 +26,7 @@ from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
 from training.model.routers import find_routers
+from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
 
 class Engine:
@@ -60,55 +61,35 @@ class Engine:
         modules = experts_modules(model, store)
         self._layer_ids = tuple(layer for layer, _ in modules)
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
-        self._memory = SlotMemory(
-            store,
-            cache.total_slots,
-            dtype,
-            passing=passing_slots(cache.total_slots, reader.reads_in_flight),
-            ahead=SLOTS_PER_GUESS * options.prefetch,
-            device=device,
-        )
+        passing = passing_slots(cache.total_slots, reader.reads_in_flight)
+        ahead = SLOTS_PER_GUESS * options.prefetch
+        self._memory = SlotMemory(store, cache.total_slots, dtype, passing=passing, ahead=ahead, device=device)
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
         self._reads = ReadCounts()
-        self._pager = Pager(
-            cache,
-            memory=self._memory,
-            reader=reader,
-            layer_ids=self._layer_ids,
-            reads=self._reads,
-            recorder=TraceRecorder(demand.layers) if options.record_trace else None,
-            prefetch=self._prefetch(model, options.prefetch) if options.prefetch else None,
-        )
+        recorder = TraceRecorder(demand.layers) if options.record_trace else None
+        prefetch = self._prefetch(model, options.prefetch) if options.prefetch else None
+        self._pager = Pager(cache, self._memory, reader, self._layer_ids, self._reads, recorder, prefetch)
         self._page(model, [experts for _, experts in modules])
         if options.cache_prior is not None:
-            self._prefer_residents(model, options.cache_prior, options.cache_prior_keep)
+            attach_cache_prior(
+                model,
+                strength=options.cache_prior,
+                keep=options.cache_prior_keep,
+                resident=cache.resident_experts,
+                is_decode=lambda: self._pager.is_decode,
+            )
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
-        return Prefetch(
-            list(find_routers(model).values()),
-            self._memory,
-            self._reader,
-            experts=experts,
-            layer_ids=self._layer_ids,
-            resident=self.cache.resident_experts,
-            counts=self._reads,
-        )
-
-    def _prefer_residents(self, model: PreTrainedModel, strength: float, keep: int) -> None:
-        attach_cache_prior(
-            model,
-            strength=strength,
-            keep=keep,
-            resident=self.cache.resident_experts,
-            is_decode=lambda: self._pager.is_decode,
-        )
+        routers, resident = list(find_routers(model).values()), self.cache.resident_experts
+        numbers: dict[str, Any] = {"experts": experts, "layer_ids": self._layer_ids, "counts": self._reads}
+        return Prefetch(routers, self._memory, self._reader, resident=resident, **numbers)
 
     def _page(self, model: PreTrainedModel, experts_modules: Sequence[nn.Module]) -> None:
         """Let `model` compute its experts through the pager, and tell of every call before and after it."""
         for position, experts in enumerate(experts_modules):
-            attach(experts, PagedLayer(self._pager, position))
-        register()
+            experts.paged = PagedLayer(self._pager, position)  # type: ignore[assignment]
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_experts_forward)
         model.set_experts_implementation(IMPLEMENTATION)
         if self._memory.device.decodes_in_batches:  # what `generate` does to `grouped_mm` there, it shall do to us
             model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment]
@@ -167,12 +148,8 @@ class Engine:
         recorder = self._pager.recorder
         if recorder is None:
             raise UserError("the routing was not recorded; load the model with record_trace=True")
-        return recorder.trace(
-            num_experts=self.demand.num_experts,
-            layer_ids=self._layer_ids,
-            expert_bytes=self.expert_bytes,
-            model=str(self._store.model_dir),
-        )
+        facts: dict[str, Any] = {"expert_bytes": self.expert_bytes, "model": str(self._store.model_dir)}
+        return recorder.trace(num_experts=self.demand.num_experts, layer_ids=self._layer_ids, **facts)
 
     def record_routing(self) -> None:
         """Record the routing from now on, if it is not recorded yet."""
@@ -188,8 +165,7 @@ class Engine:
         """The routing of the last requests; what is older is forgotten. None if there is none."""
         recorder = self._pager.recorder
         assert recorder is not None, "record_routing comes first"
-        recorder.keep_last(requests)
-        return self.trace() if recorder.has_calls else None
+        return self.trace() if recorder.keep_last(requests) else None
 
     def _begin_call(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each forward call of the decoder: is it one more token of known sequences, or a prompt?"""
@@ -206,11 +182,7 @@ class Engine:
         self._pager.end_call()
 
     def _make_room(self) -> None:
-        """For the running call: kept keys and values give way to it, and slots to both.
-
-        Raises:
-            ContextTooLong: that is not enough.
-        """
+        """For the running call: kept keys and values give way to it, and slots to both, or `ContextTooLong` is raised."""
         if self.division is None:
             return
         spare_bytes = self.division.spare_bytes(self._call)

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
-from types import TracebackType
 from typing import NamedTuple
 
 from evaluation.engine.cache.policies import Key
@@ -45,7 +44,7 @@ class Flight:
     def __enter__(self) -> "Flight":
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._waiting.clear()
         while self._under_way:
             self._free_after_use(self._under_way.pop(self._landed.get().key).read_into)

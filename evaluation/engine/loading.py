@@ -16,7 +16,7 @@ from evaluation.engine.device import Device, device_at, find_device, is_host
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
-from evaluation.engine.memory.needs import needs_of, resident_bytes
+from evaluation.engine.memory.needs import needs_of
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
@@ -28,6 +28,10 @@ from training.model.routers import copy_into_routers
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
+LOADING_BYTES = 6 * 2**20
+"""What loading leaves behind whatever the model: code that is imported for it, above all (3.7 MiB, transformers 5.23)."""
+MODULE_BYTES, TENSOR_BYTES = 16 * 2**10, 2**10
+"""What Python holds of a module of the model and of the header of a stored tensor; measured, rounded up."""
 
 
 @contextmanager
@@ -117,12 +121,14 @@ def _division(
 
 
 def _resident_bytes(model: PreTrainedModel, store: ExpertStore) -> int:
-    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
-    return resident_bytes(
-        weight_bytes=sum(tensor.nbytes for tensor in weights),
-        modules=sum(1 for _ in model.modules()),
-        stored_tensors=store.stored_tensors,
-    )
+    """Memory of the loaded model without its experts.
+
+    It is worked out, because what a process has grown by differs from start to start by half: memory that was freed before is
+    used again, and the first start after an installation compiles what it imports.
+    """
+    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta)
+    modules = sum(1 for _ in model.modules())
+    return weight_bytes + LOADING_BYTES + modules * MODULE_BYTES + store.stored_tensors * TENSOR_BYTES
 
 
 def bound_kernel_caches() -> None:

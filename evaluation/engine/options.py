@@ -5,6 +5,7 @@ Only what needs no model is checked here; `load` checks the rest.
 
 from dataclasses import dataclass
 
+from configs.checks import at_least
 from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.engine.cache.policies import DEFAULT, ONLINE
@@ -61,10 +62,7 @@ class EngineOptions:
             raise UserError(f"unknown cache policy {self.cache_policy!r}; known: {', '.join(ONLINE)}")
         if self.cache_scope not in SCOPES:
             raise UserError(f"unknown cache scope {self.cache_scope!r}; known: {', '.join(SCOPES)}")
-        if self.reads_in_flight is not None and self.reads_in_flight < 1:
-            raise UserError(
-                f"reads_in_flight is {self.reads_in_flight}; write at least 1, or None for what suits the device"
-            )
+        at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0, cache_prior=0, cache_prior_keep=0)
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError(
                 "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
@@ -73,17 +71,5 @@ class EngineOptions:
             parse_size(self.expert_cache, what="expert cache", whole_bytes=1)
         if self.memory_budget is not None:
             budget_bytes(self.memory_budget, smallest_bytes=1)
-        if self.prefetch < 0:
-            raise UserError(
-                f"prefetch is {self.prefetch}; write how many experts of a layer to read ahead, or 0 for none"
-            )
-        self._check_prior()
-
-    def _check_prior(self) -> None:
-        strength, keep = self.cache_prior, self.cache_prior_keep
-        if strength is None and keep != 1:
+        if self.cache_prior is None and self.cache_prior_keep != 1:
             raise UserError("--cache-prior-keep says nothing without --cache-prior; write --cache-prior 0.1 too")
-        if strength is not None and strength < 0:
-            raise UserError(f"cache prior {strength} is negative; write 0 to leave routing as it is, or about 0.1")
-        if keep < 0:
-            raise UserError(f"cache prior keeps {keep} experts; write 0 or more")

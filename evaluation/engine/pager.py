@@ -25,38 +25,25 @@ from evaluation.engine.products import BatchedProducts, GroupedProducts, Product
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import ReadCounts
 from evaluation.engine.store.reader import Reader
-from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "remoe_paged"
 
 
+@dataclass(eq=False)
 class Pager:
-    """Serves the calls of all MoE layers of one model: looks up, reads what is missing, computes.
+    """Serves the calls of all MoE layers of one model: looks up, reads what is missing, computes."""
 
-    Args:
-        layer_ids: the checkpoint's number of each MoE layer, by position.
-        reads: where reads are counted.
-        recorder: where the routing goes, if it is recorded.
-        prefetch: reads ahead, if that is asked for.
-    """
-
-    def __init__(
-        self,
-        cache: ExpertCache,
-        *,
-        memory: SlotMemory,
-        reader: Reader,
-        layer_ids: Sequence[int],
-        reads: ReadCounts,
-        recorder: TraceRecorder | None,
-        prefetch: Prefetch | None,
-    ) -> None:
-        self._cache, self._memory, self._reader = cache, memory, reader
-        self._layer_ids, self.recorder, self.prefetch = layer_ids, recorder, prefetch
-        self._batched = False
-        self._phase: int | None = None
-        self._began_seconds = self._read_seconds = 0.0
-        self.reads = reads
+    cache: ExpertCache
+    memory: SlotMemory
+    reader: Reader
+    layer_ids: Sequence[int]  # the checkpoint's number of each MoE layer, by position
+    reads: ReadCounts
+    recorder: TraceRecorder | None  # where the routing goes, if it is recorded
+    prefetch: Prefetch | None  # reads ahead, if that is asked for
+    _batched: bool = False
+    _phase: int | None = None
+    _began_seconds: float = 0.0
+    _read_seconds: float = 0.0
 
     def begin_call(self, *, rows: int, is_decode: bool) -> None:
         """A forward call of the model starts: `rows` token rows, one per sequence if it is a decode call."""
@@ -64,13 +51,13 @@ class Pager:
         self.reads.tokens[self._phase] += rows
         if self.recorder is not None:
             self.recorder.begin_call(self._phase)
-        self._began_seconds, self._read_seconds = time.perf_counter(), self._reader.clock.seconds()
+        self._began_seconds, self._read_seconds = time.perf_counter(), self.reader.clock.seconds()
 
     def end_call(self) -> None:
         """The call is over."""
         assert self._phase is not None
         self.reads.seconds[self._phase] += time.perf_counter() - self._began_seconds
-        self.reads.reading_seconds[self._phase] += self._reader.clock.seconds() - self._read_seconds
+        self.reads.reading_seconds[self._phase] += self.reader.clock.seconds() - self._read_seconds
 
     @contextmanager
     def batched_products(self) -> Iterator[None]:
@@ -110,18 +97,18 @@ class Pager:
             self.recorder.add_layer(ranked_TK)
         event = [(layer, expert) for expert in event_order(ranked_TK)]
         kind = BatchedProducts if self._batched else GroupedProducts
-        products = kind(experts, self._memory, hidden_TH, expert_ids_TK)
+        products = kind(experts, self.memory, hidden_TH, expert_ids_TK)
         try:
-            service = self._cache.serve(layer, event, phase=self._phase)
+            service = self.cache.serve(layer, event, phase=self._phase)
             prefetch = self.prefetch if self.is_decode else None
-            with Flight(self._memory, self._reader, layer_id=self._layer_ids[layer], prefetch=prefetch) as flight:
+            with Flight(self.memory, self.reader, layer_id=self.layer_ids[layer], prefetch=prefetch) as flight:
                 guess = partial(prefetch.guess, layer, hidden_TH) if prefetch else None
                 if isinstance(products, GroupedProducts) and not products.rows_are_independent():
                     _compute_in_two_parts(products, service, flight, guess)
                 else:
                     _compute(products, service, flight, guess)
         except BaseException:
-            self._cache.reset()  # slots may lack what the cache believes is in them
+            self.cache.reset()  # slots may lack what the cache believes is in them
             raise
         self._count(flight)
         return products.combined(weights_TK).to(hidden_TH.dtype)
@@ -174,20 +161,10 @@ def _compute_in_two_parts(
 
 @dataclass(frozen=True)
 class PagedLayer:
-    """What an experts module carries instead of weights."""
+    """What an experts module carries instead of weights, as `paged`."""
 
     pager: Pager
     layer: int
-
-
-def attach(experts: nn.Module, paged: PagedLayer) -> None:
-    """Let `experts` be served by a pager, once the model's experts implementation is `IMPLEMENTATION`."""
-    experts.paged = paged  # type: ignore[assignment]
-
-
-def register() -> None:
-    """Make `IMPLEMENTATION` known to transformers; doing it again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, paged_experts_forward)
 
 
 def paged_experts_forward(
@@ -195,7 +172,7 @@ def paged_experts_forward(
 ) -> torch.Tensor:
     """The function in transformers' experts interface; the arguments have its names."""
     paged = self.paged
-    assert isinstance(paged, PagedLayer), "only modules that `attach` was called on are paged"
+    assert isinstance(paged, PagedLayer), "only experts of a model that `load` returned are paged"
     return paged.pager.forward(
         self, paged.layer, hidden_TH=hidden_states, expert_ids_TK=top_k_index, weights_TK=top_k_weights
     )

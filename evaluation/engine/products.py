@@ -93,7 +93,7 @@ class GroupedProducts:
         out = self.memory.device.multiply(
             activated_RI, self.memory.down_IH(slot), out=self._out_RH[part], sizes=self._fill["down"]
         )
-        self.memory.used(slot)
+        self.memory.device.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
 
@@ -118,7 +118,7 @@ class BatchedProducts:
         for row in self._rows_of[key[1]]:
             self._gate_up_RHJ[row].copy_(self._memory.gate_up_HJ(slot))
             self._down_RIH[row].copy_(self._memory.down_IH(slot))
-        self._memory.used(slot)
+        self._memory.device.used(slot)
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """All products, then the sum of each token's rows, weighted."""

@@ -41,7 +41,10 @@ def load_resident(
     Raises:
         UserError: no causal language model, or resident weights missing from the checkpoint or of another shape.
     """
-    model = load_slices(model_dir, {**_lazy_residents(store), **_meta_experts(store)}, config=config, dtype=dtype)
+    files = {shard: safe_open(shard, framework="pt") for shard in {t.shard for t in store.resident.values()}}
+    slices: dict[str, Any] = {name: files[tensor.shard].get_slice(name) for name, tensor in store.resident.items()}
+    slices |= {name: StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}
+    model = load_slices(model_dir, slices, config=config, dtype=dtype)
     _copy_out_of_files(model, device)
     if (Path(model_dir) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(model_dir)
@@ -75,12 +78,3 @@ def _check_form(name: str, experts: nn.Module, *, transposed: bool) -> None:
     for flag, value in wanted.items():
         if getattr(experts, flag, None) != value:
             raise UserError(f"experts module {name} has {flag} other than {value}; that form is not supported")
-
-
-def _lazy_residents(store: ExpertStore) -> dict[str, Any]:
-    files = {shard: safe_open(shard, framework="pt") for shard in {t.shard for t in store.resident.values()}}
-    return {name: files[tensor.shard].get_slice(name) for name, tensor in store.resident.items()}
-
-
-def _meta_experts(store: ExpertStore) -> dict[str, StaysOnMeta]:
-    return {name: StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}

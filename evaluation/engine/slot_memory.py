@@ -108,10 +108,6 @@ class SlotMemory:
         self.device.copy_in(pairs, passing_slot=passing_slot, slot=slot)
         return slot
 
-    def used(self, slot: int) -> None:
-        """Note that the products that were asked for last are with the expert in `slot`."""
-        self.device.used(slot)
-
 
 class _Records:
     """Raw records and the matrices in them as views."""

@@ -5,7 +5,9 @@ Numbers that were not measured are None, never 0. No torch: the replay counts wi
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
+from typing import Any
 
 from evaluation.engine.cache.counts import PHASES, CacheCounts
 
@@ -58,23 +60,22 @@ class EngineStats:
 
 def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
     """Freeze the live counters."""
-    total, phases = counts.total(), [counts.total(phase) for phase in range(len(PHASES))]
+    total, phases = counts.total(), {name: counts.total(code) for code, name in enumerate(PHASES)}
+    names = ("tokens", "stall_seconds", "reading_seconds", "seconds")
+    measured: dict[str, Any] = {name: dict(zip(PHASES, getattr(reads, name), strict=True)) for name in names}
     return EngineStats(
         accesses=total.accesses,
         hits=total.accesses - total.misses,
         misses=total.misses,
         first_touches=total.first_touches,
-        hit_rate={name: part.hit_rate for name, part in zip(PHASES, phases, strict=True)},
-        misses_by_phase={name: part.misses for name, part in zip(PHASES, phases, strict=True)},
-        accesses_by_phase={name: part.accesses for name, part in zip(PHASES, phases, strict=True)},
+        hit_rate={name: part.hit_rate for name, part in phases.items()},
+        misses_by_phase={name: part.misses for name, part in phases.items()},
+        accesses_by_phase={name: part.accesses for name, part in phases.items()},
         misses_by_layer=[layer.misses for layer in counts.by_layer()],
         bytes_read=sum(reads.bytes_read),
         bytes_read_by_phase=dict(zip(PHASES, reads.bytes_read, strict=True)),
         device_bytes_read=sum(reads.device_bytes_read),
-        tokens=dict(zip(PHASES, reads.tokens, strict=True)),
-        stall_seconds=dict(zip(PHASES, reads.stall_seconds, strict=True)),
-        reading_seconds=dict(zip(PHASES, reads.reading_seconds, strict=True)),
-        seconds=dict(zip(PHASES, reads.seconds, strict=True)),
+        **measured,
         prefetched=reads.prefetched,
         prefetch_used=reads.prefetch_used,
     )
@@ -94,7 +95,7 @@ class Timing:
     @property
     def itl_ms(self) -> list[float]:
         """Inter-token latencies: one fewer than there are tokens."""
-        return [1e3 * (b - a) for a, b in zip(self.token_seconds, self.token_seconds[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in pairwise(self.token_seconds)]
 
     @property
     def tpot_ms(self) -> float | None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import UserError
 from evaluation.engine.cache.replay import replay
-from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.cache.trace_formats import read_trace
 from launch.generate import main
 
 Checkpoint = Callable[..., Path]
@@ -51,7 +51,7 @@ def test_tokens_are_plain_transformers_and_the_report_is_complete(
     config = report["config"]
     assert (config["model"], config["expert_cache"], config["seed"]) == (str(folder), "40%", 3)
     assert (config["dtype"], config["slots"], config["cache_policy"]) == ("bfloat16", 14, "decayed")
-    replayed = replay(RouteTrace.read(trace), policy="decayed", cache_scope="global", slots=14)
+    replayed = replay(read_trace(trace), policy="decayed", cache_scope="global", slots=14)
     assert (replayed.accesses, replayed.misses) == (report["accesses"], report["misses"])
     assert report["bytes_read_per_token"] == replayed.bytes_read_per_token
     printed = capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 from configs.load import UserError
 from evaluation.engine.cache.replay import POLICIES, replay
 from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.cache.trace_formats import read_trace, write_trace
 from launch.replay import main
 
 
@@ -20,7 +21,7 @@ def trace(tmp_path: Path) -> Path:
     ids = np.stack([np.stack([generator.permutation(10)[:2] for _ in range(3)]) for _ in range(50)])
     tokens = np.arange(50)
     path = tmp_path / "t.safetensors"
-    RouteTrace(
+    trace = RouteTrace(
         ids,
         phase=tokens * 0 + 1,
         request_id=tokens // 25,
@@ -28,7 +29,8 @@ def trace(tmp_path: Path) -> Path:
         num_experts=10,
         layer_ids=(1, 2, 5),
         expert_bytes=64,
-    ).save(path)
+    )
+    write_trace(trace, path)
     return path
 
 
@@ -60,7 +62,7 @@ def test_regret_is_there_also_where_the_optimum_was_not_asked_for(trace: Path, t
     results = json.loads(output.read_text())["results"]
     assert [(row["policy"], row["cache_scope"]) for row in results] == [("lru", "global"), ("lru", "per_layer")]
     for row in results:
-        best = replay(RouteTrace.read(trace), policy="belady", cache_scope=row["cache_scope"], slots=7)
+        best = replay(read_trace(trace), policy="belady", cache_scope=row["cache_scope"], slots=7)
         assert row["policy_regret"] == pytest.approx(row["misses"] / best.misses)
         assert row["policy_regret"] > 1
 
@@ -77,7 +79,7 @@ def test_lru_at_every_size_is_always_there(trace: Path, tmp_path: Path, capsys: 
         assert curve["misses"][0] == curve["accesses"] == curve["decode"]["accesses"] == 300
         assert curve["misses"][-1] == curve["first_touches"] == curve["decode"]["first_touches"]
         assert curve["prefill"] == {"accesses": 0, "first_touches": 0, "misses": [0] * len(curve["misses"])}
-    read = RouteTrace.read(trace)
+    read = read_trace(trace)
     direct = replay(read, policy="lru", cache_scope="per_layer", slots=4)
     assert per_layer["misses"][4] == direct.misses
     assert [layer["layer"] for layer in per_layer["per_layer"]] == [1, 2, 5]
@@ -92,7 +94,7 @@ def test_a_profile_brings_static_in(trace: Path, tmp_path: Path) -> None:
     main([str(trace), "--slots", "4", "--profile", str(trace), "--output", str(output)])
     found = {row["policy"]: row["misses"] for row in json.loads(output.read_text())["results"]}
     assert list(found) == list(POLICIES)
-    read = RouteTrace.read(trace)
+    read = read_trace(trace)
     static = replay(read, policy="static", cache_scope="per_layer", slots=4, profile=read)
     assert found["static"] == static.misses
 
@@ -104,7 +106,7 @@ def test_a_trace_goes_through_other_formats_and_back(trace: Path, tmp_path: Path
     main([str(there), "--num-experts", "10", "--expert-bytes", "64", "--export", str(back)])
     main([str(back), "--slots", "4", "--policy", "lru", "--output", str(output)])
     row = json.loads(output.read_text())["results"][0]
-    assert row["misses"] == replay(RouteTrace.read(trace), policy="lru", cache_scope="per_layer", slots=4).misses
+    assert row["misses"] == replay(read_trace(trace), policy="lru", cache_scope="per_layer", slots=4).misses
     assert row["bytes_read_per_token"] == pytest.approx(64 * row["misses"] / 50)
 
 

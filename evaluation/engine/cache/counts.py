@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 PREFILL, DECODE = 0, 1
-
-
 PHASES = ("prefill", "decode")
 """Names of the phases; their positions are the codes in traces and counters."""
 
@@ -21,6 +19,10 @@ class Counts:
     def hit_rate(self) -> float | None:
         """Share of accesses that were resident before their event, 0 to 1; None without accesses."""
         return 1 - self.misses / self.accesses if self.accesses else None
+
+    @property
+    def misses_without_first_touches(self) -> int:
+        return self.misses - self.first_touches
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(

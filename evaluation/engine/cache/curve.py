@@ -140,29 +140,21 @@ def curve_json(trace: RouteTrace, curve: LruCurve) -> dict[str, Any]:
 
     Below `smallest_slots` no engine runs; those entries only complete the curve.
     """
-    by_phase = {
-        phase: _totals(curve.misses[code], curve.accesses[code], curve.first_touches[code])
-        for code, phase in enumerate(PHASES)
-    }
     return {
         "smallest_slots": trace.top_k,
-        **_totals(curve.misses, curve.accesses, curve.first_touches),
-        **by_phase,
-        "per_layer": None if curve.cache_scope == "global" else _layers_json(trace, curve),
+        **_totals(curve, ...),
+        **{phase: _totals(curve, code) for code, phase in enumerate(PHASES)},
+        "per_layer": None
+        if curve.cache_scope == "global"
+        else [{"layer": name, **_totals(curve, np.s_[:, layer])} for layer, name in enumerate(trace.layer_ids)],
     }
 
 
-def _layers_json(trace: RouteTrace, curve: LruCurve) -> list[dict[str, Any]]:
-    return [
-        {"layer": name, **_totals(curve.misses[:, layer], curve.accesses[:, layer], curve.first_touches[:, layer])}
-        for layer, name in enumerate(trace.layer_ids)
-    ]
-
-
-def _totals(misses: Array, accesses: Array, first_touches: Array) -> dict[str, Any]:
-    """Sums over all axes but that of the slots."""
+def _totals(curve: LruCurve, part: Any) -> dict[str, Any]:
+    """Sums over phases and pools, or over a part of them."""
+    misses = curve.misses[part]
     return {
-        "accesses": int(accesses.sum()),
-        "first_touches": int(first_touches.sum()),
+        "accesses": int(curve.accesses[part].sum()),
+        "first_touches": int(curve.first_touches[part].sum()),
         "misses": misses.reshape(-1, misses.shape[-1]).sum(axis=0).tolist(),
     }

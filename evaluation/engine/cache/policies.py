@@ -14,11 +14,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
-
-from configs.load import UserError
-from evaluation.engine.cache.trace import RouteTrace
-
 Key = tuple[int, int]
 """(layer, expert): the layer counted among the MoE layers, from 0; the expert id inside that layer."""
 
@@ -70,41 +65,36 @@ class Fifo:
 
 
 class Ranked:
-    """The one of lowest rank leaves, for policies whose ranks only change, and only upwards, when an expert is used.
-
-    The heap holds one entry per resident, brought up to date only when it surfaces: an outdated entry can surface too
-    early but never too late.
-    """
+    """The one of lowest rank leaves, for policies whose ranks only change when an expert is used."""
 
     def __init__(self) -> None:
-        self._rank: dict[Key, tuple[float, int]] = {}  # the rank, and the time of the last use to decide among equals
-        self._heap: list[tuple[float, int, Key]] = []
-        self._time = 0
+        self._rank: dict[Key, tuple[float, ...]] = {}  # of the residents
+        self._heap: list[tuple[tuple[float, ...], Key]] = []  # may hold outdated entries
+        self._time = 0  # uses so far, to decide among equals
 
-    def rank(self, key: Key, before: float | None) -> float:
-        """The rank of `key`, which is used now; `before` is its rank at its last use, None if it comes in."""
+    def rank(self, key: Key, before: float | None) -> tuple[float, ...]:
+        """The rank of `key`, which is used now; `before` is its first number at its last use, None if it comes in."""
         raise NotImplementedError
 
     def touch(self, event: Sequence[Key]) -> None:
         for key in event:
             self._time += 1
             known = self._rank.get(key)
-            self._rank[key] = (self.rank(key, known and known[0]), self._time)
-            if known is None:
-                heapq.heappush(self._heap, (*self._rank[key], key))
+            self._rank[key] = rank = self.rank(key, known[0] if known else None)
+            heapq.heappush(self._heap, (rank, key))
+        if len(self._heap) > 4 * len(self._rank) + 64:
+            self._heap = [(rank, key) for key, rank in self._rank.items()]
+            heapq.heapify(self._heap)
 
     def evict(self, pinned: Collection[Key]) -> Key:
         held = []
         while True:
-            entry = heapq.heappop(self._heap)
-            victim = entry[2]
-            current = (*self._rank[victim], victim)
-            if entry != current:
-                heapq.heappush(self._heap, current)
-            elif victim in pinned:
-                held.append(entry)
-            else:
+            rank, victim = entry = heapq.heappop(self._heap)
+            if self._rank.get(victim) != rank:
+                continue
+            if victim not in pinned:
                 break
+            held.append(entry)
         for entry in held:
             heapq.heappush(self._heap, entry)
         del self._rank[victim]
@@ -114,8 +104,8 @@ class Ranked:
 class Lfu(Ranked):
     """The one used least often since it came in leaves; among equals the least recently used."""
 
-    def rank(self, key: Key, before: float | None) -> float:
-        return 1 if before is None else before + 1
+    def rank(self, key: Key, before: float | None) -> tuple[float, ...]:
+        return 1 + (before or 0), self._time
 
 
 class Static(Ranked):
@@ -129,8 +119,8 @@ class Static(Ranked):
         super().__init__()
         self._uses = uses
 
-    def rank(self, key: Key, before: float | None) -> float:
-        return self._uses.get(key, 0)
+    def rank(self, key: Key, before: float | None) -> tuple[float, ...]:
+        return self._uses.get(key, 0), self._time
 
 
 class Decayed:
@@ -231,81 +221,23 @@ class Lfru:
         return uses
 
 
-class Belady:
+class Belady(Ranked):
     """The one whose next use is farthest away leaves (MIN): the optimum, for replay only, since it knows the future.
 
     `next_uses[key]` yields, at the n-th use of `key`, the time of the use after it, and `NEVER` at the last one.
     """
 
     def __init__(self, next_uses: Mapping[Key, Iterator[int]]) -> None:
+        super().__init__()
         self._next_uses = next_uses
-        self._next: dict[Key, int] = {}
-        self._heap: list[tuple[int, Key]] = []  # farthest first; may hold outdated entries
 
-    def touch(self, event: Sequence[Key]) -> None:
-        for key in event:
-            self._next[key] = time = next(self._next_uses[key])
-            heapq.heappush(self._heap, (-time, key))
-        if len(self._heap) > 4 * len(self._next) + 64:
-            self._heap = [(-time, key) for key, time in self._next.items()]
-            heapq.heapify(self._heap)
-
-    def evict(self, pinned: Collection[Key]) -> Key:
-        held = []
-        while True:
-            entry = heapq.heappop(self._heap)
-            victim = entry[1]
-            if self._next.get(victim) != -entry[0]:
-                continue
-            if victim not in pinned:
-                break
-            held.append(entry)
-        for entry in held:
-            heapq.heappush(self._heap, entry)
-        del self._next[victim]
-        return victim
+    def rank(self, key: Key, before: float | None) -> tuple[float, ...]:
+        return (-next(self._next_uses[key]),)
 
 
-ONLINE: Mapping[str, Callable[[], Policy]] = {
-    "lru": Lru, "fifo": Fifo, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed,
-}  # fmt: skip
+ONLINE: Mapping[str, Callable[[], Policy]] = {"lru": Lru, "fifo": Fifo, "lfu": Lfu, "lfru": Lfru, "decayed": Decayed}
 """The policies that need to know nothing, which a live engine runs; `static` needs a profile and `belady` the future, which only
 a replay has."""
 
-WITH_PROFILE = (*ONLINE, "static")
-"""What `make_policy` makes."""
-
 DEFAULT = "decayed"
 """The one that misses least on the shipped model's and on made traces; see the table in the engine's README."""
-
-
-def make_policy(name: str, *, layers: int, num_experts: int, profile: RouteTrace | None = None) -> Callable[[], Policy]:
-    """What makes fresh policies of this name, for `ExpertCache`.
-
-    Args:
-        name: one of `WITH_PROFILE`.
-        layers: MoE layers of the model the cache is for.
-        num_experts: of each of them.
-        profile: a trace of the same model; `static` needs it, the others take none.
-
-    Raises:
-        UserError: unknown name, a profile that is missing, not wanted or of another model.
-    """
-    if name not in WITH_PROFILE:
-        raise UserError(f"unknown cache policy {name!r}; known: {', '.join(WITH_PROFILE)}")
-    if name != "static":
-        if profile is not None:
-            raise UserError(f"cache policy {name!r} takes no profile, only 'static' does; leave the profile out")
-        return ONLINE[name]
-    if profile is None:
-        raise UserError(
-            "cache policy 'static' keeps the experts that a profile uses most and was given none; "
-            "write one with `remoe trace` on text like yours and pass it as the profile"
-        )
-    if (profile.layers, profile.num_experts) != (layers, num_experts):
-        raise UserError(
-            f"the profile is of a model with {profile.layers} MoE layers of {profile.num_experts} experts, this one has "
-            f"{layers} of {num_experts}; write a trace of this model with `remoe trace`"
-        )
-    uses = {(layer, expert): int(count) for (layer, expert), count in np.ndenumerate(profile.expert_uses)}
-    return lambda: Static(uses)

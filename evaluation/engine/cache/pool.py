@@ -55,12 +55,11 @@ class Pool:
         self._free = list(range(first_slot + slots - 1, first_slot - 1, -1))
         self._retired: list[int] = []
 
-    def emptied(self, policy: Policy) -> "Pool":
-        """The same slots, empty, under a new policy."""
-        pool = Pool(0, policy)
-        pool.slots, pool._retired = self.slots, self._retired
-        pool._free = [*self._free, *self._slot_of.values()]
-        return pool
+    def empty(self, policy: Policy) -> None:
+        """Go on with the same slots, empty, under a new policy."""
+        self._policy = policy
+        self._free += self._slot_of.values()
+        self._slot_of.clear()
 
     def resize(self, slots: int) -> list[int]:
         """Use this many slots, at most as many as there were at first; return those that are not used from now on."""
@@ -86,12 +85,8 @@ class Pool:
         resident = {key: slot_of[key] for key in event if key in slot_of}
         self._policy.touch(event)
         excess = len(slot_of) + len(event) - len(resident) - self.slots
-        if len(event) <= self.slots:  # what leaves is from outside the event
-            self._free += [slot_of.pop(evict(event)) for _ in range(excess)]
-            coming = {key: self._free.pop() for key in event if key not in resident}
-            slot_of.update(coming)
-            return Service(leaving={}, staying=resident, coming=coming, passing=[])
-        victims = {evict(()) for _ in range(excess)}
+        pinned = event if len(event) <= self.slots else ()
+        victims = dict.fromkeys(evict(pinned) for _ in range(excess))
         self._free += [slot_of.pop(key) for key in victims if key in slot_of]
         coming = {key: self._free.pop() for key in event if key not in resident and key not in victims}
         slot_of.update(coming)
@@ -132,8 +127,8 @@ class ExpertCache:
     def reset(self) -> None:
         """Empty the cache: a cold start. Counters stay."""
         self._seen = set()
-        fresh = {id(pool): pool.emptied(self._make_policy()) for pool in self._pools}
-        self._pools = [fresh[id(pool)] for pool in self._pools]
+        for pool in dict.fromkeys(self._pools):
+            pool.empty(self._make_policy())
 
     def resize(self, slots: int) -> list[int]:
         """Use this many slots of each pool, at most as many as at first; return those that are not used from now on."""

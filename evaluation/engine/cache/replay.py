@@ -4,7 +4,8 @@ The rules are those of `pool.py`, the very code the live engine runs. Every requ
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,11 +15,11 @@ from tqdm import tqdm
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL, CacheCounts, Counts
 from evaluation.engine.cache.curve import LruCurve
-from evaluation.engine.cache.policies import NEVER, WITH_PROFILE, Belady, Key, Policy, make_policy
+from evaluation.engine.cache.policies import NEVER, ONLINE, Belady, Key, Policy, Static
 from evaluation.engine.cache.pool import SCOPES, ExpertCache, event_order
 from evaluation.engine.cache.trace import RouteTrace
 
-POLICIES = (*WITH_PROFILE, "belady")
+POLICIES = (*ONLINE, "static", "belady")
 
 
 class Event(NamedTuple):
@@ -33,35 +34,17 @@ Request = list[Event]
 """The events of one request in the engine's order: call by call, layer by layer."""
 
 
-@dataclass(frozen=True)
-class ReplayResult:
+@dataclass(kw_only=True)
+class ReplayResult(Counts):
     """Counts of one replay; `by_layer` follows the trace's layers."""
 
     policy: str
     cache_scope: str
     slots: int  # of each layer for per_layer, of the one pool for global
-    total: Counts
     prefill: Counts
     decode: Counts
     by_layer: list[Counts]
     bytes_read_per_token: float | None  # decode misses x expert bytes / decode tokens; None if either is unknown
-
-    @property
-    def accesses(self) -> int:
-        return self.total.accesses
-
-    @property
-    def misses(self) -> int:
-        return self.total.misses
-
-    @property
-    def first_touches(self) -> int:
-        """Misses on experts that the request had not used before: no cache avoids them from a cold start."""
-        return self.total.first_touches
-
-    @property
-    def hit_rate(self) -> float | None:
-        return self.total.hit_rate
 
 
 def replay(
@@ -74,7 +57,7 @@ def replay(
         policy: one of `POLICIES`. `belady` evicts what is used farthest in the future, among the experts outside the
             event; it is the optimum as long as every event fits its pool.
         cache_scope: `per_layer` (`slots` for each layer) or `global` (one pool of `slots` for all layers).
-        profile: for `static`, a trace of the same model; see `make_policy`. Not for the others.
+        profile: for `static`, a trace of the same model. Not for the others.
         requests: `requests_of(trace)`, to share it between several replays.
 
     Raises:
@@ -82,10 +65,9 @@ def replay(
             or does not fit.
     """
     check_choice(trace, policy=policy, cache_scope=cache_scope, slots=slots, profile=profile)
-    online = None if policy == "belady" else _online(trace, policy, profile)
     counts = CacheCounts(trace.layers)
     for request in requests_of(trace) if requests is None else requests:
-        cache = ExpertCache(slots, trace.layers, scope=cache_scope, make_policy=online or _belady(request))
+        cache = ExpertCache(slots, trace.layers, scope=cache_scope, make_policy=policy_maker(policy, request, profile))
         cache.counts = counts
         for layer, phase, keys in request:
             cache.serve(layer, keys, phase=phase)
@@ -104,15 +86,16 @@ def lru_per_layer(trace: RouteTrace, curve: LruCurve, *, slots: int) -> ReplayRe
 
 
 def _result(trace: RouteTrace, counts: CacheCounts, *, policy: str, cache_scope: str, slots: int) -> ReplayResult:
+    prefill, decode, tokens = counts.total(PREFILL), counts.total(DECODE), int((trace.phase == DECODE).sum())
     return ReplayResult(
+        **asdict(counts.total()),
         policy=policy,
         cache_scope=cache_scope,
         slots=slots,
-        total=counts.total(),
-        prefill=counts.total(PREFILL),
-        decode=counts.total(DECODE),
+        prefill=prefill,
+        decode=decode,
         by_layer=counts.by_layer(),
-        bytes_read_per_token=_bytes_per_decoded_token(trace, counts),
+        bytes_read_per_token=decode.misses * trace.expert_bytes / tokens if trace.expert_bytes and tokens else None,
     )
 
 
@@ -129,10 +112,28 @@ def check_choice(
             f"{slots} slots cannot hold the {trace.top_k} experts that one token uses in a layer at the same time; "
             f"the smallest that works is {trace.top_k}"
         )
-    if policy != "belady":
-        _online(trace, policy, profile)
-    elif profile is not None:
-        raise UserError("policy 'belady' takes no profile, only 'static' does; leave the profile out")
+    if policy != "static" and profile is not None:
+        raise UserError(f"policy {policy!r} takes no profile, only 'static' does; leave the profile out")
+    if policy == "static" and profile is None:
+        raise UserError(
+            "policy 'static' keeps the experts that a profile uses most and was given none; "
+            "write one with `remoe trace` on text like yours and pass it as the profile"
+        )
+    if profile is not None and (profile.layers, profile.num_experts) != (trace.layers, trace.num_experts):
+        raise UserError(
+            f"the profile is of a model with {profile.layers} MoE layers of {profile.num_experts} experts, this one has "
+            f"{trace.layers} of {trace.num_experts}; write a trace of this model with `remoe trace`"
+        )
+
+
+def policy_maker(name: str, request: Request, profile: RouteTrace | None) -> Callable[[], Policy]:
+    """What makes fresh policies of this name for a replay of `request`; `profile` is for `static`."""
+    if name == "belady":
+        return partial(Belady, _next_uses(request))
+    if name == "static":
+        assert profile is not None, "check_choice was passed"
+        return partial(Static, {(layer, expert): int(n) for (layer, expert), n in np.ndenumerate(profile.expert_uses)})
+    return ONLINE[name]
 
 
 def requests_of(trace: RouteTrace) -> list[Request]:
@@ -156,15 +157,6 @@ def _call_events(trace: RouteTrace, start: int, end: int, phase: int) -> Iterato
         yield Event(layer, phase, [(layer, expert) for expert in experts])
 
 
-def _online(trace: RouteTrace, policy: str, profile: RouteTrace | None) -> Callable[[], Policy]:
-    return make_policy(policy, layers=trace.layers, num_experts=trace.num_experts, profile=profile)
-
-
-def _belady(request: Request) -> Callable[[], Policy]:
-    next_uses = _next_uses(request)
-    return lambda: Belady(next_uses)
-
-
 def _next_uses(request: Request) -> dict[Key, Iterator[int]]:
     """For every expert, at each of its uses, the number of the event of the next one; see `Belady`."""
     uses: dict[Key, list[int]] = {}
@@ -172,13 +164,6 @@ def _next_uses(request: Request) -> dict[Key, Iterator[int]]:
         for key in event.keys:
             uses.setdefault(key, []).append(time)
     return {key: iter([*times[1:], NEVER]) for key, times in uses.items()}
-
-
-def _bytes_per_decoded_token(trace: RouteTrace, counts: CacheCounts) -> float | None:
-    tokens = int((trace.phase == DECODE).sum())
-    if trace.expert_bytes is None or not tokens:
-        return None
-    return counts.total(DECODE).misses * trace.expert_bytes / tokens
 
 
 def replay_all(
@@ -195,14 +180,17 @@ def replay_all(
         UserError: something that cannot be replayed, before anything is.
     """
     policies = list(dict.fromkeys((*policies, "belady")))
-    choices = [(policy, scope, slots) for scope in scopes for policy in policies for slots in sizes]
-    profiles = {policy: profile if policy == "static" else None for policy in policies}
-    for policy, scope, slots in choices:
-        check_choice(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy])
+    choices: list[dict[str, Any]] = [
+        {"policy": policy, "cache_scope": scope, "slots": slots, "profile": profile if policy == "static" else None}
+        for scope in scopes
+        for policy in policies
+        for slots in sizes
+    ]
+    for choice in choices:
+        check_choice(trace, **choice)
     requests = requests_of(trace) if choices else []
     return [
-        replay(trace, policy=policy, cache_scope=scope, slots=slots, profile=profiles[policy], requests=requests)
-        for policy, scope, slots in tqdm(choices, desc="replay", unit="size", leave=False)
+        replay(trace, **choice, requests=requests) for choice in tqdm(choices, desc="replay", unit="size", leave=False)
     ]
 
 
@@ -223,7 +211,7 @@ def _result_json(trace: RouteTrace, result: ReplayResult, optimum_misses: int | 
         "policy": result.policy,
         "cache_scope": result.cache_scope,
         "slots": result.slots,
-        **_counts_json(result.total),
+        **_counts_json(result),
         "prefill": _counts_json(result.prefill),
         "decode": _counts_json(result.decode),
         "per_layer": [
@@ -236,10 +224,5 @@ def _result_json(trace: RouteTrace, result: ReplayResult, optimum_misses: int | 
 
 
 def _counts_json(counts: Counts) -> dict[str, Any]:
-    return {
-        "accesses": counts.accesses,
-        "misses": counts.misses,
-        "hit_rate": counts.hit_rate,
-        "first_touches": counts.first_touches,
-        "misses_without_first_touches": counts.misses - counts.first_touches,
-    }
+    names = ("accesses", "misses", "hit_rate", "first_touches", "misses_without_first_touches")
+    return {name: getattr(counts, name) for name in names}

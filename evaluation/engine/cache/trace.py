@@ -1,42 +1,33 @@
-"""The routing trace: which experts every token chose in every layer, as a safetensors file without weights.
+"""The routing trace: which experts every token chose in every layer, without weights.
 
-Tensors: `expert_ids` [tokens, layers, top_k], heaviest router weight first, uint8 (int16 above 256 experts); `phase`
-[tokens] uint8, prefill 0 and decode 1; `request_id` [tokens] int32; `call` [tokens] int32, the forward call a token was
-in (its tokens reach a layer as one event). In a teacher-forced trace every token is its own call and its phase is
-decode. Metadata (all strings): format, version, num_experts, top_k, layer_ids, expert_bytes ("" if unknown), model.
-No torch here, so that a replay starts at once. Axes: T tokens, L MoE layers, K experts chosen.
+In a teacher-forced trace every token is its own call and its phase is decode. No torch here, so that a replay starts at
+once; files: `trace_formats.py`. Axes: T tokens, L MoE layers, K experts chosen.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from configs.files import writing_aside
 from configs.load import UserError
 
-FORMAT, VERSION = "remoe-route-trace", "1"
 TENSORS = ("expert_ids", "phase", "request_id", "call")
 TOGETHER = 1024  # tokens checked in one go
 
 
 @dataclass(frozen=True, eq=False)
 class RouteTrace:
-    """A checked trace; the fields are described at the top of this file.
+    """A checked trace.
 
     Raises:
         UserError: empty, axes that do not fit together, ids out of range or repeated, calls or requests that are not
             contiguous.
     """
 
-    expert_ids: npt.NDArray[np.integer]  # TLK
-    phase: npt.NDArray[np.integer]  # T
+    expert_ids: npt.NDArray[np.integer]  # TLK, heaviest router weight first
+    phase: npt.NDArray[np.integer]  # T: a position in `PHASES`
     request_id: npt.NDArray[np.integer]  # T
-    call: npt.NDArray[np.integer]  # T
+    call: npt.NDArray[np.integer]  # T: the forward call a token was in; its tokens reach a layer as one event
     num_experts: int
     layer_ids: tuple[int, ...]  # of the MoE layers, as the checkpoint numbers them
     expert_bytes: int | None = None  # of one expert on disk
@@ -74,74 +65,6 @@ class RouteTrace:
     def as_one_request(self) -> "RouteTrace":
         """The same tokens with a cache that is not emptied between requests."""
         return replace(self, request_id=np.zeros_like(self.request_id))
-
-    def save(self, path: str | Path) -> None:
-        """Write the file, aside and renamed."""
-        id_type = np.uint8 if self.num_experts <= 256 else np.int16
-        tensors = {
-            "expert_ids": self.expert_ids.astype(id_type),
-            "phase": self.phase.astype(np.uint8),
-            "request_id": self.request_id.astype(np.int32),
-            "call": self.call.astype(np.int32),
-        }
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "num_experts": str(self.num_experts),
-            "top_k": str(self.top_k),
-            "layer_ids": json.dumps(list(self.layer_ids)),
-            "expert_bytes": "" if self.expert_bytes is None else str(self.expert_bytes),
-            "model": self.model,
-        }
-        with writing_aside(path) as aside:
-            # not save_file (0.8), whose files nobody but their owner may read, whatever the umask
-            aside.write_bytes(save({name: np.ascontiguousarray(array) for name, array in tensors.items()}, metadata))
-
-    @classmethod
-    def read(cls, path: str | Path) -> "RouteTrace":
-        """Read and check a file that `save` wrote.
-
-        Raises:
-            UserError: missing, no routing trace, another version, or content that does not hold together.
-        """
-        tensors, metadata = _read_tensors(Path(path))
-        try:
-            return cls(
-                **tensors,
-                num_experts=int(metadata["num_experts"]),
-                layer_ids=tuple(int(layer) for layer in json.loads(metadata["layer_ids"])),
-                expert_bytes=int(metadata["expert_bytes"]) if metadata["expert_bytes"] else None,
-                model=metadata["model"],
-            )
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: routing trace with unreadable metadata ({error!r}); write it again") from error
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, npt.NDArray[np.integer]], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"routing trace {path} does not exist; write one with `remoe trace` or `--route-trace`")
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata, set(file.keys()))
-            return {name: file.get_tensor(name) for name in TENSORS}, metadata
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}); a routing trace is one") from error
-
-
-def _check_format(path: Path, metadata: dict[str, str], names: set[str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is no routing trace: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("version") != VERSION:
-        raise UserError(
-            f"{path} is a routing trace of version {metadata.get('version')!r}, this program reads {VERSION!r}; "
-            "write the trace again with this program"
-        )
-    missing = [name for name in TENSORS if name not in names]
-    if missing:
-        raise UserError(f"{path}: routing trace without the tensors {', '.join(missing)}; write it again")
 
 
 def _problem(trace: RouteTrace) -> str | None:
@@ -205,14 +128,11 @@ class TraceRecorder:
         if self._calls and self._calls[-1][0] == self._request:
             self._request += 1
 
-    @property
-    def has_calls(self) -> bool:
-        return bool(self._calls)
-
-    def keep_last(self, requests: int) -> None:
-        """Forget all calls but those of the last requests, this many."""
+    def keep_last(self, requests: int) -> bool:
+        """Forget all calls but those of the last requests, this many; return whether there are any."""
         kept = sorted({request for request, _, _ in self._calls})[-requests:]
         self._calls = [call for call in self._calls if kept and call[0] >= kept[0]]
+        return bool(kept)
 
     def begin_call(self, phase: int) -> None:
         """A forward call starts; one that did not reach its last layer is dropped."""

@@ -1,20 +1,25 @@
 """Routing traces in the formats people have, told apart by the file's extension.
 
-`.safetensors`: ours, with everything (`trace.py`). `.csv`: `trace_csv.py`.
+`.safetensors`: ours. Tensors are those of `RouteTrace`, with ids as uint8 (int16 above 256 experts); metadata, all strings:
+format, version, num_experts, top_k, layer_ids, expert_bytes ("" if unknown), model.
+`.csv`: `trace_csv.py`.
 `.npy`: one request as [tokens, layers, top_k], heaviest first, which is what vLLM returns as `routed_experts`.
 `.npz`: with an array `expert_ids`, any of `phase`, `request_id`, `call`, `layer_ids`, `num_experts`, `expert_bytes` and
-`model` may lie beside it, as in our own file; without it, every array is one request as in `.npy`, in the file's order.
+`model` may lie beside it; without it, every array is one request as in `.npy`, in the file's order.
 Where a file does not say otherwise, every token is a decode call of its own.
 """
 
+import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from configs.files import writing_aside
 from configs.load import UserError
@@ -22,7 +27,7 @@ from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.trace import TENSORS, RouteTrace
 from evaluation.engine.cache.trace_csv import read_csv, write_csv
 
-EXTENSIONS = (".safetensors", ".npz", ".npy", ".csv")
+FORMAT, VERSION = "remoe-route-trace", "1"
 FACTS = ("num_experts", "layer_ids", "expert_bytes", "model")
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -43,10 +48,9 @@ def read_trace(path: str | Path, *, num_experts: int | None = None, top_k: int |
         raise UserError(f"routing trace {path} does not exist; write one with `remoe trace` or `--route-trace`")
     if path.suffix == ".csv":
         trace = read_csv(path, num_experts=num_experts, top_k=top_k)
-    elif path.suffix == ".safetensors":
-        trace = RouteTrace.read(path)
     else:
-        trace = _of_arrays(path, _load(path), num_experts)
+        arrays = _read_safetensors(path) if path.suffix == ".safetensors" else _read_numpy(path)
+        trace = _of_arrays(path, arrays, num_experts)
     for name, said in (("num_experts", num_experts), ("top_k", top_k)):
         if said is not None and said != getattr(trace, name):
             raise UserError(
@@ -63,35 +67,45 @@ def write_trace(trace: RouteTrace, path: str | Path) -> None:
     Raises:
         UserError: unknown extension, or a format that cannot hold the calls and requests of this trace.
     """
-    path = Path(path)
     check_extension(path)
-    if path.suffix == ".csv":
-        write_csv(trace, path)
-    elif path.suffix == ".safetensors":
-        trace.save(path)
-    elif path.suffix == ".npz":
-        _write_npz(trace, path)
-    else:
-        _write_npy(trace, path)
+    if Path(path).suffix == ".npy":
+        _check_fits_npy(trace, path)
+    with writing_aside(path) as aside, aside.open("wb") as file:
+        WRITERS[Path(path).suffix](trace, file)
 
 
 def check_extension(path: str | Path) -> None:
     """Refuse a file whose extension names no format."""
-    if Path(path).suffix not in EXTENSIONS:
+    if Path(path).suffix not in WRITERS:
         raise UserError(
-            f"routing trace {path}: extension {Path(path).suffix!r} names no format; use one of {', '.join(EXTENSIONS)}"
+            f"routing trace {path}: extension {Path(path).suffix!r} names no format; use one of {', '.join(WRITERS)}"
         )
 
 
-def _load(path: Path) -> Arrays:
+def _read_safetensors(path: Path) -> Arrays:
+    try:
+        with safe_open(path, framework="np") as file:
+            said, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in list(file.keys())}
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}); a routing trace is one") from error
+    if said.get("format") != FORMAT:
+        raise UserError(f"{path} is no routing trace: its format is {said.get('format')!r}, not {FORMAT!r}")
+    if said.get("version") != VERSION:
+        raise UserError(
+            f"{path} is a routing trace of version {said.get('version')!r}, this program reads {VERSION!r}; "
+            "write the trace again with this program"
+        )
+    missing = [name for name in (*TENSORS, "num_experts", "layer_ids") if name not in {**arrays, **said}]
+    if missing:
+        raise UserError(f"{path}: routing trace without {', '.join(missing)}; write it again")
+    return arrays | {name: np.array(said[name]) for name in FACTS if said.get(name)}
+
+
+def _read_numpy(path: Path) -> Arrays:
     try:
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)
-            return (
-                {"array": content}
-                if isinstance(content, np.ndarray)
-                else {name: content[name] for name in content.files}
-            )
+            return {"array": content} if isinstance(content, np.ndarray) else dict(content)
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} is no readable numpy file of plain numbers ({error}); write it with np.save"
@@ -99,40 +113,36 @@ def _load(path: Path) -> Arrays:
 
 
 def _of_arrays(path: Path, arrays: Arrays, num_experts: int | None) -> RouteTrace:
+    requests = {name: array for name, array in arrays.items() if name == "expert_ids" or "expert_ids" not in arrays}
+    for name, array in requests.items():
+        if array.ndim != 3 or 0 in array.shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(array.shape)}; a request is [tokens, layers, top_k], none of them 0"
+            )
+        if not np.issubdtype(array.dtype, np.integer):
+            raise UserError(
+                f"{path}: {name} holds {array.dtype}, expert ids are integers; convert it with astype(np.int16)"
+            )
     if "expert_ids" not in arrays:
-        arrays = _of_requests(path, arrays)
+        arrays = _joined(path, arrays)
     unknown = [name for name in arrays if name not in (*TENSORS, *FACTS)]
     if unknown:
         raise UserError(
             f"{path}: unknown array {unknown[0]!r} beside expert_ids; known: {', '.join((*TENSORS, *FACTS))}"
         )
-    _check_ids(path, "expert_ids", arrays["expert_ids"])
     try:
-        return RouteTrace(**_defaults(arrays["expert_ids"], num_experts) | _plain(path, arrays))
+        return RouteTrace(**_defaults(arrays["expert_ids"], num_experts) | _plain(arrays))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _of_requests(path: Path, arrays: Arrays) -> Arrays:
-    for name, array in arrays.items():
-        _check_ids(path, name, array)
-    shapes = {name: array.shape[1:] for name, array in arrays.items()}
+def _joined(path: Path, requests: Arrays) -> Arrays:
+    shapes = {name: array.shape[1:] for name, array in requests.items()}
     if len(set(shapes.values())) != 1:
         told = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
         raise UserError(f"{path}: requests differ in [layers, top_k] ({told}); one file holds requests of one model")
-    request_id = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays.values()])
-    return {"expert_ids": np.concatenate(list(arrays.values())), "request_id": request_id}
-
-
-def _check_ids(path: Path, name: str, array: npt.NDArray[Any]) -> None:
-    if array.ndim != 3 or 0 in array.shape:
-        raise UserError(
-            f"{path}: {name} has shape {list(array.shape)}; a request is [tokens, layers, top_k], none of them 0"
-        )
-    if not np.issubdtype(array.dtype, np.integer):
-        raise UserError(
-            f"{path}: {name} holds {array.dtype}, expert ids are integers; convert it with astype(np.int16)"
-        )
+    request_id = np.repeat(np.arange(len(requests)), [len(array) for array in requests.values()])
+    return {"expert_ids": np.concatenate(list(requests.values())), "request_id": request_id}
 
 
 def _defaults(ids_TLK: npt.NDArray[np.integer], num_experts: int | None) -> dict[str, Any]:
@@ -145,28 +155,51 @@ def _defaults(ids_TLK: npt.NDArray[np.integer], num_experts: int | None) -> dict
     }
 
 
-def _plain(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+def _plain(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """Facts as Python values, arrays as they are."""
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "num_experts": int,
+        "expert_bytes": int,
+        "model": str,
+        "layer_ids": _numbers,
+    }
     try:
-        return {
-            **{name: arrays[name] for name in TENSORS if name in arrays},
-            **{name: int(arrays[name]) for name in ("num_experts", "expert_bytes") if name in arrays},
-            **{name: str(arrays[name]) for name in ("model",) if name in arrays},
-            **{name: tuple(map(int, arrays[name])) for name in ("layer_ids",) if name in arrays},
-        }
+        return {name: kinds[name](array) if name in kinds else array for name, array in arrays.items()}
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: num_experts and expert_bytes must be single numbers, layer_ids a list of them ({error})"
+            f"num_experts and expert_bytes must be single numbers, layer_ids a list of them ({error})"
         ) from error
 
 
-def _write_npz(trace: RouteTrace, path: Path) -> None:
-    facts = {name: getattr(trace, name) for name in FACTS if getattr(trace, name) is not None}
-    with writing_aside(path) as aside, aside.open("wb") as file:
-        np.savez_compressed(file, **{name: getattr(trace, name) for name in TENSORS}, **facts)
+def _numbers(array: npt.NDArray[Any]) -> tuple[int, ...]:
+    """A list of numbers, as an array or written as JSON."""
+    return tuple(map(int, array if array.dtype.kind != "U" else json.loads(str(array))))
 
 
-def _write_npy(trace: RouteTrace, path: Path) -> None:
+def _write_safetensors(trace: RouteTrace, file: BinaryIO) -> None:
+    types = dict.fromkeys(TENSORS, np.int32) | {
+        "expert_ids": np.uint8 if trace.num_experts <= 256 else np.int16,
+        "phase": np.uint8,
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_experts": str(trace.num_experts),
+        "top_k": str(trace.top_k),
+        "layer_ids": json.dumps(trace.layer_ids),
+        "expert_bytes": "" if trace.expert_bytes is None else str(trace.expert_bytes),
+        "model": trace.model,
+    }
+    # not save_file (0.8), whose files nobody but their owner may read, whatever the umask
+    file.write(save({name: np.ascontiguousarray(getattr(trace, name), types[name]) for name in TENSORS}, metadata))
+
+
+def _write_npz(trace: RouteTrace, file: BinaryIO) -> None:
+    content = {name: getattr(trace, name) for name in (*TENSORS, *FACTS)}
+    np.savez_compressed(file, **{name: value for name, value in content.items() if value is not None})
+
+
+def _check_fits_npy(trace: RouteTrace, path: str | Path) -> None:
     same_request = (trace.request_id == trace.request_id[0]).all()
     own_calls = (np.diff(trace.call) != 0).all() and (trace.phase == DECODE).all()
     if not (same_request and own_calls):
@@ -174,5 +207,11 @@ def _write_npy(trace: RouteTrace, path: Path) -> None:
             f"{path}: a .npy file has no place for several requests, prompts and calls of several tokens, and would be "
             "read back as another trace; write .npz, .csv or .safetensors"
         )
-    with writing_aside(path) as aside, aside.open("wb") as file:
-        np.save(file, trace.expert_ids)
+
+
+WRITERS: Mapping[str, Callable[[RouteTrace, BinaryIO], None]] = {
+    ".safetensors": _write_safetensors,
+    ".npz": _write_npz,
+    ".npy": lambda trace, file: np.save(file, trace.expert_ids),
+    ".csv": write_csv,
+}

@@ -9,8 +9,6 @@ from configs.load import UserError
 from configs.sizes import parse_size, readable
 from evaluation.engine.memory.process import total_memory_bytes
 
-SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>%|[A-Za-z]*)")
-
 logger = logging.getLogger(__name__)
 SMALLEST = re.compile(r"smallest(?:\s*\+\s*(?P<percent>\d+(?:\.\d+)?)\s*%)?")
 

@@ -114,10 +114,7 @@ def divide(
 
     Raises:
         BudgetTooSmall: the message names the smallest that works.
-        UserError: no context at all.
     """
-    if context_tokens < 1:
-        raise UserError(f"context_tokens is {context_tokens}; write how many tokens a prompt and its answer may have")
     pools = 1 if scope == "global" else demand.layers
     reading_bytes = reader_bytes + ahead_slots * demand.slot_bytes
     kv_bytes = needs.kv_bytes(context_tokens)

@@ -12,11 +12,6 @@ from transformers import PretrainedConfig
 SLACK_BYTES = 28 * 2**20
 """What the allocator and small tensors take beyond the tensors that are counted; measured, see the engine's README."""
 
-LOADING_BYTES = 6 * 2**20
-"""What loading leaves behind whatever the model: code that is imported for it, above all (3.7 MiB, transformers 5.23)."""
-MODULE_BYTES, TENSOR_BYTES = 16 * 2**10, 2**10
-"""What Python holds of a module of the model and of the header of a stored tensor; measured, rounded up."""
-
 SCORES = 4
 """Tensors of attention scores that are alive at once, where attention makes them at all."""
 
@@ -37,20 +32,6 @@ class Needs:
     def activation_bytes(self, *, rows: int, context_tokens: int) -> int:
         """Intermediate tensors of a call over `rows` tokens that attend to `context_tokens` each."""
         return SLACK_BYTES + rows * (self.row_bytes + self.mask_bytes * context_tokens)
-
-
-def resident_bytes(*, weight_bytes: int, modules: int, stored_tensors: int) -> int:
-    """Memory of a loaded model without its experts.
-
-    It is worked out, because what a process has grown by differs from start to start by half: memory that was freed before is
-    used again, and the first start after an installation compiles what it imports.
-
-    Args:
-        weight_bytes: parameters and buffers that are loaded.
-        modules: modules of the model.
-        stored_tensors: tensors of the checkpoint, experts included.
-    """
-    return weight_bytes + LOADING_BYTES + modules * MODULE_BYTES + stored_tensors * TENSOR_BYTES
 
 
 def needs_of(config: PretrainedConfig, itemsize: int, *, top_k: int, intermediate: int) -> Needs:

@@ -9,6 +9,8 @@ their place tells how large the cache would have had to be.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,13 +52,8 @@ class PrefixCache:
 
     def find(self, names: Sequence[Name]) -> list[Block]:
         """What is held of a prompt's beginning; changes no order."""
-        blocks = []
-        for name in names:
-            block = self._order.get(name)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        held: Any = takewhile(lambda block: block is not None, (self._order.get(name) for name in names))
+        return list(held)
 
     def distances(self, names: Sequence[Name]) -> list[int]:
         """The number of blocks the cache must hold to have each of these; 0 for those that were never used."""

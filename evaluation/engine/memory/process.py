@@ -1,6 +1,7 @@
 """What this process holds of the machine's memory."""
 
 import os
+import re
 from pathlib import Path
 
 from configs.load import UserError
@@ -32,9 +33,5 @@ def total_memory_bytes() -> int:
 
 def _status_bytes(key: str) -> int | None:
     status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    for line in status.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
+    found = re.search(rf"^{key}:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None

@@ -16,7 +16,7 @@ from evaluation.engine.cache.counts import PHASES
 from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.engine import Engine
 from evaluation.engine.sessions.conversations import Conversations
-from evaluation.engine.sessions.cost import Rates
+from evaluation.engine.sessions.workload import Rates
 from evaluation.engine.stats import EngineStats
 
 EVERY = 4
@@ -90,29 +90,27 @@ class MemoryController:
 class _Times:
     """Measured times, the last decisions' counting most."""
 
+    NAMES = ("stall_seconds", "misses_by_phase", "seconds", "tokens")
+
     def __init__(self) -> None:
-        self._stall, self._misses, self._seconds, self._tokens = (np.zeros(len(PHASES)) for _ in range(4))
+        self._sums = np.zeros((len(self.NAMES), len(PHASES)))
         self._requests = 0.0
 
     def add(self, before: EngineStats, now: EngineStats, *, requests: int) -> None:
         """What happened between two readings of the counters."""
-        for name, total in (
-            ("stall_seconds", self._stall), ("misses_by_phase", self._misses), ("seconds", self._seconds),
-            ("tokens", self._tokens),
-        ):  # fmt: skip
-            total *= 0.5
-            total += [getattr(now, name)[phase] - getattr(before, name)[phase] for phase in PHASES]
+        past, present = ([list(getattr(stats, name).values()) for name in self.NAMES] for stats in (before, now))
+        self._sums = 0.5 * self._sums + np.subtract(present, past)
         self._requests = 0.5 * self._requests + requests
 
     @property
     def miss_seconds(self) -> Array:
         """By phase: what computing waits for a miss."""
-        return self._stall / np.maximum(1, self._misses)
+        return self._sums[0] / np.maximum(1, self._sums[1])
 
     @property
     def prompt_token_seconds(self) -> float:
-        return float(self._seconds[0] / max(1, self._tokens[0]))
+        return float(self._sums[2, 0] / max(1, self._sums[3, 0]))
 
     @property
     def request_seconds(self) -> float:
-        return float(self._seconds.sum() / max(1, self._requests))
+        return float(self._sums[2].sum() / max(1, self._requests))

@@ -5,15 +5,15 @@ sizes come from a routing trace, if one is given, and those of other divisions f
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from evaluation.engine.cache.counts import PHASES
-from evaluation.engine.cache.curve import LruCurve, lru_curve
+from evaluation.engine.cache.counts import DECODE
+from evaluation.engine.cache.curve import lru_curve
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
@@ -29,18 +29,6 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 16
 """What is decoded to learn how long computing takes."""
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Cache sizes that are shown, in parts of the one the budget buys."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One cache size and what it costs per decoded token."""
-
-    slots: int
-    expert_cache_bytes: int
-    misses_per_token: float
-    bytes_read_per_token: float
-    expected_tpot_ms: float
-    saved_ms_per_mib: float | None  # of the last MiB, against the next smaller size shown
 
 
 def plan(
@@ -63,12 +51,8 @@ def plan(
     Raises:
         UserError: see `load` and `run_once`; a trace of another model.
     """
-    options = EngineOptions(
-        memory_budget=memory_budget,
-        context_tokens=context_tokens,
-        prompt_tokens=block_tokens if requests else None,
-        dtype=dtype,
-    )
+    in_blocks = block_tokens if requests else None
+    options = EngineOptions(None, memory_budget, context_tokens, prompt_tokens=in_blocks, dtype=dtype)
     with load(model_dir, options) as (model, engine):
         if trace is not None and (trace.layers, trace.num_experts) != (engine.demand.layers, engine.demand.num_experts):
             raise UserError(
@@ -80,14 +64,14 @@ def plan(
         assert engine.division is not None, "a memory budget was given"
         division = asdict(engine.division) | {"expert_cache_bytes": engine.division.expert_bytes}
         workload = run_once(model, engine, requests, block_tokens=block_tokens) if requests else None
-        points = [] if trace is None else _points(trace, engine, measured["compute_ms"], bandwidth.bytes_per_second)
+        sizes = [] if trace is None else _sizes(trace, engine, measured["compute_ms"], bandwidth.bytes_per_second)
         return {
             "model": model_dir,
             "division": division,
             "demand": {**asdict(engine.demand), "token_demand_bytes": engine.token_demand_bytes},
             "read_bandwidth": asdict(bandwidth),
             "measured": measured,
-            "sizes": [asdict(point) for point in points],
+            "sizes": sizes,
             "splits": [] if workload is None else [asdict(s) for s in splits(workload, engine, policy=DEFAULT)],
         }
 
@@ -106,27 +90,27 @@ def _try(model: PreTrainedModel, engine: Engine, prompt_ids: Sequence[int]) -> d
     }
 
 
-def _points(trace: RouteTrace, engine: Engine, compute_ms: float | None, bytes_per_second: float) -> list[Point]:
-    """A global LRU at several sizes; what is read overlaps no computing in this estimate."""
-    misses = _decode_misses(lru_curve(trace, cache_scope="global"))
-    tokens = max(1, int((trace.phase == PHASES.index("decode")).sum()))
-    points: list[Point] = []
-    slots_bought = engine.cache.total_slots
-    for slots in sorted(
-        {min(engine.demand.all_experts, max(engine.demand.top_k, int(s * slots_bought))) for s in SHARES}
-    ):
-        per_token = float(misses[min(slots, len(misses) - 1)]) / tokens
-        read_bytes = per_token * engine.expert_bytes
-        tpot_ms = (compute_ms or 0.0) + 1e3 * read_bytes / bytes_per_second
-        cache_bytes = slots * engine.demand.slot_bytes
-        saved = None
-        if points:
-            saved = (points[-1].expected_tpot_ms - tpot_ms) / ((cache_bytes - points[-1].expert_cache_bytes) / 2**20)
-        points.append(Point(slots, cache_bytes, per_token, read_bytes, tpot_ms, saved))
-    return points
+def _sizes(
+    trace: RouteTrace, engine: Engine, compute_ms: float | None, bytes_per_second: float
+) -> list[dict[str, float | None]]:
+    """Cache sizes and what they cost per decoded token, with a global LRU; what is read overlaps no computing in this estimate.
 
-
-def _decode_misses(curve: LruCurve) -> np.ndarray:
-    """Misses of decoding by number of slots."""
-    misses: np.ndarray = curve.misses[PHASES.index("decode"), 0]
-    return misses
+    `saved_ms_per_mib` is of the last MiB, against the next smaller size.
+    """
+    demand = engine.demand
+    bought = {int(share * engine.cache.total_slots) for share in SHARES}
+    slots = np.array(sorted({min(demand.all_experts, max(demand.top_k, count)) for count in bought}))
+    misses = lru_curve(trace, cache_scope="global").misses[DECODE, 0]
+    per_token = misses[np.minimum(slots, len(misses) - 1)] / max(1, int((trace.phase == DECODE).sum()))
+    read_bytes = per_token * engine.expert_bytes
+    tpot_ms = (compute_ms or 0.0) + 1e3 * read_bytes / bytes_per_second
+    cache_bytes = slots * demand.slot_bytes
+    columns = {
+        "slots": slots.tolist(),
+        "expert_cache_bytes": cache_bytes.tolist(),
+        "misses_per_token": per_token.tolist(),
+        "bytes_read_per_token": read_bytes.tolist(),
+        "expected_tpot_ms": tpot_ms.tolist(),
+        "saved_ms_per_mib": [None, *(-np.diff(tpot_ms) / (np.diff(cache_bytes) / 2**20)).tolist()],
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

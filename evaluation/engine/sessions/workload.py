@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,9 @@ from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.sessions.conversations import Conversations
-from evaluation.engine.sessions.cost import Rates
 from evaluation.engine.stats import EngineStats
 
-KEYS = ("prompt", "max_tokens")
+EXAMPLE = '{"prompt": "all that was said so far", "max_tokens": 32}'
 SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Divisions that are tried: kept keys and values, in parts of what can be divided."""
 
@@ -36,6 +36,22 @@ class ChatRequest:
 
     token_ids: list[int]
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured seconds, by phase as in `PHASES`: what a division of memory costs in computing tokens and waiting for misses."""
+
+    token_seconds: Sequence[float]  # of computing a token
+    miss_seconds: Sequence[float]  # that computing waits for a miss
+
+    def seconds(self, *, tokens: Sequence[Any], misses: Sequence[Any]) -> Any:
+        """What it takes to compute these tokens and to wait for these misses, both by phase.
+
+        Numbers give the seconds of one division; arrays, those of as many divisions as they are long.
+        """
+        phases = range(len(PHASES))
+        return sum(self.token_seconds[p] * tokens[p] + self.miss_seconds[p] * misses[p] for p in phases)
 
 
 @dataclass(frozen=True)
@@ -75,24 +91,20 @@ def read_requests(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"workload {path} does not exist; write one request per line, as {_example()}")
+        raise UserError(f"workload {path} does not exist; write one request per line, as {EXAMPLE}")
     requests = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             said = json.loads(line)
-            prompt, max_tokens = (said[key] for key in KEYS)
+            prompt, max_tokens = said["prompt"], said["max_tokens"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: {error!r}; a line is {_example()}") from error
+            raise UserError(f"{path}, line {number}: {error!r}; a line is {EXAMPLE}") from error
         if not isinstance(prompt, str) or not prompt or type(max_tokens) is not int or max_tokens < 1:
-            raise UserError(f"{path}, line {number}: a prompt is text and max_tokens at least 1, as {_example()}")
+            raise UserError(f"{path}, line {number}: a prompt is text and max_tokens at least 1, as {EXAMPLE}")
         requests.append(ChatRequest(tokenizer(prompt)["input_ids"], max_tokens))
     if not requests:
-        raise UserError(f"{path} is empty; write one request per line, as {_example()}")
+        raise UserError(f"{path} is empty; write one request per line, as {EXAMPLE}")
     return requests
-
-
-def _example() -> str:
-    return '{"prompt": "all that was said so far", "max_tokens": 32}'
 
 
 def serve_all(chat: Conversations, requests: Sequence[ChatRequest], *, progress: str | None = None) -> list[list[int]]:

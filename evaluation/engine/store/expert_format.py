@@ -3,7 +3,7 @@
 Roles are what an expert is stored as, whatever a family calls it: `gate` and `up` [I, H] (or `gate_up`, both in one) and
 `down` [H, I] (I intermediate, H hidden); a transposed family (gpt-oss) has `gate_up` [H, 2 I] and `down` [I, H]. A slot holds
 two matrices, `down` and `gate_up`, in the precision that is computed in. Matrices of 16- and 32-bit numbers need nothing but
-a cast on the way; a format that packs its numbers is another class like this one and another row of `FORMS` in
+a cast on the way; a format that packs its numbers is another class like this one and another form in
 `expert_layout.py`.
 """
 

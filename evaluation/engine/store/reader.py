@@ -14,10 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
-from queue import SimpleQueue
-from types import TracebackType
+from queue import PriorityQueue, SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +30,8 @@ PIECE_BYTES = 3 * 2**19
 """Longer ranges are cut into equal pieces of at most this size, so that one expert keeps several reads in flight;
 each reading thread has a buffer for the pages of one."""
 READS_IN_FLIGHT = 8
+FIRST, BEHIND, LAST = range(3)
+"""Priorities: what somebody waits for, what nobody waits for yet, the end."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -111,14 +112,16 @@ class Reader:
     """
 
     def __init__(
-        self, shards: Iterable[Path], *, reads_in_flight: int = READS_IN_FLIGHT, direct: bool = True,
+        self,
+        shards: Iterable[Path],
+        *,
+        reads_in_flight: int = READS_IN_FLIGHT,
+        direct: bool = True,
         longest_bytes: int = PIECE_BYTES,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.reads_in_flight = reads_in_flight
-        self._first: deque[Request] = deque()  # an entry for every piece
-        self._behind: deque[Request] = deque()
-        self._entries: SimpleQueue[bool] = SimpleQueue()  # True: an entry was made; False: a thread is to end
-        self._lock = threading.Lock()
+        self._entries: PriorityQueue[tuple[int, int, Request | None]] = PriorityQueue()  # one for every piece
+        self._numbers = count()  # of entries, in order of arrival
         self.clock = BusyClock()
         self._threads: list[threading.Thread] = []
         shards = sorted(set(shards))
@@ -133,7 +136,7 @@ class Reader:
     def __enter__(self) -> "Reader":
         return self
 
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(
@@ -151,19 +154,18 @@ class Reader:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")
         self._start_threads()
         request = Request(key, what, deque(piece for span in spans for piece in _pieces(span)), landed)
-        self._enter(request, self._behind if landed is None else self._first)
+        self._enter(request, BEHIND if landed is None else FIRST)
         return request
 
     def wait_for(self, request: Request, landed: SimpleQueue[Request]) -> None:
         """Let a request that was started without a queue land in `landed`, and be read like others that somebody waits for."""
-        self._enter(request, self._first)
+        self._enter(request, FIRST)
         request.land_in(landed)
 
-    def _enter(self, request: Request, queue: deque[Request]) -> None:
+    def _enter(self, request: Request, priority: int) -> None:
         """Queue an entry for every piece that has not begun; an entry too many finds nothing to do."""
         for _ in range(len(request.pieces)):
-            queue.append(request)
-            self._entries.put(True)
+            self._entries.put((priority, next(self._numbers), request))
 
     def changed_shards(self) -> list[Path]:
         """Files that were written to or cut since they were opened: their experts cannot be read any more."""
@@ -173,7 +175,7 @@ class Reader:
     def close(self) -> None:
         """Finish what was started, end the threads, close the files. May be called again."""
         for _ in self._threads:
-            self._entries.put(False)
+            self._entries.put((LAST, next(self._numbers), None))
         while self._threads:
             self._threads.pop().join()
         while self._descriptors:
@@ -187,10 +189,9 @@ class Reader:
             thread.start()
 
     def _work(self, number: int) -> None:
-        buffer = _PageBuffer(self._buffers, number, of=self.reads_in_flight) if self.direct else None
-        while self._entries.get():
-            with self._lock:
-                request = (self._first or self._behind).popleft()
+        length_bytes = self.buffer_bytes // self.reads_in_flight // PAGE_BYTES * PAGE_BYTES
+        buffer = np.frombuffer(self._buffers, np.uint8)[number * length_bytes :][:length_bytes]
+        while (request := self._entries.get()[2]) is not None:
             span = request.next_piece()
             if span is None:
                 continue
@@ -198,45 +199,30 @@ class Reader:
             try:
                 descriptor = self._descriptors[span.shard]
                 with self.clock:
-                    read_bytes = _read(descriptor, span) if buffer is None else buffer.read(descriptor, span)
+                    read_bytes = _read(descriptor, span, buffer)
                 if _version(descriptor) != self._versions[span.shard]:
-                    raise _ChangedError
+                    raise UserError(f"{request.what}: {span.shard} was changed while in use; {AGAIN}, and load it anew")
             except Exception as caught:  # carried to the thread that waits for the request
                 error = _named(caught, request, span)
             request.piece_done(read_bytes, error)
 
 
-class _PageBuffer:
-    """A thread's part of the buffers, and reads in whole pages."""
-
-    def __init__(self, buffers: mmap.mmap, number: int, *, of: int) -> None:
-        length_bytes = len(buffers) // of // PAGE_BYTES * PAGE_BYTES
-        self._bytes = np.frombuffer(buffers, np.uint8, count=length_bytes, offset=number * length_bytes)
-
-    def read(self, descriptor: int, span: Span) -> int:
-        """Fill the span's target; returns the bytes the device was asked for."""
-        if span.offset % PAGE_BYTES == len(span.target) % PAGE_BYTES == span.target.ctypes.data % PAGE_BYTES == 0:
-            return _read(descriptor, span)
-        start = span.offset // PAGE_BYTES * PAGE_BYTES
-        before = span.offset - start
-        wanted_bytes = before + len(span.target)
-        asked_bytes = -(-wanted_bytes // PAGE_BYTES) * PAGE_BYTES
-        got_bytes = os.preadv(descriptor, [self._bytes[:asked_bytes].data], start)
-        if got_bytes < wanted_bytes:
-            raise EOFError(max(0, got_bytes - before))
-        np.copyto(span.target, self._bytes[before:wanted_bytes])
+def _read(descriptor: int, span: Span, buffer: Bytes) -> int:
+    """Fill the span's target, through `buffer` if there is one and they are not whole pages; return the bytes that were read."""
+    in_pages = span.offset % PAGE_BYTES == len(span.target) % PAGE_BYTES == span.target.ctypes.data % PAGE_BYTES == 0
+    if in_pages or not len(buffer):
+        got_bytes = os.preadv(descriptor, [span.target.data], span.offset)
+        if got_bytes < len(span.target):
+            raise EOFError(got_bytes)
         return got_bytes
-
-
-def _read(descriptor: int, span: Span) -> int:
-    got_bytes = os.preadv(descriptor, [span.target.data], span.offset)
-    if got_bytes < len(span.target):
-        raise EOFError(got_bytes)
+    before = span.offset % PAGE_BYTES
+    wanted_bytes = before + len(span.target)
+    asked_bytes = -(-wanted_bytes // PAGE_BYTES) * PAGE_BYTES
+    got_bytes = os.preadv(descriptor, [buffer[:asked_bytes].data], span.offset - before)
+    if got_bytes < wanted_bytes:
+        raise EOFError(max(0, got_bytes - before))
+    np.copyto(span.target, buffer[before:wanted_bytes])
     return got_bytes
-
-
-class _ChangedError(Exception):
-    """What to say of a file that is no longer what was opened."""
 
 
 def _version(descriptor: int) -> tuple[int, int]:
@@ -246,8 +232,6 @@ def _version(descriptor: int) -> tuple[int, int]:
 
 
 def _named(error: Exception, request: Request, span: Span) -> Exception:
-    if isinstance(error, _ChangedError):
-        return UserError(f"{request.what}: {span.shard} was changed while in use; {AGAIN}, and load it anew")
     if isinstance(error, EOFError):
         return UserError(
             f"short read of {request.what}: {span.shard} at offset {span.offset}, wanted {len(span.target)} bytes, "

@@ -43,11 +43,11 @@ def read_index(model_dir: str | Path) -> dict[str, StoredTensor]:
     if not index_path.is_file():
         if not (model_dir / SINGLE_NAME).is_file():
             raise UserError(f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors")
-        return _by_name(model_dir / SINGLE_NAME)
+        return {tensor.name: tensor for tensor in read_shard(model_dir / SINGLE_NAME)[1]}
     weight_map = _read_weight_map(index_path)
     tensors: dict[str, StoredTensor] = {}
     for shard_name in sorted(set(weight_map.values())):
-        tensors.update(_by_name(model_dir / shard_name))
+        tensors |= {tensor.name: tensor for tensor in read_shard(model_dir / shard_name)[1]}
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
             raise UserError(
@@ -65,10 +65,6 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
     if outside:
         raise UserError(f"{index_path} names {outside[0]!r}, which is not a file of its own folder; {AGAIN}")
     return weight_map
-
-
-def _by_name(shard: Path) -> dict[str, StoredTensor]:
-    return {tensor.name: tensor for tensor in read_shard(shard)[1]}
 
 
 def read_shard(shard: Path) -> tuple[dict[str, str], list[StoredTensor]]:

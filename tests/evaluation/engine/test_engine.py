@@ -21,7 +21,7 @@ from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.replay import replay
-from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.cache.trace_formats import read_trace, write_trace
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 
@@ -61,10 +61,11 @@ def test_live_counters_are_those_of_the_replay(
         engine.reset_cache()
         generate(model, 3, batch=2)
         stats, counts = engine.stats(), engine.cache.counts
-        engine.trace().save(tmp_path / "t.safetensors")
-    trace = RouteTrace.read(tmp_path / "t.safetensors")
+        write_trace(engine.trace(), tmp_path / "t.safetensors")
+    trace = read_trace(tmp_path / "t.safetensors")
     result = replay(trace, policy=policy, cache_scope=scope, slots=slots)
-    assert result.total == counts.total()
+    total = counts.total()
+    assert (result.accesses, result.misses, result.first_touches) == (total.accesses, total.misses, total.first_touches)
     assert (result.prefill, result.decode) == (counts.total(PREFILL), counts.total(DECODE))
     assert result.by_layer == counts.by_layer()
     assert result.bytes_read_per_token == stats.bytes_read_per_token
@@ -143,7 +144,7 @@ def test_a_router_delta_for_another_model_is_refused(checkpoint: Checkpoint) -> 
         ({"dtype": "int8"}, "dtype 'int8' is not supported; write auto, bfloat16, float16, float32"),
         ({"dtype": "float64"}, "dtype 'float64' is not supported"),
         ({"expert_cache": "auto"}, "expert cache 'auto' is not understood"),
-        ({"reads_in_flight": 0}, "reads_in_flight is 0; write at least 1"),
+        ({"reads_in_flight": 0}, "--reads-in-flight is 0; write at least 1"),
         (
             {"expert_cache": 100},
             r"an expert cache of 100 bytes is too small: .* the smallest that works is 15360 bytes \(15KiB\)",

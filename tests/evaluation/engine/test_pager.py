@@ -132,7 +132,7 @@ def test_slots_filled_with_rubbish_after_eviction_are_read_again(checkpoint: Che
     with loaded(folder, None) as (model, engine):
         generate(model, inputs)
         engine.reset_cache()
-        memory = model.model.layers[0].mlp.experts.paged.pager._memory
+        memory = model.model.layers[0].mlp.experts.paged.pager.memory
         for slot in range(engine.cache.total_slots):
             memory.gate_up_HJ(slot).fill_(float("nan"))
             memory.down_IH(slot).fill_(float("nan"))
@@ -204,7 +204,7 @@ def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(
     folder, inputs = checkpoint("olmoe"), prompts(1)
     expected_tokens, _ = generate(resident(folder), inputs)
     with loaded(folder, 4) as (model, engine):
-        reads, original = 0, reader_module._PageBuffer.read
+        reads, original = 0, reader_module._read
 
         def failing_read(*args: Any) -> int:
             nonlocal reads
@@ -213,7 +213,6 @@ def test_a_failed_read_leaves_no_expert_behind_that_was_not_read(
                 raise OSError("injected")
             return original(*args)
 
-        monkeypatch.setattr(reader_module._PageBuffer, "read", failing_read)
         monkeypatch.setattr(reader_module, "_read", failing_read)
         with pytest.raises(UserError, match=r"layer \d expert \d cannot be read from .*: injected"):
             generate(model, inputs)
@@ -231,5 +230,5 @@ def test_only_attached_modules_are_paged(checkpoint: Checkpoint) -> None:
     with loaded(checkpoint("olmoe"), None) as (model, _):
         experts = model.model.layers[0].mlp.experts
         experts.paged = None
-        with pytest.raises(AssertionError, match="only modules that `attach` was called on"):
+        with pytest.raises(AssertionError, match="only experts of a model that `load` returned"):
             paged_experts_forward(experts, torch.zeros(1, 32), torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))

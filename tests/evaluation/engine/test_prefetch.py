@@ -268,7 +268,7 @@ def test_a_memory_budget_counts_the_slots(checkpoint: Checkpoint) -> None:
 
 def test_fewer_than_none_is_refused(checkpoint: Checkpoint) -> None:
     with (
-        pytest.raises(UserError, match="prefetch is -1; write how many"),
+        pytest.raises(UserError, match="--prefetch is -1; write at least 0"),
         load(checkpoint("olmoe"), EngineOptions("30%", prefetch=-1)),
     ):
         pass

@@ -1,13 +1,13 @@
-"""What every policy has to do, whatever it prefers; and how they are made."""
+"""What every policy has to do, whatever it prefers; and how replay makes them."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.load import UserError
-from evaluation.engine.cache.policies import ONLINE, WITH_PROFILE, Decayed, Key, Policy, Static, make_policy
+from evaluation.engine.cache.policies import ONLINE, Decayed, Key, Policy, Static
 from evaluation.engine.cache.pool import Pool
+from evaluation.engine.cache.replay import policy_maker
 from tests.evaluation.engine.cache.made_traces import POLICY_NAMES, Events, events_of, fixed_trace, policy_for
 
 every_policy = pytest.mark.parametrize("name", POLICY_NAMES)
@@ -170,10 +170,9 @@ def plain_worth(key: Key, uses: list[int], now: int, layer: int) -> float:
     return sum(2 ** -((calls - use) / Decayed.HALF_LIFE) for use in uses) * (1 - Decayed.TURN * until_turn)
 
 
-@pytest.mark.parametrize("name", WITH_PROFILE)
-def test_every_live_policy_can_be_made(name: str) -> None:
-    profile = fixed_trace(30) if name == "static" else None
-    make = make_policy(name, layers=3, num_experts=12, profile=profile)
+@pytest.mark.parametrize("name", [*ONLINE, "static"])
+def test_every_policy_is_made_afresh(name: str) -> None:
+    make = policy_maker(name, [], fixed_trace(30) if name == "static" else None)
     first, second = make(), make()
     first.touch([(0, 1)])
     second.touch([(0, 2)])
@@ -182,7 +181,7 @@ def test_every_live_policy_can_be_made(name: str) -> None:
 
 def test_a_profile_counts_what_its_tokens_chose() -> None:
     profile = fixed_trace(50)
-    policy = make_policy("static", layers=3, num_experts=12, profile=profile)()
+    policy = policy_maker("static", [], profile)()
     everything = [(layer, expert) for layer in range(3) for expert in range(12)]
     policy.touch(everything)
     order = [policy.evict(()) for _ in everything]
@@ -190,16 +189,3 @@ def test_a_profile_counts_what_its_tokens_chose() -> None:
     assert uses == sorted(uses)
     assert len(set(uses)) > 5
     assert np.array_equal(profile.expert_uses.sum(axis=1), [150, 150, 150])
-
-
-def test_what_cannot_be_made_is_refused() -> None:
-    profile = fixed_trace(30)
-    with pytest.raises(UserError, match="unknown cache policy 'mru'; known: lru, fifo, lfu, lfru, decayed, static"):
-        make_policy("mru", layers=3, num_experts=12)
-    with pytest.raises(UserError, match=r"'static' keeps the experts .* was given none; write one with `remoe trace`"):
-        make_policy("static", layers=3, num_experts=12)
-    with pytest.raises(UserError, match="'lru' takes no profile"):
-        make_policy("lru", layers=3, num_experts=12, profile=profile)
-    with pytest.raises(UserError, match="3 MoE layers of 12 experts, this one has 3 of 64"):
-        make_policy("static", layers=3, num_experts=64, profile=profile)
-    assert set(WITH_PROFILE) - {"static"} == set(ONLINE)

@@ -135,6 +135,10 @@ def test_what_cannot_be_replayed_is_refused() -> None:
         replay(trace, policy="lru", cache_scope="both", slots=2)
     with pytest.raises(UserError, match="'static' keeps the experts that a profile uses most and was given none"):
         replay(trace, policy="static", cache_scope="global", slots=2)
+    with pytest.raises(UserError, match="3 MoE layers of 12 experts, this one has 1 of 8"):
+        replay(trace, policy="static", cache_scope="global", slots=2, profile=fixed_trace(30))
+    with pytest.raises(UserError, match="'lru' takes no profile"):
+        replay(trace, policy="lru", cache_scope="global", slots=2, profile=trace)
     with pytest.raises(UserError, match="'belady' takes no profile"):
         replay(trace, policy="belady", cache_scope="global", slots=2, profile=trace)
     with pytest.raises(UserError, match=r"1 slots cannot hold the 2 experts .* the smallest that works is 2"):

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from configs.load import UserError
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
+from evaluation.engine.cache.trace_formats import read_trace, write_trace
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -31,8 +32,8 @@ def test_a_trace_survives_the_round_trip(tmp_path: Path, num_experts: int, dtype
     ids = np.arange(24).reshape(4, 2, 3) % 9
     ids[0, 0, 0] = num_experts - 1
     trace = RouteTrace(**arguments(num_experts=num_experts, expert_ids=ids))
-    trace.save(tmp_path / "t.safetensors")
-    found = RouteTrace.read(tmp_path / "t.safetensors")
+    write_trace(trace, tmp_path / "t.safetensors")
+    found = read_trace(tmp_path / "t.safetensors")
     assert found.expert_ids.dtype == dtype
     for name in ("expert_ids", "phase", "request_id", "call"):
         assert np.array_equal(getattr(found, name), getattr(trace, name))
@@ -53,14 +54,14 @@ def test_some_tokens_of_a_trace_keep_their_calls_and_requests() -> None:
 
 
 def test_whoever_may_read_other_files_may_read_a_trace(tmp_path: Path) -> None:
-    RouteTrace(**arguments()).save(tmp_path / "t.safetensors")
+    write_trace(RouteTrace(**arguments()), tmp_path / "t.safetensors")
     (tmp_path / "other").touch()
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_unknown_expert_bytes_stay_unknown(tmp_path: Path) -> None:
-    RouteTrace(**arguments(expert_bytes=None)).save(tmp_path / "t.safetensors")
-    assert RouteTrace.read(tmp_path / "t.safetensors").expert_bytes is None
+    write_trace(RouteTrace(**arguments(expert_bytes=None)), tmp_path / "t.safetensors")
+    assert read_trace(tmp_path / "t.safetensors").expert_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -102,21 +103,21 @@ ONE_TOKEN = {
 def test_files_that_are_no_traces_are_named(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     with pytest.raises(UserError, match=r"t\.safetensors does not exist; write one with"):
-        RouteTrace.read(path)
+        read_trace(path)
     path.write_text("hello")
     with pytest.raises(UserError, match="is not a safetensors file"):
-        RouteTrace.read(path)
+        read_trace(path)
     with pytest.raises(UserError, match="is no routing trace: its format is 'pt'"):
-        RouteTrace.read(write(path, {"format": "pt"}, **ONE_TOKEN))
+        read_trace(write(path, {"format": "pt"}, **ONE_TOKEN))
     with pytest.raises(UserError, match="of version '2', this program reads '1'"):
-        RouteTrace.read(write(path, {"version": "2"}, **ONE_TOKEN))
-    with pytest.raises(UserError, match="without the tensors phase, request_id, call"):
-        RouteTrace.read(write(path, None))
-    with pytest.raises(UserError, match="unreadable metadata"):
-        RouteTrace.read(write(path, {"num_experts": "many"}, **ONE_TOKEN))
+        read_trace(write(path, {"version": "2"}, **ONE_TOKEN))
+    with pytest.raises(UserError, match="without phase, request_id, call; write it again"):
+        read_trace(write(path, None))
+    with pytest.raises(UserError, match=r"t\.safetensors: num_experts and expert_bytes must be single numbers"):
+        read_trace(write(path, {"num_experts": "many"}, **ONE_TOKEN))
     with pytest.raises(UserError, match=r"t\.safetensors: .*there are 0 experts"):
-        RouteTrace.read(write(path, {"num_experts": "0"}, **ONE_TOKEN))
-    assert RouteTrace.read(write(path, None, **ONE_TOKEN)).tokens == 1
+        read_trace(write(path, {"num_experts": "0"}, **ONE_TOKEN))
+    assert read_trace(write(path, None, **ONE_TOKEN)).tokens == 1
 
 
 def test_the_recorder_numbers_calls_and_requests_and_drops_what_was_cut_off() -> None:

@@ -62,11 +62,6 @@ def test_the_smallest_budget_that_is_named_works_and_less_does_not(scope: str) -
         divided(smallest_bytes - MIB // 5, scope=scope)
 
 
-def test_a_context_of_no_tokens_is_refused() -> None:
-    with pytest.raises(UserError, match="context_tokens is 0"):
-        divided(10**9, context_tokens=0)
-
-
 def slots_beside(division: Division, **call: int) -> int:
     return division.slots_with(division.spare_bytes(Call(**call)))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -12,7 +13,15 @@ from configs.load import UserError
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import Conversations
-from evaluation.engine.sessions.workload import SHARES, ChatRequest, read_requests, run_once, serve_all, splits
+from evaluation.engine.sessions.workload import (
+    SHARES,
+    ChatRequest,
+    Rates,
+    read_requests,
+    run_once,
+    serve_all,
+    splits,
+)
 from launch.plan import main as plan
 from tests.evaluation.engine.memory.made_budgets import budget_for
 
@@ -118,3 +127,10 @@ def test_plan_prints_and_writes_every_division(
     printed = capsys.readouterr().out
     assert "16 of 36" in printed
     assert "best: --prefix-cache" in printed
+
+
+def test_tokens_and_misses_cost_what_they_took() -> None:
+    rates = Rates(token_seconds=(2.0, 3.0), miss_seconds=(0.5, 0.25))
+    assert rates.seconds(tokens=(10, 1), misses=(4, 8)) == 20 + 3 + 2 + 2
+    many = rates.seconds(tokens=(np.array([10, 0]), 1), misses=np.array([[4, 0], [8, 4]]))
+    assert many.tolist() == [27.0, 4.0]

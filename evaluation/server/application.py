@@ -64,6 +64,7 @@ def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
     engine = loaded.engine
     _warn_if_open(sock, options)
     experts = f"{engine.cache.total_slots} of {engine.demand.all_experts} experts in {readable(engine.pool_bytes)}"
+    sock.listen()  # who connects as soon as the line below is read must not be refused
     print(f"serving {loaded.intake.served_name} at {_url(sock)}/v1 with {experts}; Ctrl-C stops", flush=True)
     with _signals_only_stop_the_server():
         HttpServer(loaded).run(sockets=[sock])

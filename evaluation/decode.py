@@ -3,7 +3,7 @@
 Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -56,8 +56,8 @@ def decode_in_turns(
     *,
     token_demand_bytes: int,
     device: torch.device,
-) -> list[list[Decode]]:
-    """Decode every prompt greedily, cold, at every budget; for each side one row of measurements a budget.
+) -> Iterator[list[Decode]]:
+    """Decode every prompt greedily, cold, at every budget; after each of them what was measured of each side.
 
     All sides decode a prompt one after another before the next prompt, every second time in reverse, so that a machine
     that becomes slower or quicker favours none of them. `tokens_equal_resident` says whether the tokens were those of
@@ -68,9 +68,10 @@ def decode_in_turns(
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
     """
     references = _resident_tokens(model_dir, sides, prompts, args, device)
-    rows: list[list[Decode]] = [[] for _ in sides]
     chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope}
-    progress = tqdm(total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt")
+    progress = tqdm(
+        total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt", leave=False
+    )
     for demands in args.demands:
         cache_bytes, where = int(demands * token_demand_bytes), str(device)
         options = EngineOptions(cache_bytes, **chosen, dtype=args.dtype, device=where, warn=False)  # the report warns
@@ -82,12 +83,13 @@ def decode_in_turns(
 
             decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
             settings = chosen | {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "repeats": args.repeats}
-        for results, reference, own_rows in zip(decoded, references, rows, strict=True):
+        rows = []
+        for results, reference in zip(decoded, references, strict=True):
             equal = [result.token_ids for result in results] == reference * args.repeats
             settings |= {"token_demand_bytes": token_demand_bytes, "tokens_equal_resident": equal}
-            own_rows.append(Decode(**settings, **_measured(results, n_prompts=len(prompts))))
+            rows.append(Decode(**settings, **_measured(results, n_prompts=len(prompts))))
+        yield rows
     progress.close()
-    return rows
 
 
 def _resident_tokens(

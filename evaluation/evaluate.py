@@ -152,12 +152,14 @@ def evaluate(
     arms: Iterable[tuple[str, Arm]],
     args: EvaluationArguments,
     *,
-    found: Callable[[str, results.Run], None] = lambda _, __: None,
+    found: Callable[[str, results.Run], None] = lambda *_: None,
+    decoded: Callable[[Sequence[tuple[str, results.Decode]]], None] = lambda *_: None,
 ) -> results.Measured:
     """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
         found: told the arm's name and what is known of a run: first its routing, then its quality too.
+        decoded: told what was measured with one size of cache, for every run with its arm's name.
 
     Raises:
         UserError: see the parts.
@@ -180,12 +182,13 @@ def evaluate(
             measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)
             sides += [candidate.routers for candidate in arm.candidates]
         before, demand_bytes = processor_times(), facts.token_demand_bytes or 0
-        decoded = decode_in_turns(
-            model_dir, sides, prompts, args.decode, token_demand_bytes=demand_bytes, device=device
-        )
+        every = [(name, run) for name, of_arm in measured.items() for run in of_arm.runs]
+        sizes = decode_in_turns(model_dir, sides, prompts, args.decode, token_demand_bytes=demand_bytes, device=device)
+        for rows in sizes:
+            for (_, run), row in zip(every, rows, strict=True):
+                run.decode = [*(run.decode or []), row]
+            decoded([(name, row) for (name, _), row in zip(every, rows, strict=True)])
         busy = machine_load(before, processor_times())
-        for run, rows in zip((run for of_arm in measured.values() for run in of_arm.runs), decoded, strict=True):
-            run.decode = rows
     return results.Measured(model=facts, plans=plans, budgets_too_small=too_small, arms=measured, machine_load=busy)
 
 

@@ -8,12 +8,14 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError
@@ -77,7 +79,9 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
     os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
     from lm_eval import simple_evaluate  # type: ignore[import-untyped, unused-ignore]
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.api import model as lm_model
+    from lm_eval.api import task as lm_task
+    from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
 
     known = sorted(path.stem for path in Path(args.include_path).glob("*.yaml"))
@@ -90,7 +94,9 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is already loaded
     length = int(model.config.get_text_config().max_position_embeddings)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=length)
+    for module in (lm_model, lm_task, huggingface):  # it draws a bar for every batch: they go when they are full
+        module.tqdm = partial(tqdm, leave=False)
+    lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=length)
     manager = TaskManager(include_path=args.include_path, include_defaults=False)
     how = {"limit": args.limit, "bootstrap_iters": 0, "log_samples": True, "task_manager": manager}
     output = simple_evaluate(lm, tasks=list(args.tasks), **how)

@@ -40,7 +40,8 @@ def teacher_forced_trace(
             f"no text of two tokens to trace among {len(documents)}; give more text or a larger --max-length"
         )
     observer, chosen_TLK, nll, predicted = RouterObserver(model), [], 0.0, 0
-    for start in tqdm(range(0, len(requests), batch_size), desc=progress, disable=progress is None, unit="batch"):
+    shown = {"desc": progress, "disable": progress is None, "unit": "batch", "leave": False}
+    for start in tqdm(range(0, len(requests), batch_size), **shown):
         batch = requests[start : start + batch_size]
         ids_BS, labels_BS = _padded(batch)
         with observer.recording(*ids_BS.shape) as routings:

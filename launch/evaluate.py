@@ -37,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load(EvaluationArguments, command.config, command.overrides)
     arms = [trained_arm(command.model, [Path(command.router_delta)])] if command.router_delta else []
     started = time.perf_counter()
-    measured = evaluate(command.model, [(arm.objective, arm) for arm in arms], config, found=Narration().found)
+    told = Narration()
+    measured = evaluate(
+        command.model, [(arm.objective, arm) for arm in arms], config, found=told.found, decoded=told.decoded
+    )
     seconds = {"evaluate": time.perf_counter() - started}
     line = f"remoe evaluate {' '.join(sys.argv[1:] if argv is None else argv)}"
     results = assemble(measured, command=line, config=asdict(config), seconds=seconds)

@@ -1,23 +1,27 @@
 """What long commands say while they run: one line for everything that was found, and a table at the end."""
 
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
-from evaluation.report.numbers import CHANGE, FINE_CHANGE, PERCENT, PLAIN, RATE
-from evaluation.report.summary import relative_change
+from evaluation.report.numbers import CHANGE, FINE_CHANGE, PERCENT, PLAIN, RATE, bytes_text, demands_text
+from evaluation.report.summary import relative_change, seed_mean
 from evaluation.report.tables import headline_table
-from evaluation.results import BASE, Results, Run
+from evaluation.results import BASE, Decode, Results, Run
 
 FACTORS = (1.5, 3)
 """A line names the cache sizes nearest to these multiples of the smallest, as the report's headline does."""
 
 
 def say(text: str) -> None:
-    """One line with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+    """One line with the time of day, above a progress bar that may be drawn."""
+    tqdm.write(f"{time.strftime('%H:%M:%S')}  {text}")
+    sys.stdout.flush()
 
 
 class Narration:
@@ -32,6 +36,16 @@ class Narration:
             self._base = run
         seed = "" if run.seed is None else f", seed {run.seed}"
         say(f"{arm}{seed}: {self._routing(run) if run.quality is None else self._quality(run)}")
+
+    def decoded(self, rows: Sequence[tuple[str, Decode]]) -> None:
+        """Say what the base read with one size of cache, and how much more or less every arm did."""
+        (_, base), *others = rows
+        parts = [f"the base reads {bytes_text(base.bytes_read_per_token)} a token"]
+        for arm in dict.fromkeys(name for name, _ in others):
+            of_seeds = (row.bytes_read_per_token for name, row in others if name == arm)
+            change = seed_mean(relative_change(read, base.bytes_read_per_token) for read in of_seeds)
+            parts.append(f"{arm} {CHANGE.over_seeds(change)}")
+        say(f"decoded with a cache of {demands_text(base.demands)} what a token uses: {'; '.join(parts)}")
 
     def _routing(self, run: Run) -> str:
         base = self._base

@@ -57,7 +57,8 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     say(f"comparing {model} as it is with its routers trained as {', '.join(args.arms)}{seeds}; results go to {out}")
     started = time.perf_counter()
     arms = _Training(trainings, model, args.accelerate_config)
-    measured = evaluate(model, arms, evaluation, found=Narration().found)
+    told = Narration()
+    measured = evaluate(model, arms, evaluation, found=told.found, decoded=told.decoded)
     seconds = {"evaluate": time.perf_counter() - started - arms.seconds}
     if all_new:  # time of a training that was only taken up again says nothing
         seconds["train"] = arms.seconds

@@ -46,10 +46,16 @@ def log_likelihood(model: torch.nn.Module, context: list[int], ids: list[int]) -
     return float(picked[torch.arange(len(ids)), torch.tensor(ids)].sum())
 
 
-def test_scores_are_those_of_a_forward_pass_by_hand(model_dir: MakeModelDir, task_folder: Path) -> None:
+def test_scores_are_those_of_a_forward_pass_by_hand(
+    model_dir: MakeModelDir, task_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = str(model_dir("qwen2_moe"))
     model, tokenizer = load_pretrained(folder), load_tokenizer(folder)
+    capsys.readouterr()
     scores = run_tasks(model, tokenizer, QualityArguments(include_path=str(task_folder), tasks=["words", "choice"]))
+    drawn = capsys.readouterr().err
+    assert "Running loglikelihood requests" in drawn
+    assert "\n" not in drawn, "a bar that is full stays on the terminal"
     texts = [tokenizer(item["text"])["input_ids"] for item in ITEMS["words"]]
     expected = [log_likelihood(model, [tokenizer.eos_token_id], ids) for ids in texts]
     assert scores["words"].values == pytest.approx(expected, rel=1e-4)

@@ -38,6 +38,20 @@ def test_a_run_without_routing_is_told_as_such(capsys: pytest.CaptureFixture[str
     assert lines(capsys) == ["base: its routing was not measured"]
 
 
+def test_every_cache_size_is_one_line_with_the_mean_over_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    arms = made_results().arms
+    first = {name: [(run.decode or [])[0] for run in arm.runs] for name, arm in arms.items()}
+    for row, read in zip(first["cache"], (1.0, 2.0, 3.0), strict=True):
+        row.bytes_read_per_token = read * 2**20
+    first["base"][0].bytes_read_per_token, first["base"][0].demands = 4 * 2**20, 0.5
+    Narration().decoded([(name, row) for name, rows in first.items() for row in rows])
+    (line,) = lines(capsys)
+    assert line.startswith(
+        "decoded with a cache of 0.5× what a token uses: the base reads 4.00\N{NO-BREAK SPACE}MiB a token;"
+    )
+    assert "; cache −50.0" in line
+
+
 def test_the_end_is_a_table_of_every_arm_and_the_place_of_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     say_the_end(made_results(), Path("runs/x"))
     shown = capsys.readouterr().out

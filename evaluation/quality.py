@@ -19,15 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError
-from evaluation.results import (
-    MEAN,
-    Difference,
-    DomainPerplexity,
-    PerplexityDifference,
-    Quality,
-    TaskDifference,
-    TaskValue,
-)
+from evaluation import results
 
 PERPLEXITY = "perplexity_"  # prefix of the tasks that measure a domain's perplexity
 RESAMPLES = 2000
@@ -119,7 +111,7 @@ def _scores(
     return TaskScores(metric, values, chance)
 
 
-def summarize(scores: Scores) -> Quality:
+def summarize(scores: Scores) -> results.Quality:
     """The value of every task with its standard error, every domain's perplexity, and their geometric mean."""
     tasks, perplexity, logs = {}, {}, []
     for name, items in scores.items():
@@ -127,15 +119,16 @@ def summarize(scores: Scores) -> Quality:
         if isinstance(items, TextScores):
             per_token, per_word = (float(np.exp(-values.sum() / of.sum())) for of in (items.tokens, items.words))
             logs.append(np.log(per_token))
-            found = DomainPerplexity(perplexity=per_token, word_perplexity=per_word, n=n)
+            found = results.DomainPerplexity(perplexity=per_token, word_perplexity=per_word, n=n)
             perplexity[name.removeprefix(PERPLEXITY)] = found
         else:
             value, stderr = float(values.mean()), float(stats.sem(values)) if n > 1 else None
-            tasks[name] = TaskValue(metric=items.metric, value=value, stderr=stderr, n=n, chance=items.chance)
-    return Quality(tasks=tasks, perplexity=perplexity, mean_perplexity=float(np.exp(np.mean(logs))) if logs else None)
+            tasks[name] = results.TaskValue(metric=items.metric, value=value, stderr=stderr, n=n, chance=items.chance)
+    mean = float(np.exp(np.mean(logs))) if logs else None
+    return results.Quality(tasks=tasks, perplexity=perplexity, mean_perplexity=mean)
 
 
-def differences(base: Scores, tuned: Scores) -> Difference:
+def differences(base: Scores, tuned: Scores) -> results.Difference:
     """Tuned minus base with paired 95 % intervals: tasks in their metric, perplexity per token as a relative change."""
     draw = np.random.default_rng(0)
     tasks, perplexity, ratios = {}, {}, []
@@ -147,17 +140,17 @@ def differences(base: Scores, tuned: Scores) -> Difference:
             tasks[name] = _paired(before.values, tuned[name].values)
     if ratios:
         points, resampled = zip(*ratios, strict=True)
-        perplexity[MEAN] = _relative(float(np.mean(points)), np.mean(resampled, axis=0))
-    return Difference(tasks=tasks, perplexity=perplexity)
+        perplexity[results.MEAN] = _relative(float(np.mean(points)), np.mean(resampled, axis=0))
+    return results.Difference(tasks=tasks, perplexity=perplexity)
 
 
-def _paired(before: Array, after: Array) -> TaskDifference:
+def _paired(before: Array, after: Array) -> results.TaskDifference:
     """Mean difference and its t interval; a single item has no interval."""
     change, mean = after - before, float((after - before).mean())
     if len(change) < 2:
-        return TaskDifference(difference=mean, low=None, high=None)
+        return results.TaskDifference(difference=mean, low=None, high=None)
     half = float(stats.sem(change) * stats.t.ppf((1 + CONFIDENCE) / 2, len(change) - 1))
-    return TaskDifference(difference=mean, low=mean - half, high=mean + half)
+    return results.TaskDifference(difference=mean, low=mean - half, high=mean + half)
 
 
 def _log_ratio(before: TextScores, after: TaskScores | TextScores, draw: np.random.Generator) -> tuple[float, Array]:
@@ -167,6 +160,7 @@ def _log_ratio(before: TextScores, after: TaskScores | TextScores, draw: np.rand
     return float(loss.sum() / tokens.sum()), loss[picks].sum(1) / tokens[picks].sum(1)
 
 
-def _relative(point: float, samples: Array) -> PerplexityDifference:
+def _relative(point: float, samples: Array) -> results.PerplexityDifference:
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return PerplexityDifference(relative=float(np.expm1(point)), low=float(np.expm1(low)), high=float(np.expm1(high)))
+    relative, low, high = (float(np.expm1(log)) for log in (point, low, high))
+    return results.PerplexityDifference(relative=relative, low=low, high=high)

@@ -116,11 +116,8 @@ def _up(experts: Any) -> str:
 
 def _is_swiglu(experts: Any) -> bool:
     """Whether the activation is silu(gate) * up, gate in the first half."""
-    return (
-        experts.has_gate
-        and internals.applies_plain_gate(experts)
-        and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
-    )
+    plain = experts.has_gate and internals.applies_plain_gate(experts)
+    return plain and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation))
 
 
 def _activation_back(experts: Any, gate_up_rJ: Tensor, grad_rI: Tensor, weights_r1: Tensor) -> tuple[Tensor, Tensor]:

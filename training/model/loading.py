@@ -19,9 +19,8 @@ from training.model.routers import copy_into_routers, find_routers, router_param
 from training.model.transformers_internals import GradientCheckpointingLayer
 
 Device = str | torch.device
-RouterDelta = (
-    Mapping[str, torch.Tensor] | None
-)  # parameter name -> weight, as `run_folder.router_delta.load_for` gives it
+RouterDelta = Mapping[str, torch.Tensor] | None
+"""Parameter name -> weight, as `run_folder.router_delta.load_for` gives it."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ Pure arithmetic over `terms.py`, `losses.py` and `token_loss.py`; knows nothing 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -26,9 +27,8 @@ STACKED_NUMBERS = 2**20
 
 def total_counts(args: ObjectiveArguments, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """How many items all micro-batches of one process have; the caller adds them over processes."""
-    parts = [
-        losses.counts(b.document_ids_BS, b.labels_BS, lags=args.lags, window=args.working_set_window) for b in batches
-    ]
+    count = partial(losses.counts, lags=args.lags, window=args.working_set_window)
+    parts = [count(batch.document_ids_BS, batch.labels_BS) for batch in batches]
     return {key: torch.stack([part[key] for part in parts]).sum() for key in parts[0]}
 
 

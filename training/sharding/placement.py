@@ -109,12 +109,8 @@ class FreeMemory:
 
 
 def _advice(sizes: Sizes, free: FreeMemory) -> str:
-    sharded = (
-        ("fsdp2", FSDP2, None),
-        ("deepspeed_zero3_cpu_offload", ZERO3, "cpu"),
-        ("deepspeed_zero3_nvme", ZERO3, NVME),
-    )
-    for name, layout, offload in sharded:
+    zero3 = {"deepspeed_zero3_cpu_offload": (ZERO3, "cpu"), "deepspeed_zero3_nvme": (ZERO3, NVME)}
+    for name, (layout, offload) in {"fsdp2": (FSDP2, None), **zero3}.items():
         if free.shortage_for(placement(sizes, layout=layout, offload=offload, processes=free.processes)) is None:
             return f"write --accelerate-config configs/accelerate/{name}.yaml"
     return "no launcher here makes them fit: give more memory or more processes on other machines"

@@ -186,10 +186,8 @@ def _context_tokens(config: PretrainedConfig, asked: int | None) -> int:
 
 
 def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
+    key = None if variable is None else os.environ.get(variable)
+    if variable is not None and not key:
         raise UserError(f"--api-key-env names {variable}, which is not set; put the key into it")
     return key
 

@@ -10,11 +10,7 @@ Choice = TypeVar("Choice", str, float)
 
 
 def at_least(options: object, **least: int) -> None:
-    """Refuse options with a number below its least one; None stands for a number that was not given.
-
-    Raises:
-        UserError: the message names the flag.
-    """
+    """A `UserError` that names the flag of a number below its least one; None stands for one that was not given."""
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and value < smallest:
@@ -27,11 +23,7 @@ def words(text: str) -> list[str]:
 
 
 def chosen(text: str, known: Sequence[Choice], *, flag: str) -> list[Choice]:
-    """Those of `known` that the words of `text` name.
-
-    Raises:
-        UserError: none is named, or one is not known.
-    """
+    """Those of `known` that the words of `text` name; a `UserError` if none is named, or one is not known."""
     found = []
     for word in words(text) or [text]:
         try:
@@ -42,11 +34,7 @@ def chosen(text: str, known: Sequence[Choice], *, flag: str) -> list[Choice]:
 
 
 def whole_numbers(text: str, *, flag: str, example: str) -> list[int]:
-    """The numbers between commas, each once.
-
-    Raises:
-        UserError: it is no list of numbers.
-    """
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    """The numbers between commas, each once; a `UserError` if there is something else."""
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
         raise UserError(f"{flag} {text!r} is no list of numbers; write for example {example}")
     return list(dict.fromkeys(map(int, text.split(","))))

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
+from itertools import pairwise
 from typing import TypeVar
 
 import tyro
@@ -42,12 +43,10 @@ def parse(schema: type[T], argv: Sequence[str] | None, *, prog: str, epilog: str
 
 def _overrides_first(words: list[str]) -> list[str]:
     """The line with all overrides together, behind the first word or at the end; what follows a flag is its value."""
-    is_override = [
-        bool(OVERRIDE.match(word)) and not before.startswith("--")
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-    overrides = [word for word, yes in zip(words, is_override, strict=True) if yes]
-    others = [word for word, yes in zip(words, is_override, strict=True) if not yes]
+    overrides, others = list[str](), list[str]()
+    for before, word in pairwise(["", *words]):
+        is_override = OVERRIDE.match(word) and not before.startswith("--")
+        (overrides if is_override else others).append(word)
     place = 1 if others and not others[0].startswith("-") else len(others)
     return [*others[:place], *overrides, *others[place:]]
 

@@ -15,11 +15,7 @@ from configs.load import UserError
 
 
 def prepare(path: str | Path) -> Path:
-    """Make the folder of a result, before the work that leads to it.
-
-    Raises:
-        UserError: `path` is a folder, or something that is no folder stands where its folder should be.
-    """
+    """Make the folder of a result before the work that leads to it; a `UserError` if that, or such a file, cannot be."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"output {path} is a folder; name a file in it, for example {path / 'result.json'}")
@@ -54,7 +50,6 @@ def folder_aside(path: str | Path, *, replace: bool = False, durable: bool = Fal
     Only one process may write a folder at a time: what another one left there when it was killed is removed first.
 
     Args:
-        path: what the folder will be called; its parents are made.
         replace: whether a folder that is there may be replaced; if not, it must be empty.
         durable: bring all to disk, so that after a power failure too the folder is whole or not there.
     """

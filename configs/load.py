@@ -28,8 +28,7 @@ class UserError(ValueError):
 def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Build `schema` (a dataclass) from its defaults, then the YAML at `path`, then `key=value` overrides.
 
-    Raises:
-        UserError: missing or unreadable YAML, unknown key, wrong type, or a value `schema.__post_init__` refuses.
+    A `UserError` names a YAML that cannot be read, an unknown key, a wrong type, or a value that `schema` refuses.
     """
     resolved = OmegaConf.structured(schema)
     if path is not None:

@@ -71,10 +71,8 @@ class Chat(str):
 def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
     """Token ids of every text, with the end-of-text token before and after it.
 
-    A token of a `Chat` that is not to be learnt is the complement ~id of its id, which is negative.
-
-    Raises:
-        UserError: the tokenizer has no end-of-text token or no offsets, or there is no text.
+    A token of a `Chat` that is not to be learnt is the complement ~id of its id, which is negative. A `UserError` says
+    that the tokenizer has no end-of-text token or no offsets, or that there is no text.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {tokenizer.name_or_path} has no eos_token; set one in its tokenizer_config.json")
@@ -103,9 +101,7 @@ class PackedRows:
 
     Every epoch joins the documents in a new order, cuts the stream into rows and shuffles the rows, so that a batch does
     not hold neighbouring pieces of one long document. What does not fill a last row waits for the next epoch's order.
-
-    Raises:
-        UserError: the documents together do not fill one row.
+    Documents that together do not fill one row are a `UserError`.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], *, max_length: int, seed: int) -> None:

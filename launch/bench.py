@@ -56,12 +56,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the subject that the first word names.
-
-    Raises:
-        UserError: there is no such subject; whatever it raises.
-        SystemExit: help was asked for.
-    """
+    """Measure the subject that the first word names; a `UserError` if there is none of that name."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())

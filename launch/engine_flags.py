@@ -1,7 +1,6 @@
 """The engine's flags, which every command that decodes shares: its options, less those that a command knows itself."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import tyro
 from torch import Tensor
@@ -19,15 +18,7 @@ class EngineFlags(EngineOptions):
     record_trace: tyro.conf.Suppress[bool] = False
     warn: tyro.conf.Suppress[bool] = True
 
-    def with_(self, **known: Any) -> EngineOptions:
-        """The same with what the command knows."""
-        return replace(self, **known)
-
 
 def router_weights(model_dir: str, router_delta: str | None) -> dict[str, Tensor] | None:
-    """The tuned routers in the folder `router_delta`, if any is given.
-
-    Raises:
-        UserError: they belong to another model.
-    """
+    """The tuned routers in the folder `router_delta`, if any is given; a `UserError` if they are of another model."""
     return load_for(model_dir, router_delta) if router_delta else None

@@ -1,8 +1,7 @@
 """`remoe generate`: greedy text from a checkpoint whose experts stay on disk, with everything measured."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from rich.table import Table
 from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
+from data.sources import read_text
 from evaluation.engine.cache.trace_formats import check_extension, write_trace
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import DecodeResult, decode
@@ -22,6 +22,11 @@ from evaluation.report.numbers import MILLISECONDS, PERCENT, PLAIN, bytes_text
 from launch.engine_flags import EngineFlags, router_weights
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
+
+COUNTED = (
+    "accesses", "hits", "misses", "first_touches", "hit_rate", "bytes_read", "bytes_read_per_token", "stall_seconds",
+    "reading_seconds",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt_ids = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
         raise UserError(f"the tokenizer of {command.model} makes no tokens of the prompt; is tokenizer.json there?")
-    options = command.engine.with_(
-        context_tokens=len(prompt_ids) + max(1, command.max_new_tokens), record_trace=trace_path is not None
-    )
+    context_tokens = len(prompt_ids) + max(1, command.max_new_tokens)
+    options = replace(command.engine, context_tokens=context_tokens, record_trace=trace_path is not None)
     with load(model_dir, options, router_delta=router_weights(model_dir, command.router_delta)) as (model, engine):
         result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=command.max_new_tokens)
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
@@ -78,20 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
     """What one decode did, under the names of the report; None is what was not measured."""
-    stats, timing = result.stats, result.timing
+    timing = result.timing
     return {
         "token_ids": result.token_ids,
         "outputs_are_exact": engine.is_exact,
-        "accesses": stats.accesses,
-        "hits": stats.hits,
-        "misses": stats.misses,
-        "first_touches": stats.first_touches,
-        "hit_rate": stats.hit_rate,
-        "bytes_read": stats.bytes_read,
-        "bytes_read_per_token": stats.bytes_read_per_token,
+        **{name: getattr(result.stats, name) for name in COUNTED},
         "token_demand_bytes": engine.token_demand_bytes,
-        "stall_seconds": stats.stall_seconds,
-        "reading_seconds": stats.reading_seconds,
         "mean_ttft_ms": timing.ttft_ms,
         "mean_tpot_ms": timing.tpot_ms,
         "itl_ms": timing.itl_ms,
@@ -122,22 +118,13 @@ def _resolved(command: Generate, engine: Engine, model: Any) -> dict[str, Any]:
 def _prompt(command: Generate) -> str:
     if (command.prompt is None) == (command.prompt_file is None):
         raise UserError("write exactly one of --prompt (the text itself) and --prompt-file (a file that holds it)")
-    prompt = command.prompt if command.prompt_file is None else _read_prompt(Path(command.prompt_file))
+    prompt = command.prompt if command.prompt_file is None else read_text(command.prompt_file)
     assert prompt is not None, "one of the two was given"
     if not prompt.strip():
-        raise UserError("the prompt is empty; write some text after --prompt or into the prompt file")
+        raise UserError("the prompt is empty; write some text after --prompt")
     if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
         raise UserError("the prompt is not UTF-8 text; write it in UTF-8 or put it into a file saved as UTF-8")
     return prompt
-
-
-def _read_prompt(path: Path) -> str:
-    if not path.is_file():
-        raise UserError(f"prompt file {path} does not exist; name a text file, or give the text with --prompt")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from rich.console import Console
@@ -19,14 +19,7 @@ from configs.files import folder_aside, write_json
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
-from evaluation.benchmark.made_model.made_checkpoint import (
-    DTYPES,
-    MISS_SHARES,
-    Recipe,
-    measure,
-    weight_bytes,
-    write_checkpoint,
-)
+from evaluation.benchmark.made_model.made_checkpoint import MISS_SHARES, Recipe, measure, weight_bytes, write_checkpoint
 from evaluation.benchmark.made_model.synthetic import Shape
 from training.model.loading import load_tokenizer
 
@@ -57,14 +50,12 @@ class MakeModel:
     # share of its experts that a token of real text has in common with the one before; in the model's own greedy text it
     # is a little less
     eor: float = 0.37
-    dtype: str = "bfloat16"  # bfloat16, float16 or float32
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # precision of all weights
     seed: int = 0  # of all weights
     # greedy tokens of each of four prompts with which the finished model is measured; 0: only test text
     check_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype} is not known; write one of {', '.join(DTYPES)}")
         if not 0 < self.eor < 1:
             raise UserError(f"--eor {self.eor} is no share; write for example 0.35")
         if not 0 <= self.seed < 2**31:
@@ -91,11 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _recipe(command: MakeModel, vocabulary: int) -> Recipe:
-    """The recipe that the flags ask for.
-
-    Raises:
-        UserError: sizes that do not fit together.
-    """
+    """The recipe that the flags ask for; a `UserError` if sizes do not fit together."""
     try:
         shape = Shape(
             hidden=command.hidden,
@@ -116,10 +103,9 @@ def _recipe(command: MakeModel, vocabulary: int) -> Recipe:
 
 def _fitting_intermediate(shape: Shape, dtype: str, size: str) -> int:
     """The largest multiple of the step with which all weights are at most `size`."""
-    room_bytes = parse_size(size, what="--size") - weight_bytes(replace(shape, intermediate=0), dtype)
-    step_bytes = weight_bytes(replace(shape, intermediate=INTERMEDIATE_STEP), dtype)
-    step_bytes -= weight_bytes(replace(shape, intermediate=0), dtype)
-    steps = room_bytes // step_bytes
+    none_bytes = weight_bytes(replace(shape, intermediate=0), dtype)
+    step_bytes = weight_bytes(replace(shape, intermediate=INTERMEDIATE_STEP), dtype) - none_bytes
+    steps = (parse_size(size, what="--size") - none_bytes) // step_bytes
     if steps < 1:
         raise UserError(
             f"--size {size} is too small for {shape.layers} layers of {shape.num_experts} experts with hidden size "

@@ -57,9 +57,8 @@ class Narration:
             change = relative_change(run.routing.reuse_rate_mean, base.routing.reuse_rate_mean)
             parts = [f"EOR {CHANGE.text(change)}"]
         sizes = _misses(run)
-        for slots in sorted(
-            {min(sizes, key=lambda size: abs(size - factor * min(sizes))) for factor in FACTORS if sizes}
-        ):
+        near = {min(sizes, key=lambda size: abs(size - factor * min(sizes))) for factor in FACTORS if sizes}
+        for slots in sorted(near):
             misses = sizes[slots]
             text = PERCENT.text(misses) if run is base else CHANGE.text(relative_change(misses, _misses(base)[slots]))
             parts.append(f"LRU misses with {slots} slots a layer {text}")

@@ -45,6 +45,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"an expert's {odd[0]} matrix has {store.format.role_bytes(odd[0])} bytes, which are no whole pages of "
             f"{PAGE_BYTES}: no order would let all experts start on one; use {model_dir} as it is"
         )
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_packed(model_dir, output)
     print(f"{len(store.shards)} shards with experts are packed in {output}; its tensors are those of {model_dir}")

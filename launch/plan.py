@@ -1,7 +1,7 @@
 """`remoe plan`: what a memory budget is divided into for a model, and what it buys; tried on the real engine.
 
-Sizes are worked out; the time of computing and of a prompt is measured by
-decoding a few tokens; misses at other sizes come from a routing trace, if one is given.
+Sizes are worked out; the time of computing and of a prompt is measured by decoding a few tokens; misses at other sizes
+come from a routing trace, if one is given.
 """
 
 from collections.abc import Sequence
@@ -75,19 +75,20 @@ def show(found: dict[str, Any], console: Console) -> None:
     """The division, the cliff, the measured times, and the sizes around."""
     division, demand, measured = found["division"], found["demand"], found["measured"]
     table = Table("part", "memory", "why", title=f"{bytes_text(division['budget_bytes'])} for {found['model']}")
-    context = f"{division['context_tokens']} tokens"
+    context, all_experts = f"{division['context_tokens']} tokens", demand["layers"] * demand["num_experts"]
     for name, key, why in (
         ("resident weights", "resident_bytes", "attention, embeddings, routers, shared experts; worked out"),
         ("read buffers", "buffer_bytes", "of the reading threads, and for experts that do not stay"),
         ("KV cache", "kv_bytes", f"its floor: {context}"),
         ("activations", "activation_bytes", f"a prompt of {context}"),
-        ("expert cache", "expert_cache_bytes", f"{division['slots']} of {_all_experts(demand)} experts; what is left"),
+        ("expert cache", "expert_cache_bytes", f"{division['slots']} of {all_experts} experts; what is left"),
     ):
         table.add_row(name, bytes_text(division[key]), why)
     console.print(table)
+    cliff = " - this budget is below it" if division["expert_cache_bytes"] < demand["token_demand_bytes"] else ""
     console.print(
         f"one token uses {demand['layers']} x {demand['top_k']} experts, {bytes_text(demand['token_demand_bytes'])}: "
-        f"below that a global LRU hits little while decoding{_cliff(division, demand)}"
+        f"below that a global LRU hits little while decoding{cliff}"
     )
     console.print(
         f"measured: TTFT {measured['ttft_ms']:.0f} ms for {measured['prompt_tokens']} tokens, TPOT {measured['tpot_ms']:.1f} "
@@ -125,13 +126,3 @@ def _splits_table(found: dict[str, Any]) -> Table:
         )  # fmt: skip
     table.caption = f"best: --prefix-cache {best['prefix_cache_bytes']}"
     return table
-
-
-def _all_experts(demand: dict[str, Any]) -> int:
-    return int(demand["layers"] * demand["num_experts"])
-
-
-def _cliff(division: dict[str, Any], demand: dict[str, Any]) -> str:
-    if division["expert_cache_bytes"] < demand["token_demand_bytes"]:
-        return " - this budget is below it"
-    return ""

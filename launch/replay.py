@@ -3,7 +3,6 @@
 LRU at every size in both scopes, from one pass each; the policies at chosen sizes, each against the optimum (Belady).
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from configs.checks import whole_numbers, words
 from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
@@ -37,12 +37,8 @@ class Replay:
       remoe replay moe_trace.csv --export trace.safetensors                                # rows of llama.cpp's moe-trace
     """
 
-    trace: tyro.conf.Positional[
-        str
-    ]  # .safetensors, .npz, .npy or .csv; evaluation/engine/cache/README.md says what they hold
-    slots: str | None = (
-        None  # sizes for --policy, as 4,6,8: slots of each layer (per_layer) or of the one pool (global)
-    )
+    trace: tyro.conf.Positional[str]  # .safetensors, .npz, .npy or .csv, as evaluation/engine/cache/README.md says
+    slots: str | None = None  # sizes for --policy, as 4,6,8: slots of each layer (per_layer) or of one pool (global)
     policy: str | None = None  # of lru, lfu, lfru, decayed, fifo, static and belady, as lru,decayed; left out: all
     cache_scope: str | None = None  # per_layer, global, or both as per_layer,global; left out: per_layer
     profile: str | None = None  # trace whose most used experts the policy static keeps
@@ -53,24 +49,27 @@ class Replay:
     output: str | None = None  # JSON file for all counts; left out: only the tables
 
     def __post_init__(self) -> None:
-        if self.profile and self.policy and "static" not in _words(self.policy):
+        if self.profile and self.policy and "static" not in words(self.policy):
             raise UserError(f"--profile is for the policy static, and --policy is {self.policy}; add static to it")
         if self.slots is None and (self.policy or self.cache_scope or self.profile):
             raise UserError(
                 "--policy, --cache-scope and --profile are about chosen sizes, and --slots names none; "
                 "write for example --slots 4,6,8,12 (LRU at every size needs none of them)"
             )
-        if self.slots is not None and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", self.slots):
-            raise UserError(f"--slots {self.slots!r} is not a list of whole numbers; write for example 4,6,8,12")
 
     @property
     def policies(self) -> list[str]:
-        return _words(self.policy) or [policy for policy in POLICIES if policy != "static" or self.profile]
+        return words(self.policy or "") or [policy for policy in POLICIES if policy != "static" or self.profile]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [] if self.slots is None else whole_numbers(self.slots, flag="--slots", example="4,6,8,12")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, replay every policy at every size, write the JSON, print tables."""
     command = parse(Replay, argv, prog="remoe replay")
+    scopes, sizes = words(command.cache_scope or "per_layer"), command.sizes
     output = prepare(command.output) if command.output else None
     if command.export:
         check_extension(prepare(command.export))
@@ -80,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     profile = read_trace(command.profile, num_experts=command.num_experts) if command.profile else None
     if command.export:
         write_trace(trace, command.export)
-    scopes, sizes = _words(command.cache_scope) or ["per_layer"], [int(size) for size in _words(command.slots)]
     replays = replay_all(trace, command.policies, scopes=scopes, sizes=sizes, profile=profile)
     rows = results_json(trace, replays, command.policies)
     curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
@@ -90,11 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print_curves(trace, curves)
     if rows:
         _print_results(rows)
-
-
-def _words(text: str | None) -> list[str]:
-    """`a, b` -> [a, b], each once."""
-    return list(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
 
 
 def _print_curves(trace: RouteTrace, curves: dict[str, LruCurve]) -> None:
@@ -124,14 +117,7 @@ def _print_results(results: Sequence[dict[str, Any]]) -> None:
     for heading in ("policy", "scope", "slots", "misses", "of these first", "hit rate", "regret"):
         table.add_column(heading, justify="left" if heading in ("policy", "scope") else "right")
     for result in results:
-        regret = result["policy_regret"]
-        table.add_row(
-            result["policy"],
-            result["cache_scope"],
-            f"{result['slots']:,}",
-            f"{result['misses']:,}",
-            f"{result['first_touches']:,}",
-            f"{result['hit_rate']:.3f}",
-            "-" if regret is None else f"{regret:.3f}",
-        )
+        counts = [f"{result[name]:,}" for name in ("slots", "misses", "first_touches")]
+        regret = "-" if result["policy_regret"] is None else f"{result['policy_regret']:.3f}"
+        table.add_row(result["policy"], result["cache_scope"], *counts, f"{result['hit_rate']:.3f}", regret)
     Console().print(table)

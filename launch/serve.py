@@ -41,10 +41,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 def opened(command: Serve) -> AbstractContextManager[Backend]:
     """The application that the flags ask for."""
     model_dir = local_folder(command.model)
-    return application(
-        model_dir,
-        command.engine,
-        command.server,
-        name=command.server.served_model_name or command.model,
-        router_delta=router_weights(model_dir, command.router_delta),
-    )
+    name, routers = command.server.served_model_name or command.model, router_weights(model_dir, command.router_delta)
+    return application(model_dir, command.engine, command.server, name=name, router_delta=routers)

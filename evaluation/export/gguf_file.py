@@ -21,6 +21,7 @@ from safetensors import safe_open
 from configs.files import writing_aside
 from configs.load import UserError
 from evaluation.engine.store.shards import StoredTensor, read_index
+from training.model.lazy_weights import read_config
 
 F32 = gguf.GGMLQuantizationType.F32
 PRECISIONS = {
@@ -43,7 +44,7 @@ def write_gguf(model_dir: str | Path, path: str | Path, *, precision: str = "flo
     """
     if precision not in PRECISIONS:
         raise UserError(f"GGUF precision {precision!r} is not known; write one of {', '.join(PRECISIONS)}")
-    config = _read_config(Path(model_dir))
+    config = _config(model_dir)
     tensors = _tensors(model_dir, config)
     kinds = {name: PRECISIONS["float32" if any(p in name for p in ALWAYS_FLOAT32) else precision] for name in tensors}
     with writing_aside(path) as aside, closing(gguf.GGUFWriter(aside, "qwen2moe")) as writer:
@@ -64,11 +65,7 @@ def write_gguf(model_dir: str | Path, path: str | Path, *, precision: str = "flo
 
 
 def _tensors(model_dir: str | Path, config: dict[str, Any]) -> dict[str, Sources]:
-    """Every tensor of the file by its name, in the order of the checkpoint's index.
-
-    Raises:
-        UserError: the family's layout has no such tensor.
-    """
+    """Every tensor of the file by its name, in the order of the checkpoint's index."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, config["num_hidden_layers"])
     numbered: dict[str, list[tuple[int, StoredTensor]]] = {}
     for name, tensor in read_index(model_dir).items():
@@ -103,11 +100,8 @@ def _numbers(name: str, sources: Sources, files: Mapping[Path, Any], dtype: torc
     return raw.reshape(_shape(name, sources))
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{model_dir} holds no config.json; give the folder of a saved model")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _config(model_dir: str | Path) -> dict[str, Any]:
+    config: dict[str, Any] = read_config(model_dir).to_dict()
     if config.get("model_type") != "qwen2_moe":
         raise UserError(f"{model_dir} is a {config.get('model_type')} model; only qwen2_moe can be written as GGUF")
     if config.get("norm_topk_prob"):

@@ -69,11 +69,7 @@ def _read(path: Path) -> gguf.GGUFReader:
 
 
 def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """The file's tensor of each router, by its name in the loaded model; all of them have the base's values.
-
-    Raises:
-        UserError: a router is missing, or has another shape, type or value.
-    """
+    """The file's tensor of each router, by its name in the loaded model; all of them have the base's values."""
     architecture = str(reader.fields["general.architecture"].contents())
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:

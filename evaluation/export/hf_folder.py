@@ -28,11 +28,7 @@ Routers = Mapping[str, Tensor]
 
 
 def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]:
-    """The place of each router tensor in the checkpoint, by its name in the loaded model.
-
-    Raises:
-        UserError: one is not there, or has another shape.
-    """
+    """The place of each router tensor in the checkpoint, by its name in the loaded model; a `UserError` if it has none."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # initialising on meta warns, in some families
         skeleton = AutoModelForCausalLM.from_config(read_config(model_dir))
@@ -52,11 +48,7 @@ def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]
 def write_folder(
     model_dir: Path, output: Path, routers: Routers, *, stored: Mapping[str, StoredTensor], about: Mapping[str, Any]
 ) -> None:
-    """Write the whole model as a Hugging Face folder, aside and renamed.
-
-    Raises:
-        OSError: the disk is full, for example; nothing is left behind.
-    """
+    """Write the whole model as a Hugging Face folder, aside and renamed; a full disk leaves nothing behind."""
     changed = {place.shard.name for place in stored.values()}
     with folder_aside(output) as aside:
         for path in sorted(model_dir.iterdir()):

@@ -72,17 +72,11 @@ def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
 
 @contextmanager
 def application(
-    model_dir: str,
-    engine_options: EngineOptions,
-    options: ServerOptions,
-    *,
-    name: str,
-    router_delta: RouterDelta = None,
+    model_dir: str, engine_options: EngineOptions, options: ServerOptions, *, name: str, router_delta: RouterDelta
 ) -> Iterator[Backend]:
     """Load the model, which clients call `name`, and put everything together but the HTTP server.
 
-    Raises:
-        UserError: values that make no sense for this model, or whatever `load` refuses.
+    A `UserError` names values that make no sense for this model, or what `load` refuses.
     """
     api_key, config = _api_key(options.api_key_env), read_config(model_dir)
     keeps = _keeps_prefixes(config, engine_options, options)
@@ -99,18 +93,14 @@ def application(
         kept = _conversations(model, engine, options) if keeps else ()
         # a copy of the tokenizer each: one thread writes texts, another reads them
         generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics, *kept)
-        with Worker(generator, max_queue=options.max_queue) as worker:
+        with Worker(generator.run, recover=engine.reset_cache, max_queue=options.max_queue) as worker:
             metrics.registry.register(worker)
             yield Backend(intake, worker, engine, metrics, api_key, options.max_request_bytes)
 
 
 @contextmanager
 def listener(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket, taken before the model is loaded; port 0 is any free one.
-
-    Raises:
-        UserError: the address cannot be had.
-    """
+    """A bound socket, or a `UserError` if the address cannot be had; port 0 is any free one."""
     if not 0 <= port < 2**16:
         raise UserError(f"--port is {port}; it must be between 0 and {2**16 - 1}")
     with ExitStack() as stack:
@@ -142,11 +132,7 @@ class HttpServer(uvicorn.Server):
 
 def _keeps_prefixes(config: PretrainedConfig, engine_options: EngineOptions, options: ServerOptions) -> bool:
     """Whether keys and values are kept between requests: as the options say, or else under a memory budget if the model
-    allows it.
-
-    Raises:
-        UserError: a size was given for a model whose context cannot be kept.
-    """
+    allows it; a `UserError` if a size was given for a model whose context cannot be kept."""
     if options.prefix_cache == "0" or (options.prefix_cache is None and engine_options.memory_budget is None):
         return False
     try:
@@ -200,10 +186,8 @@ def _context_tokens(config: PretrainedConfig, asked: int | None) -> int:
 
 
 def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
+    key = None if variable is None else os.environ.get(variable)
+    if variable is not None and not key:
         raise UserError(f"--api-key-env names {variable}, which is not set; put the key into it")
     return key
 

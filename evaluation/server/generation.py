@@ -47,9 +47,7 @@ class Generator:
     def run(self, job: Job) -> Done:
         """Serve one job; returns its last event, which the caller sends.
 
-        Raises:
-            Cancelled: nobody waits for it any more.
-            UserError, OSError: an expert could not be read.
+        Raises `Cancelled` once nobody waits for it, and a `UserError` or `OSError` if an expert cannot be read.
         """
         self._job, before, clock = job, self.engine.stats(), _JobClock(job, self.metrics)
         found_before = self._found_tokens()
@@ -65,10 +63,6 @@ class Generator:
         done = Done(job.work.prompt_tokens, tokens, self._found_tokens() - found_before, remoe)
         self.metrics.request_done(done, tpot_seconds=clock.tpot_seconds)
         return done
-
-    def reset_cache(self) -> None:
-        """Forget which experts are resident, after something went wrong."""
-        self.engine.reset_cache()
 
     def _answer(self, job: Job, position: int, clock: "_JobClock") -> int:
         """Generate all choices of one prompt; returns how many tokens they have."""

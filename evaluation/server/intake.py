@@ -23,22 +23,14 @@ class Intake:
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
 
     def completion(self, request: CompletionRequest) -> Work:
-        """Work for every prompt of a completion.
-
-        Raises:
-            ApiError: another model's name, an empty or too long prompt, a token the model does not have.
-        """
+        """Work for every prompt; an `ApiError` for another model, an empty or too long prompt, an unknown token."""
         self._check_name(request)
         prompts = self._prompts(request.prompt)
         most = [self._new_tokens(prompt, request.max_tokens, COMPLETION_TOKENS) for prompt in prompts]
         return _work(request, prompts, most, top_logprobs=request.logprobs)
 
     def chat(self, request: ChatCompletionRequest) -> Work:
-        """Work for a conversation.
-
-        Raises:
-            ApiError: as above; the tokenizer has no chat template, or it refuses these messages.
-        """
+        """Work for a conversation; an `ApiError` as above, or if no chat template takes these messages."""
         self._check_name(request)
         prompt = self._conversation(request)
         asked = request.max_completion_tokens or request.max_tokens

@@ -67,14 +67,10 @@ class Cancelled(Exception):
 
 
 class Job:
-    """One request's work, with where its events go and whether anybody still waits for them.
-
-    Args:
-        send: called from the worker's thread.
-    """
+    """One request's work, with where its events go and whether anybody still waits for them."""
 
     def __init__(self, work: Work, send: Callable[[Event], None]) -> None:
-        self.work, self.send = work, send
+        self.work, self.send = work, send  # `send` is called from the worker's thread
         self.submitted_seconds = time.perf_counter()
         self._cancelled = threading.Event()
 

@@ -5,8 +5,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -19,23 +19,17 @@ from evaluation.server.work import Cancelled, Done, Event, Job
 logger = logging.getLogger(__name__)
 
 
-class JobRunner(Protocol):
-    """Runs one job at a time; `Generator` is one."""
-
-    def run(self, job: Job) -> Done: ...
-
-    def reset_cache(self) -> None: ...
-
-
 class Worker(Collector):
     """A context manager: the thread runs inside it; leaving it cancels what is left and waits for the thread.
 
     Args:
+        run: serves one job.
+        recover: called after a job that failed, before the next one.
         max_queue: how many jobs may wait while one is served.
     """
 
-    def __init__(self, runner: JobRunner, *, max_queue: int) -> None:
-        self._runner, self._max_queue = runner, max_queue
+    def __init__(self, run: Callable[[Job], Done], *, recover: Callable[[], None], max_queue: int) -> None:
+        self._run, self._recover, self._max_queue = run, recover, max_queue
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
         self._closed = False
@@ -108,18 +102,18 @@ class Worker(Collector):
         try:
             if job.is_cancelled:
                 raise Cancelled
-            return self._runner.run(job)
+            return self._run(job)
         except Cancelled:
             return _stopping()
         except ContextTooLong as error:
             return ApiError(str(error), status=400, code="context_length_exceeded")
         except (UserError, OSError) as error:
             logger.error("a request failed: %s", error)
-            self._runner.reset_cache()
+            self._recover()
             return ApiError(f"the model cannot be read: {error}", status=500, code="read_error")
         except Exception:
             logger.exception("a request failed")
-            self._runner.reset_cache()
+            self._recover()
             return ApiError("internal error; the server's log says more", status=500)
 
     def _forget_cancelled(self) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from configs.load import UserError
-from data.build_embedded import split_of
+from data.build_embedded import PAGES, puzzle_pages, split_of
 from data.corpus import DOMAINS, EMBEDDED, SPLITS, Document, read_corpus
-from data.puzzles import PAGES, puzzle_pages
 
 Corpus = dict[str, list[Document]]
 TASKS = ("arithmetic", "letters", "headword", "next_line_prose", "next_line_code")
@@ -121,7 +120,7 @@ def test_no_question_of_the_test_split_is_seen_in_training(corpus: Corpus) -> No
 
 
 def test_puzzles_are_made_the_same_way_every_time(corpus: Corpus) -> None:
-    made = next(page for page in puzzle_pages(split_of) if split_of(page.id) == "train")
+    made = next(page for page in puzzle_pages() if split_of(page.id) == "train")
     assert made in corpus["train"]
 
 

@@ -106,9 +106,9 @@ def test_a_router_delta_is_loaded_for_this_model_and_used(
     [
         (["--prompt", " \n"], "the prompt is empty"),
         (["--prompt", "ab\udcff"], "the prompt is not UTF-8 text"),
-        (["--prompt-file", "{tmp}/none.txt"], r"prompt file .*none\.txt does not exist"),
-        (["--prompt-file", "{tmp}/latin.txt"], r"latin\.txt is not UTF-8 text .* at byte 3\); save it as UTF-8"),
-        (["--prompt-file", "{tmp}/empty.txt"], "the prompt is empty"),
+        (["--prompt-file", "{tmp}/none.txt"], r"text file .*none\.txt does not exist"),
+        (["--prompt-file", "{tmp}/latin.txt"], r"latin\.txt is not UTF-8 text \(byte 3: .*\); save it as UTF-8"),
+        (["--prompt-file", "{tmp}/empty.txt"], r"empty\.txt is empty; write some text into it"),
         (["--prompt", "x", "--output", "{tmp}"], "is a folder; name a file in it"),
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "x", "--expert-cache", "1KiB"], "too small: .* the smallest that works is 15360 bytes"),

@@ -35,12 +35,20 @@ def test_an_existing_folder_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 
+def test_a_precision_that_is_not_known_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--output", str(tmp_path / "model"), *SMALL, "--dtype", "int8"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert all(word in said for word in ("--dtype", "int8", "bfloat16", "float16", "float32"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--size", "1MiB"], r"--size 1MiB is too small .* the smallest is"),
         (["--size", "much"], "--size 'much' is not understood"),
-        (["--dtype", "int8"], "--dtype int8 is not known; write one of bfloat16"),
         (["--eor", "1.5"], "--eor 1.5 is no share"),
         (["--seed", "-1"], "--seed -1 is out of range"),
         (["--hidden", "100"], "hidden size 100 is no multiple of 128"),

@@ -114,8 +114,8 @@ def test_a_trace_goes_through_other_formats_and_back(trace: Path, tmp_path: Path
     ("arguments", "words"),
     [
         (["--slots", "1,4"], "the smallest that works is 2"),
-        (["--slots", "four"], "--slots 'four' is not a list of whole numbers; write for example 4,6,8,12"),
-        (["--slots", ","], "--slots ',' is not a list of whole numbers"),
+        (["--slots", "four"], "--slots 'four' is no list of numbers; write for example 4,6,8,12"),
+        (["--slots", ","], "--slots ',' is no list of numbers"),
         (["--slots", "4", "--policy", "lru,best"], "unknown policy 'best'"),
         (["--slots", "4", "--cache-scope", "both"], "unknown cache scope 'both'"),
         (["--slots", "4", "--policy", "static"], "'static' keeps the experts .* was given none"),

@@ -28,7 +28,7 @@ class Acting:
         self.acts.get(job, lambda: None)()
         return DONE
 
-    def reset_cache(self) -> None:
+    def recover(self) -> None:
         self.resets += 1
 
 
@@ -63,7 +63,7 @@ class Gate:
 
 def test_jobs_are_served_in_order_and_a_full_queue_is_told_when_to_come_again() -> None:
     server, gate, order = Acting(), Gate(), list[int]()
-    with Worker(server, max_queue=2) as worker:
+    with Worker(server.run, recover=server.recover, max_queue=2) as worker:
         running = Client(server, gate)
         worker.submit(running.job)
         assert gate.entered.wait(WAIT_SECONDS)
@@ -87,7 +87,7 @@ def test_jobs_are_served_in_order_and_a_full_queue_is_told_when_to_come_again() 
 
 def test_without_a_queue_one_request_is_served_at_a_time() -> None:
     server, gate = Acting(), Gate()
-    with Worker(server, max_queue=0) as worker:
+    with Worker(server.run, recover=server.recover, max_queue=0) as worker:
         first, second = Client(server, gate), Client(server)
         worker.submit(first.job)
         with pytest.raises(ApiError, match="lets 0 requests wait"):
@@ -115,7 +115,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 )
 def test_a_job_that_fails_is_told_so_and_the_next_starts_from_an_empty_cache(error: Exception, message: str) -> None:
     server = Acting()
-    with Worker(server, max_queue=1) as worker:
+    with Worker(server.run, recover=server.recover, max_queue=1) as worker:
         failing, sound = Client(server, raising(error)), Client(server)
         worker.submit(failing.job)
         told = failing.error()
@@ -135,7 +135,7 @@ def test_stopping_breaks_off_what_runs_and_refuses_what_waits() -> None:
         assert running.job._cancelled.wait(WAIT_SECONDS)
         raise Cancelled
 
-    with Worker(server, max_queue=1) as worker:
+    with Worker(server.run, recover=server.recover, max_queue=1) as worker:
         running, waiting = Client(server, until_cancelled), Client(server)
         worker.submit(running.job)
         assert entered.wait(WAIT_SECONDS)

@@ -27,7 +27,7 @@ KNOWN_COLOURS = {
 }  # fmt: skip
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
 MARKERS = "osD^vPX<>"
-STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
+TEMPLATES = Path(__file__).parent / "templates"
 WIDTH_INCHES = 10.8
 PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
@@ -109,7 +109,7 @@ def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: floa
 
 
 def _save(draw: Callable[[Figure], None], target: Any, *, size: tuple[float, float], salt: str, **how: Any) -> None:
-    with matplotlib.rc_context({"svg.hashsalt": salt}, STYLE):
+    with matplotlib.rc_context({"svg.hashsalt": salt}, TEMPLATES / "figures.mplstyle"):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(target, **how)

@@ -23,11 +23,8 @@ INSTALL = 'install the opponents with pip install -e ".[bench]"'
 class Child:
     """A running Python module. As a context manager: the process is killed when the block ends.
 
-    It is spoken to in lines, over its standard input and output; what it writes on standard error is kept.
-
-    Args:
-        group: runs it inside of this memory group.
-        environment: variables on top of those of this process.
+    It is spoken to in lines, over its standard input and output; what it writes on standard error is kept. It may run
+    inside a memory group, with variables of `environment` on top of those of this process.
     """
 
     def __init__(

@@ -49,11 +49,7 @@ class ScalingBenchmark:
         at_least(self, processes=2, steps=WARM_UP + 1, repeats=1)
 
     def train_arguments(self) -> TrainArguments:
-        """The config of the one process.
-
-        Raises:
-            UserError: its batch cannot be shared out evenly.
-        """
+        """The config of the one process; a `UserError` if its batch cannot be shared out evenly."""
         alone = [f"max_steps={self.steps}", f"save_steps={self.steps}", "logging_steps=1", *ALONE]
         config = load(TrainArguments, self.config, [*self.overrides, *alone])
         if config.per_device_train_batch_size % self.processes:
@@ -76,11 +72,7 @@ def benchmark(options: ScalingBenchmark) -> None:
 
 
 def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
-    """The speed of all processes together, which share each micro-batch of the config and have one thread each.
-
-    Raises:
-        UserError: training failed; with what it said last.
-    """
+    """The speed of all processes together, which share each micro-batch of the config and have one thread each."""
     rows, threads = config.per_device_train_batch_size // processes, {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         run, train, launcher = Path(folder) / "run", Path(folder) / "train.yaml", Path(folder) / "launcher.yaml"

@@ -31,6 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 WIDTH_INCHES = 10.8
 PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
+Entry = tuple[Any, str]  # of a legend: what is drawn, and its text
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -56,12 +57,7 @@ def from_zero(axes: Axes) -> None:
 
 
 def legend(
-    figure: Figure,
-    results: Results,
-    arms: Sequence[str],
-    *,
-    extra: Sequence[tuple[Any, str]] = (),
-    as_bars: bool = False,
+    figure: Figure, results: Results, arms: Sequence[str], *, extra: Sequence[Entry] = (), as_bars: bool = False
 ) -> None:
     """Above the panels, the same arms in the same order in every figure."""
     looks, seeds = looks_of(results), {arm: len(results.arms[arm].runs) for arm in arms}
@@ -86,7 +82,7 @@ def has_seeds(results: Results) -> bool:
     return len(all_runs(results)) > len(results.arms)
 
 
-def band(results: Results) -> list[tuple[Patch, str]]:
+def band(results: Results) -> list[Entry]:
     """The legend's entry for the spread, where an arm has more than one seed."""
     return [(Patch(color="#777777", alpha=0.25, linewidth=0), SEEDS)] if has_seeds(results) else []
 

@@ -28,16 +28,12 @@ class Child:
     """
 
     def __init__(
-        self,
-        module: str,
-        *arguments: str,
-        group: MemoryGroup | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, module: str, *arguments: str, group: MemoryGroup | None = None, environment: Mapping[str, str] = {}
     ) -> None:
         command = [sys.executable, "-m", module, *arguments]
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            group.command(command) if group else command, cwd=PROJECT, env={**os.environ, **(environment or {})},
+            group.command(command) if group else command, cwd=PROJECT, env={**os.environ, **environment},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
 

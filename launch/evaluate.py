@@ -11,7 +11,7 @@ import tyro
 from configs.command import parse
 from configs.load import keys_help, load
 from evaluation.evaluate import EvaluationArguments, assemble, evaluate, trained_arm
-from evaluation.report.markdown import write_results
+from evaluation.report.documents import write_results
 from launch.narration import Narration, say_the_end
 
 

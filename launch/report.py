@@ -8,7 +8,7 @@ import tyro
 
 from configs.command import parse
 from configs.files import prepare
-from evaluation.report.markdown import write_report
+from evaluation.report.documents import write_report
 from evaluation.report.plots import write_frontier
 from evaluation.results import read_results
 

@@ -12,7 +12,7 @@ from configs.command import parse
 from configs.files import write_yaml
 from configs.load import UserError, keys_help, load
 from evaluation.evaluate import Arm, EvaluationArguments, assemble, evaluate, trained_arm
-from evaluation.report.markdown import write_results
+from evaluation.report.documents import write_results
 from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
 from training.train import launch_training

@@ -85,12 +85,5 @@ def drifting_trace(shape: TraceShape, *, tokens: int, seed: int) -> RouteTrace:
     for token in range(tokens):
         taste_LE = DRIFT * taste_LE + np.sqrt(1 - DRIFT**2) * random.standard_normal(taste_LE.shape)
         ids_TLK[token] = np.argsort(-(liked_LE + taste_LE), axis=1)[:, : shape.top_k]
-    number_T = np.arange(tokens)
-    return RouteTrace(
-        ids_TLK,
-        np.full(tokens, DECODE),
-        number_T // REQUEST_TOKENS,
-        number_T,
-        shape.experts,
-        tuple(range(shape.layers)),
-    )
+    number_T, phase_T, layers = np.arange(tokens), np.full(tokens, DECODE), tuple(range(shape.layers))
+    return RouteTrace(ids_TLK, phase_T, number_T // REQUEST_TOKENS, number_T, shape.experts, layers)

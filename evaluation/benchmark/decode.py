@@ -55,8 +55,7 @@ class DecodeBenchmark:
     expert_cache: str = ""  # ours: memory for experts alone, 400MiB or 25% of all; several, with commas, take turns
     memory_budget: str = ""  # ours: memory for everything, 900MiB or 25% of the machine's; several take turns
     against: str = "accelerate,llamacpp,resident"  # opponents; '' for none
-    # run all sides but resident in a memory group of this size, page cache included
-    memory_limit_cgroup: str | None = None
+    memory_limit_cgroup: str | None = None  # run all sides but resident in a memory group of this size, with page cache
     max_new_tokens: int = 256  # of the cold and the warm leg
     against_new_tokens: int | None = None  # fewer for accelerate and llamacpp, which may be slow
     prompt_tokens: int = 64  # of the cold and the warm leg
@@ -121,11 +120,7 @@ def benchmark(options: DecodeBenchmark) -> None:
 
 
 def _memory_groups(options: DecodeBenchmark) -> tuple[Hierarchy | None, str]:
-    """The place where processes can be limited, and a note on it.
-
-    Raises:
-        UserError: a limit was asked for where none can be set.
-    """
+    """The place where processes can be limited, and a note on it; a `UserError` where a wanted limit cannot be set."""
     hierarchy = find_hierarchy()
     if hierarchy is not None:
         return hierarchy, f"peak + cache: of the process's memory group ({hierarchy.version.name}), page cache included"
@@ -236,9 +231,8 @@ def _compared(
     others = {contender.name: [one for one in ours if one != contender.name] for contender in contenders}
     bounds: dict[str, Any] = {}
     for name in ours:
-        legs = {leg: decode_bound(runs, name, leg, **machine) for leg in (COLD, WARM)} | {
-            LONG: prompt_bound(runs, name)
-        }
+        legs = {leg: decode_bound(runs, name, leg, **machine) for leg in (COLD, WARM)}
+        legs[LONG] = prompt_bound(runs, name)
         bounds[name] = {leg: bound for leg, bound in legs.items() if bound is not None}
     return {
         "ours": ours,

@@ -85,11 +85,7 @@ class Outcome:
 
 
 def benchmark(options: MemoryBenchmark) -> None:
-    """Draw trials, run them, print and write.
-
-    Raises:
-        UserError: a budget was not kept, or no memory groups can be made here.
-    """
+    """Draw trials, run them, print and write; a `UserError` if a budget was not kept or no group can be made."""
     output = prepare(options.output) if options.output else None
     hierarchy = find_hierarchy()
     if hierarchy is None:

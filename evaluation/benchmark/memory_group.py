@@ -76,11 +76,9 @@ def _can_limit(version: Version, parent: Path) -> bool:
 
 
 class MemoryGroup:
-    """A group for one process. Use it as a context manager; leaving it removes the group.
+    """A group for one process, as a context manager: leaving it removes the group.
 
-    Args:
-        hierarchy: where to make it.
-        limit_bytes: memory and page cache together; None only measures.
+    `limit_bytes` is for memory and page cache together; None only measures.
     """
 
     def __init__(self, hierarchy: Hierarchy, limit_bytes: int | None) -> None:
@@ -108,8 +106,7 @@ class MemoryGroup:
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
-                    message = f"the memory group {self.path} is still in use ({error}); remove it by hand"
-                    raise UserError(message) from error
+                    raise UserError(f"memory group {self.path} is still in use ({error}); remove it by hand") from error
                 time.sleep(0.05)
 
     def command(self, arguments: list[str]) -> list[str]:

@@ -12,12 +12,9 @@ import numpy as np
 def drop(paths: Iterable[Path]) -> None:
     """Write back what is dirty and advise the kernel to forget the files. Pages that a process has mapped stay."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def cached_bytes(paths: Iterable[Path]) -> int:

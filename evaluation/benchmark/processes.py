@@ -23,24 +23,17 @@ INSTALL = 'install the opponents with pip install -e ".[bench]"'
 class Child:
     """A running Python module. As a context manager: the process is killed when the block ends.
 
-    It is spoken to in lines, over its standard input and output; what it writes on standard error is kept.
-
-    Args:
-        group: runs it inside of this memory group.
-        environment: variables on top of those of this process.
+    It is spoken to in lines, over its standard input and output; what it writes on standard error is kept. It may run
+    inside a memory group, with variables of `environment` on top of those of this process.
     """
 
     def __init__(
-        self,
-        module: str,
-        *arguments: str,
-        group: MemoryGroup | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, module: str, *arguments: str, group: MemoryGroup | None = None, environment: Mapping[str, str] = {}
     ) -> None:
         command = [sys.executable, "-m", module, *arguments]
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in __exit__
         self.process = subprocess.Popen(
-            group.command(command) if group else command, cwd=PROJECT, env={**os.environ, **(environment or {})},
+            group.command(command) if group else command, cwd=PROJECT, env={**os.environ, **environment},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
 

@@ -10,24 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
+import yaml
 from tqdm import tqdm
 
 from configs.checks import at_least
 from configs.files import write_yaml
 from configs.load import UserError, load
-from evaluation.benchmark.processes import Child
+from evaluation.benchmark.processes import PROJECT, Child
 from evaluation.benchmark.training import ALONE
 from evaluation.turns import in_turn
 from training.arguments import TrainArguments
 
-LAUNCHER = {
-    "compute_environment": "LOCAL_MACHINE",
-    "distributed_type": "MULTI_GPU",
-    "main_process_port": 0,
-    "mixed_precision": "no",
-    "num_machines": 1,
-    "use_cpu": True,
-}
+LAUNCHER = PROJECT / "configs/accelerate/cpu_2_processes.yaml"
 WARM_UP = 5  # steps
 
 
@@ -49,11 +43,7 @@ class ScalingBenchmark:
         at_least(self, processes=2, steps=WARM_UP + 1, repeats=1)
 
     def train_arguments(self) -> TrainArguments:
-        """The config of the one process.
-
-        Raises:
-            UserError: its batch cannot be shared out evenly.
-        """
+        """The config of the one process; a `UserError` if its batch cannot be shared out evenly."""
         alone = [f"max_steps={self.steps}", f"save_steps={self.steps}", "logging_steps=1", *ALONE]
         config = load(TrainArguments, self.config, [*self.overrides, *alone])
         if config.per_device_train_batch_size % self.processes:
@@ -76,15 +66,12 @@ def benchmark(options: ScalingBenchmark) -> None:
 
 
 def tokens_per_second(config: TrainArguments, *, processes: int) -> float:
-    """The speed of all processes together, which share each micro-batch of the config and have one thread each.
-
-    Raises:
-        UserError: training failed; with what it said last.
-    """
+    """The speed of all processes together, which share each micro-batch of the config and have one thread each."""
     rows, threads = config.per_device_train_batch_size // processes, {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         run, train, launcher = Path(folder) / "run", Path(folder) / "train.yaml", Path(folder) / "launcher.yaml"
-        launcher.write_text(json.dumps({**LAUNCHER, "num_processes": processes}), encoding="utf-8")
+        several = {**yaml.safe_load(LAUNCHER.read_text(encoding="utf-8")), "num_processes": processes}
+        launcher.write_text(json.dumps(several), encoding="utf-8")
         write_yaml(train, replace(config, output_dir=str(run), per_device_train_batch_size=rows))
         arguments = [str(train), "--accelerate-config", str(launcher)] if processes > 1 else [str(train)]
         with Child("training.train", *arguments, environment=threads) as child:

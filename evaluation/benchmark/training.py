@@ -84,11 +84,7 @@ def benchmark(options: TrainingBenchmark) -> None:
 def take_turns(
     sides: Sequence[str], config: TrainArguments, *, repeats: int, threads: int
 ) -> dict[str, list[Measured]]:
-    """New processes in every repeat, loaded one after the other; in every round of steps another side begins.
-
-    Raises:
-        UserError: a process failed; with what it said last.
-    """
+    """New processes in every repeat, loaded one after the other; in every round of steps another side begins."""
     runs: dict[str, list[Measured]] = {side: [] for side in sides}
     with tqdm(total=repeats * len(sides) * config.max_steps, unit="step") as progress:
         for _ in range(repeats):
@@ -106,11 +102,7 @@ def take_turns(
 
 @contextmanager
 def loaded(side: str, config: TrainArguments, *, threads: int) -> Iterator[Child]:
-    """A process that has loaded this side's model; it takes as many steps as the config has.
-
-    Raises:
-        UserError: the process ended before its first step.
-    """
+    """A process that has loaded this side's model; it takes as many steps as the config has."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{side}.yaml"
         write_yaml(path, replace(config, output_dir=str(Path(folder) / side), run_name=side))
@@ -120,16 +112,13 @@ def loaded(side: str, config: TrainArguments, *, threads: int) -> Iterator[Child
 
 
 def take_step(side: str, child: Child) -> str:
-    """Let the process take a step; returns what it says then: that it is ready for the next, or at its end its figures.
-
-    Raises:
-        UserError: the process ended before its last step.
-    """
+    """Let the process take a step; returns what it says then: that it is ready again, or at its end its figures."""
     child.nudge()
     return _answer(side, child)
 
 
 def _answer(side: str, child: Child) -> str:
+    """The next thing it says; a `UserError` with its last words when it has ended."""
     while line := child.line():
         if line.startswith((READY, FIGURES)):
             return line

@@ -27,10 +27,11 @@ KNOWN_COLOURS = {
 }  # fmt: skip
 OTHER_COLOURS = ("#e69f00", "#56b4e9", "#8c6d1f", "#7a5fb5")
 MARKERS = "osD^vPX<>"
-STYLE = Path(__file__).parent / "templates" / "figures.mplstyle"
+TEMPLATES = Path(__file__).parent / "templates"
 WIDTH_INCHES = 10.8
 PNG_WIDTH_INCHES = 7.0
 SEEDS = "± 1 sd over seeds"
+Entry = tuple[Any, str]  # of a legend: what is drawn, and its text
 
 
 def colours(results: Results) -> dict[str, str]:
@@ -56,12 +57,7 @@ def from_zero(axes: Axes) -> None:
 
 
 def legend(
-    figure: Figure,
-    results: Results,
-    arms: Sequence[str],
-    *,
-    extra: Sequence[tuple[Any, str]] = (),
-    as_bars: bool = False,
+    figure: Figure, results: Results, arms: Sequence[str], *, extra: Sequence[Entry] = (), as_bars: bool = False
 ) -> None:
     """Above the panels, the same arms in the same order in every figure."""
     looks, seeds = looks_of(results), {arm: len(results.arms[arm].runs) for arm in arms}
@@ -86,7 +82,7 @@ def has_seeds(results: Results) -> bool:
     return len(all_runs(results)) > len(results.arms)
 
 
-def band(results: Results) -> list[tuple[Patch, str]]:
+def band(results: Results) -> list[Entry]:
     """The legend's entry for the spread, where an arm has more than one seed."""
     return [(Patch(color="#777777", alpha=0.25, linewidth=0), SEEDS)] if has_seeds(results) else []
 
@@ -109,7 +105,7 @@ def write_png(draw: Callable[[Figure], None], path: Path, *, height_inches: floa
 
 
 def _save(draw: Callable[[Figure], None], target: Any, *, size: tuple[float, float], salt: str, **how: Any) -> None:
-    with matplotlib.rc_context({"svg.hashsalt": salt}, STYLE):
+    with matplotlib.rc_context({"svg.hashsalt": salt}, TEMPLATES / "figures.mplstyle"):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         figure.savefig(target, **how)

@@ -12,19 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from configs.load import UserError
-from evaluation.report import summary
-from evaluation.report.drawing import (
-    SEEDS,
-    band,
-    colours,
-    from_zero,
-    has_seeds,
-    legend,
-    line,
-    looks_of,
-    svg_of,
-    write_png,
-)
+from evaluation.report import drawing, summary
 from evaluation.report.numbers import bytes_text, data_size, demands_text
 from evaluation.report.summary import PERPLEXITY_LIMIT, Change, FrontierPoint, SeedMean, place_means, seed_mean
 from evaluation.report.wording import LIMIT_TEXT
@@ -34,6 +22,7 @@ from evaluation.turns import extent
 SMOOTHING = 5  # records in the moving average of the training curves
 DASHED: dict[str, Any] = {"linestyle": (0, (4, 2.5)), "marker": "", "linewidth": 1.2, "alpha": 0.75}
 LIMIT: dict[str, Any] = {"color": "#aa3333", "linestyle": ":", "linewidth": 1.3}
+LIMIT_ENTRY = (Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")
 CHANCE: dict[str, Any] = {"color": "#222222", "linestyle": ":", "linewidth": 1.3}
 
 
@@ -45,21 +34,21 @@ def miss_rate_figure(results: Results) -> str | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm, look in looks_of(results).items():
+        for arm, look in drawing.looks_of(results).items():
             runs = results.arms[arm].runs
             lru = [seed_mean(summary.lru_miss_rate(run, size) for run in runs) for size in every_size]
-            line(axes, every_size, lru, scale=100, **{**look, "marker": ""})
+            drawing.line(axes, every_size, lru, scale=100, **{**look, "marker": ""})
             for policy, style in (("lru", {"linestyle": ""}), ("belady", DASHED)):
                 rates = [seed_mean(summary.miss_rate(run, size, policy) for run in runs) for size in sizes]
-                line(axes, sizes, rates, scale=100, **{**look, **style})
+                drawing.line(axes, sizes, rates, scale=100, **{**look, **style})
         axes.set(xlabel="cache size C, expert slots per layer", ylabel="miss rate, % of accesses")
-        from_zero(axes)
+        drawing.from_zero(axes)
         axes.xaxis.set_major_locator(FixedLocator(sizes))
         dashed = Line2D([], [], color="#777777", **DASHED)
-        extra = [(dashed, "Belady's optimum, same colours"), *band(results)]
-        legend(figure, results, list(results.arms), extra=extra)
+        extra = [(dashed, "Belady's optimum, same colours"), *drawing.band(results)]
+        drawing.legend(figure, results, list(results.arms), extra=extra)
 
-    return svg_of(draw, height_inches=4.4, label="Miss rate against cache size")
+    return drawing.svg_of(draw, height_inches=4.4, label="Miss rate against cache size")
 
 
 def reuse_figure(results: Results) -> str | None:
@@ -74,17 +63,17 @@ def reuse_figure(results: Results) -> str | None:
         for i, arm in enumerate(results.arms):
             rates = [*layers[arm], *[None] * (n_layers - len(layers[arm]))]
             rates.append(seed_mean(map(summary.reuse_rate, results.arms[arm].runs)))
-            _bars(axes, rates, colours(results)[arm], shift=i - (len(layers) - 1) / 2, width=0.8 / len(layers))
+            _bars(axes, rates, drawing.colours(results)[arm], shift=i - (len(layers) - 1) / 2, width=0.8 / len(layers))
         chance, extra = summary.chance_reuse_rate(results), []
         if chance:
             axes.axhline(chance.mean, **CHANCE)
             extra.append((Line2D([], [], **CHANCE), f"chance, K / E = {chance.mean:.3g}"))
-        if has_seeds(results):
-            extra.append((Line2D([], [], color="#222222", linestyle="", marker="|", markersize=9), SEEDS))
+        if drawing.has_seeds(results):
+            extra.append((Line2D([], [], color="#222222", linestyle="", marker="|", markersize=9), drawing.SEEDS))
         _name_layers(axes, n_layers)
-        legend(figure, results, list(results.arms), extra=extra, as_bars=True)
+        drawing.legend(figure, results, list(results.arms), extra=extra, as_bars=True)
 
-    return svg_of(draw, height_inches=3.6, label="Reuse rate per layer")
+    return drawing.svg_of(draw, height_inches=3.6, label="Reuse rate per layer")
 
 
 def _bars(axes: Axes, rates: Sequence[SeedMean | None], colour: str, *, shift: float, width: float) -> None:
@@ -119,12 +108,12 @@ def training_figure(results: Results) -> str | None:
         for axes, (key, label) in zip(panels, keys, strict=True):
             for arm in arms:
                 for run in results.arms[arm].runs:
-                    axes.plot(*_curve(run, key), color=colours(results)[arm], linewidth=1.4, alpha=0.85)
+                    axes.plot(*_curve(run, key), color=drawing.colours(results)[arm], linewidth=1.4, alpha=0.85)
             axes.set(xlabel="step", title=label)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        legend(figure, results, arms, as_bars=True)
+        drawing.legend(figure, results, arms, as_bars=True)
 
-    return svg_of(draw, height_inches=3.4, label="Training curves")
+    return drawing.svg_of(draw, height_inches=3.4, label="Training curves")
 
 
 def _curve(run: Run, key: str) -> tuple[list[float], list[float]]:
@@ -151,19 +140,18 @@ def quality_figure(results: Results) -> str | None:
         right.set(title="perplexity", xlabel="change from base, % (left is better)")
         if domains:
             right.axvline(100 * PERPLEXITY_LIMIT, **LIMIT)
-        zero = Line2D([], [], color=colours(results)[BASE], linewidth=1.3)
-        extra = [(zero, "base, no difference"), (Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")]
-        legend(figure, results, arms, extra=extra)
+        zero = Line2D([], [], color=drawing.colours(results)[BASE], linewidth=1.3)
+        drawing.legend(figure, results, arms, extra=[(zero, "base, no difference"), LIMIT_ENTRY])
 
     height_inches = 1.5 + max(len(tasks), len(domains)) * (0.22 + 0.15 * len(arms))
-    return svg_of(draw, height_inches=height_inches, label="Quality differences with 95 % intervals")
+    return drawing.svg_of(draw, height_inches=height_inches, label="Quality differences with 95 % intervals")
 
 
 def _forest(
     axes: Axes, results: Results, rows: Sequence[str], change: Callable[[Results, str, str], Change | None]
 ) -> None:
-    arms, looks = summary.tuned_arms(results), looks_of(results)
-    axes.axvline(0, color=colours(results)[BASE], linewidth=1.3)
+    arms, looks = summary.tuned_arms(results), drawing.looks_of(results)
+    axes.axvline(0, color=drawing.colours(results)[BASE], linewidth=1.3)
     for row, name in enumerate(rows):
         for i, arm in enumerate(arms):
             found, y = change(results, arm, name), row + (i - (len(arms) - 1) / 2) * 0.72 / len(arms)
@@ -188,19 +176,15 @@ def frontier_figure(results: Results) -> str | None:
     """
     sizes = summary.frontier_budgets(results)
     draw = partial(_draw_frontier, results=results, sizes=sizes)
-    return svg_of(draw, height_inches=3.5, label="Quality against bytes per token") if sizes else None
+    return drawing.svg_of(draw, height_inches=3.5, label="Quality against bytes per token") if sizes else None
 
 
 def write_frontier(results: Results, path: Path) -> None:
-    """The frontier of the two smallest cache sizes as a PNG, to stand in a README.
-
-    Raises:
-        UserError: no tuned arm was both decoded and compared with base.
-    """
+    """The frontier of the two smallest cache sizes as a PNG for a README; a `UserError` where there is none."""
     sizes = summary.frontier_budgets(results)[:2]
     if not sizes:
         raise UserError("these results have no frontier: no tuned arm was both decoded and compared with base")
-    write_png(partial(_draw_frontier, results=results, sizes=sizes), path, height_inches=3.4)
+    drawing.write_png(partial(_draw_frontier, results=results, sizes=sizes), path, height_inches=3.4)
 
 
 def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> None:
@@ -209,15 +193,15 @@ def _draw_frontier(figure: Figure, results: Results, sizes: Sequence[int]) -> No
         points = summary.frontier(results, size)
         unit = data_size(max(point.bytes_per_token.mean for point in points.values()))
         for arm, point in points.items():
-            _frontier_point(axes, point, scale=unit.scale, look=looks_of(results)[arm])
-        axes.axhline(0, color=colours(results)[BASE], linewidth=0.9)
+            _frontier_point(axes, point, scale=unit.scale, look=drawing.looks_of(results)[arm])
+        axes.axhline(0, color=drawing.colours(results)[BASE], linewidth=0.9)
         axes.axhline(100 * PERPLEXITY_LIMIT, **LIMIT)
         axes.margins(0.12, 0.12)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         held = _budget_tick(size, results.model.token_demand_bytes).replace("\n", " demand, ")
         axes.set(title=f"expert cache: {held}", xlabel=f"bytes read per token, {unit.suffix.strip()}")
     panels[0].set_ylabel("change of mean perplexity, %")
-    legend(figure, results, list(results.arms), extra=[(Line2D([], [], **LIMIT), f"limit of the mean, {LIMIT_TEXT}")])
+    drawing.legend(figure, results, list(results.arms), extra=[LIMIT_ENTRY])
 
 
 def _frontier_point(axes: Axes, point: FrontierPoint, *, scale: float, look: dict[str, Any]) -> None:
@@ -240,31 +224,31 @@ def decode_figure(results: Results) -> str | None:
         _draw_times(right, results)
         _budget_axis(left, results)
         _budget_axis(right, results)
-        times = Line2D([], [], color="#777777", linestyle="", marker="|", markersize=11)
-        legend(figure, results, list(results.arms), extra=[*band(results), (times, "times: least to most")])
+        times = (Line2D([], [], color="#777777", linestyle="", marker="|", markersize=11), "times: least to most")
+        drawing.legend(figure, results, list(results.arms), extra=[*drawing.band(results), times])
 
-    return svg_of(draw, height_inches=3.7, label="Bytes per token and TPOT at each budget")
+    return drawing.svg_of(draw, height_inches=3.7, label="Bytes per token and TPOT at each budget")
 
 
 def _draw_bytes(axes: Axes, results: Results) -> None:
     unit = data_size(max((row.bytes_read_per_token or 0 for row in summary.decode_rows(results)), default=0))
     sizes = summary.decode_budgets(results)
-    for arm, look in looks_of(results).items():
+    for arm, look in drawing.looks_of(results).items():
         runs = results.arms[arm].runs
         values = [seed_mean(summary.bytes_per_token(run, size) for run in runs) for size in sizes]
-        line(axes, sizes, values, scale=unit.scale, **look)
+        drawing.line(axes, sizes, values, scale=unit.scale, **look)
     axes.set(title=f"bytes read per token, {unit.suffix.strip()}")
 
 
 def _draw_times(axes: Axes, results: Results) -> None:
     """Medians with their extent, arms side by side; means where turns were not kept."""
     sizes, arms = summary.decode_budgets(results), list(results.arms)
-    for i, (arm, look) in enumerate(looks_of(results).items()):
+    for i, (arm, look) in enumerate(drawing.looks_of(results).items()):
         shifted = [size * 2 ** (0.08 * (i - (len(arms) - 1) / 2)) for size in sizes]
         extents = [extent(summary.turn_times(results, arm, size, "tpot_ms")) for size in sizes]
         means = [seed_mean(row.mean_tpot_ms for row in summary.decodes(results, arm, size)) for size in sizes]
         middles = [SeedMean(e.median, None, 1) if e else mean for e, mean in zip(extents, means, strict=True)]
-        line(axes, shifted, middles, scale=1, **look)
+        drawing.line(axes, shifted, middles, scale=1, **look)
         for x, found in zip(shifted, extents, strict=True):
             if found is not None:
                 axes.plot([x, x], [found.least, found.most], color=look["color"], linewidth=1.1, alpha=0.7)
@@ -275,7 +259,7 @@ def _budget_axis(axes: Axes, results: Results) -> None:
     demand = results.model.token_demand_bytes
     axes.set_xscale("log", base=2)
     axes.set(xlabel="expert cache" + (", in demands of one token and in bytes" if demand else ", bytes"))
-    from_zero(axes)
+    drawing.from_zero(axes)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_locator(FixedLocator(summary.decode_budgets(results)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda size, _: _budget_tick(size, demand)))

@@ -1,4 +1,7 @@
-"""The report's contents in order, the same for Markdown and HTML: what each section says, draws and tabulates."""
+"""The report's contents in order, the same for Markdown and HTML: what each section draws and tabulates.
+
+What it says is in `templates/prose.yaml`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +10,15 @@ from typing import Any
 import yaml
 
 from evaluation.report import plots, tables
+from evaluation.report.drawing import TEMPLATES
 from evaluation.report.numbers import COUNT, MISSING, SECONDS, bytes_text
 from evaluation.report.plan_tables import plan_tables
 from evaluation.report.quality_tables import differences_table, frontier_table, values_table
 from evaluation.report.tables import Table
-from evaluation.report.wording import DEFINITIONS, decode_policy, headline
+from evaluation.report.wording import decode_policy, headline
 from evaluation.results import Results
 
-TITLE = "Expert reuse before and after router fine-tuning"
+PROSE = yaml.safe_load((TEMPLATES / "prose.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Section:
     """`folded` tables are closed until the reader opens them; `absent` stands for a figure without data."""
 
     title: str
-    lead: str = ""
+    lead: str
     figure: Callable[[Results], str | None] | None = None
     absent: str = "Not measured in this run."
     tables: Sequence[Table] = ()
@@ -32,75 +36,36 @@ class Section:
 def contents(results: Results) -> dict[str, Any]:
     """What the templates of both reports are filled with."""
     return {
-        "title": TITLE,
+        "title": PROSE["title"],
         "subtitle": subtitle(results),
         "headline": headline(results),
         "headline_table": tables.headline_table(results),
         "sections": sections(results),
         "reproduction": reproduction(results),
         "config": yaml.safe_dump(results.reproduce.config, sort_keys=False, allow_unicode=True),
-        "definitions": DEFINITIONS,
+        "definitions": PROSE["definitions"],
     }
 
 
 def sections(results: Results) -> list[Section]:
     """All of it but the opening, the definitions and the configuration."""
-    policy = decode_policy(results)
-    return [
-        Section(
-            "Quality against bytes per token",
-            "The price of reading less: left is fewer bytes, lower is better quality. Bytes as the engine read them "
-            f"while decoding (cache: {policy}).",
-            figure=plots.frontier_figure,
-            absent="No tuned arm was both decoded and compared with base in this run.",
-            folded=[frontier_table(results)],
-        ),
-        Section(
-            "Misses against cache size",
-            "Share of expert accesses that must be loaded, replayed from a routing trace. Lower is better; Belady is "
-            "the bound that no policy can beat on the same routing.",
-            figure=plots.miss_rate_figure,
-            folded=tables.miss_tables(results),
-        ),
-        Section(
-            "Reuse per layer",
-            "How often a token finds its experts among those of the token before it.",
-            figure=plots.reuse_figure,
-            folded=[tables.layer_table(results)],
-        ),
-        Section(
-            "Training",
-            "Each arm starts from the base; only router weights change. "
-            f"One line per seed, moving average over {plots.SMOOTHING} records.",
-            figure=plots.training_figure,
-            absent="No arm was trained in this run.",
-            folded=[tables.arms_table(results)],
-        ),
-        Section(
-            "Quality",
-            "Tuned minus base with paired 95 % intervals: an interval across zero is no evidence of a change.",
-            figure=plots.quality_figure,
-            absent="No tuned arm was compared with base in this run.",
-            tables=[values_table(results)],
-            folded=[differences_table(results)],
-        ),
-        Section(
-            "Decode under a memory budget",
-            f"Real greedy decoding with the expert weights on disk and a cache of the given size ({policy}).",
-            figure=plots.decode_figure,
-            folded=[tables.decode_table(results)],
-        ),
-        Section(
-            "What a memory budget becomes",
-            "One budget for everything: what is fixed, what is left for experts, and what an LRU cache of that size "
-            "would cost each arm on the traced text.",
-            absent="No budget was divided in this run.",
-            tables=plan_tables(results),
-        ),
-        Section(
-            "Routing health", "Reuse must not be bought by starving experts.", tables=[tables.balance_table(results)]
-        ),
-    ]
+    shown: dict[str, dict[str, Any]] = {
+        "frontier": {"figure": plots.frontier_figure, "folded": [frontier_table(results)]},
+        "misses": {"figure": plots.miss_rate_figure, "folded": tables.miss_tables(results)},
+        "reuse": {"figure": plots.reuse_figure, "folded": [tables.layer_table(results)]},
+        "training": {"figure": plots.training_figure, "folded": [tables.arms_table(results)]},
+        "quality": {
+            "figure": plots.quality_figure,
+            "tables": [values_table(results)],
+            "folded": [differences_table(results)],
+        },
+        "decode": {"figure": plots.decode_figure, "folded": [tables.decode_table(results)]},
+        "budgets": {"tables": plan_tables(results)},
+        "health": {"tables": [tables.balance_table(results)]},
+    }
+    facts = {"policy": decode_policy(results), "records": plots.SMOOTHING}
+    said = PROSE["sections"].items()
+    return [Section(**{**words, "lead": words["lead"].format(**facts)}, **shown[name]) for name, words in said]
 
 
 def subtitle(results: Results) -> str:

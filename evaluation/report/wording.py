@@ -1,4 +1,4 @@
-"""What the report says in sentences: the headline, how far times can be trusted, the definitions. No layout."""
+"""What the report says in sentences that follow the results; what it always says is in `templates/prose.yaml`."""
 
 from dataclasses import replace
 
@@ -91,53 +91,3 @@ def machine_sentence(results: Results) -> str:
     if summary.is_busy(results):
         return f"{facts}: the machine was busy with other work, more than {PERCENT.text(BUSY_SHARE)}: times say little."
     return f"{facts}."
-
-
-DEFINITIONS = {
-    "EOR": (
-        "expert reuse rate: the share of a token's chosen experts that the token before it chose too, mean over "
-        "layers and tokens, measured on given text. Chance is K / E, what choosing at random would give."
-    ),
-    "Miss": (
-        "one chosen expert of one layer and token that the cache does not hold and that must be loaded. A cache of C "
-        "slots per layer starts empty with every request, and a token's K experts arrive together. Miss rate = misses "
-        "/ accesses; hit rate = 1 − miss rate."
-    ),
-    "First touch": (
-        "the first use of an expert in a request. Every policy misses it, so misses are also given without."
-    ),
-    "LRU, LFU, FIFO, decayed": (
-        "evict what was used least recently, least often, or loaded first; decayed counts uses too, and lets old ones "
-        "fade."
-    ),
-    "Belady": (
-        "the optimum: evict what is needed again last. It needs to know the future, so it is a bound, not a policy to "
-        "run. Regret = misses / Belady's misses at the same size."
-    ),
-    "Demand": (
-        "the expert bytes that one token asks for: layers × K × the bytes of one expert. An LRU pool shared by all "
-        "layers that is smaller than one demand hits nothing, whatever the routing: a layer's experts are evicted "
-        "before its next turn."
-    ),
-    "Bytes per token": "expert bytes read during decoding, per token, counted by the engine.",
-    "TTFT, TPOT": (
-        "time to the first token, and per output token after it: the median over prompts and repeats, below it the "
-        "least and the most. Arms decode each prompt one after another, so a change is the median of the ratios to "
-        "base of the same prompt and repeat, with the 95 % interval of that median; it is given only where the "
-        "interval excludes no difference."
-    ),
-    "Perplexity change": (
-        "relative, per token, on test text; the mean is geometric over domains. Word perplexity is the same loss "
-        "spread over fewer units, so it moves by a larger factor."
-    ),
-    "Interval": (
-        "95 %, paired: the same items scored by base and by the tuned model, so it holds the noise of the items and "
-        "not that of training. Differences are tuned minus base. With several seeds the means of the seeds' bounds "
-        "are shown; the spread of training is in ±."
-    ),
-    "±": "standard deviation over the n seeds of an arm. A single seed has none.",
-    "Load entropy, CV": (
-        "how evenly a layer's experts are used: entropy in nats (ln E is perfectly even) and the standard deviation "
-        "of loads over their mean (0 is perfectly even). A dead expert was never chosen."
-    ),
-}

@@ -41,11 +41,7 @@ def angle_for(wanted: float, measure: Callable[[float], float]) -> float:
 def calibrated_router(
     source: Source, inputs_TH: Tensor, shape: Shape, *, rows: int, eor: float, layer: int
 ) -> tuple[Tensor, float]:
-    """[E, H] for the inputs of `rows` equally long rows of text, and the reuse it has on them.
-
-    Raises:
-        UserError: no angle gives the reuse `eor`.
-    """
+    """[E, H] for the inputs of `rows` equally long rows of text, and its reuse on them: `eor`, or a `UserError`."""
     projection = Projection.on(source, shape.num_experts, inputs_TH)
     popularity_E = POPULARITY_STD * source.normal(shape.num_experts) / inputs_TH[:, CONSTANT].mean()
 
@@ -62,11 +58,7 @@ def calibrated_router(
 
 
 class LayerRun:
-    """Carries the sample through the layers as they are made.
-
-    Attributes:
-        hidden_BSH: what the next layer is given.
-    """
+    """Carries the sample through the layers as they are made; `hidden_BSH` is what the next one is given."""
 
     def __init__(self, config: Qwen2MoeConfig, embeddings_VH: Tensor, ids_BS: Tensor) -> None:
         config = copy.deepcopy(config)

@@ -56,8 +56,7 @@ class Recipe:
 def write_checkpoint(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Write config, tokenizer and all shards, then their index; returns sizes and the reuse every router was calibrated to.
 
-    Raises:
-        UserError: a reuse that a layer cannot have; numbers that the precision cannot hold.
+    A reuse that a layer cannot have and numbers that the precision cannot hold are a `UserError`.
     """
     config = recipe.shape.config(recipe.dtype, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id)
     config.save_pretrained(folder)
@@ -67,9 +66,8 @@ def write_checkpoint(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenize
     reached = []
     for number, (weights, eor) in enumerate(_shards(config, recipe, tokenizer), 1):
         shard = f"model-{number:05}-of-{recipe.shape.layers + 1:05}.safetensors"
-        apart = {
-            name: weight.clone() if weight.dim() == 1 else weight for name, weight in weights.items()
-        }  # no aliases
+        # layers share the tensor of their norms, which safetensors refuses
+        apart = {name: weight.clone() if weight.dim() == 1 else weight for name, weight in weights.items()}
         save_file(apart, folder / shard, {"format": "pt"})
         pack_shard(folder / shard, folder / shard)
         shard_of |= dict.fromkeys(weights, shard)
@@ -102,12 +100,9 @@ def _shards(
             weights, eor = _layer(sample, recipe, layer=layer, wanted=wanted)
             progress.set_postfix_str(f"EOR {eor:.3f}")
             yield synthetic.named({**weights, **norms}, f"model.layers.{layer}"), eor
-    signature_VH = synthetic.signatures(
-        embeddings_VH.float(), synthetic.attention(Source(recipe.seed, 1), shape), shape
-    )
-    head_VH = synthetic.output_layer(
-        Source(recipe.seed, 1 + shape.layers), _log_frequencies(tokenizer, shape), signature_VH, sample.normed()
-    )
+    first_attention, source = synthetic.attention(Source(recipe.seed, 1), shape), Source(recipe.seed, 1 + shape.layers)
+    signature_VH = synthetic.signatures(embeddings_VH.float(), first_attention, shape)
+    head_VH = synthetic.output_layer(source, _log_frequencies(tokenizer, shape), signature_VH, sample.normed())
     outside = {"model.embed_tokens.weight": embeddings_VH, "model.norm.weight": norm_H, "lm_head.weight": head_VH}
     yield _cast(outside, dtype), None
 
@@ -159,13 +154,14 @@ def measure(folder: Path, tokenizer: PreTrainedTokenizerBase, *, new_tokens: int
             decoded = decode(model, engine, prompt_ids=row, max_new_tokens=1 + new_tokens)
             generated.append(decoded.token_ids[:new_tokens])
         trace = engine.trace()
+    commonest = [Counter(row).most_common(1)[0][1] / len(row) for row in generated if row]
     return {
         "split": "test",
         "teacher_forced": _routing(trace, decoded=False),
         "greedy": _routing(trace, decoded=True) if new_tokens > 1 else None,
         "distinct_tokens": _distinct(generated),
         "distinct_tokens_in_text": _distinct([row[:new_tokens] for row in rows]),
-        "most_common_share": _most_common_share(generated) if new_tokens else None,
+        "most_common_share": float(np.mean(commonest)) if new_tokens else None,
     }
 
 
@@ -184,7 +180,3 @@ def _routing(trace: RouteTrace, *, decoded: bool) -> dict[str, Any]:
 
 def _distinct(rows: Sequence[Sequence[int]]) -> float:
     return float(np.mean([len(set(row)) for row in rows]))
-
-
-def _most_common_share(rows: Sequence[Sequence[int]]) -> float:
-    return float(np.mean([Counter(row).most_common(1)[0][1] / len(row) for row in rows]))

@@ -42,11 +42,7 @@ CONTENT = 0.3  # of the random part of queries and keys
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. Heads are 64 wide and four queries share a key.
-
-    Raises:
-        ValueError: sizes that do not fit together.
-    """
+    """Sizes of the model. Heads are 64 wide and four queries share a key; sizes that do not fit are a `ValueError`."""
 
     hidden: int
     layers: int

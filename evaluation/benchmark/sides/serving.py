@@ -34,19 +34,12 @@ class LegResult:
 
 @dataclass
 class Serving:
-    """A loaded side.
+    """A loaded side."""
 
-    Attributes:
-        request: serves one leg.
-        files: the weights it reads, for the page cache to be dropped.
-        settings: in words or numbers, for the report.
-        begin_cold: forgets what the side itself has cached; the page cache is not its business.
-    """
-
-    request: Callable[[Leg], LegResult]
-    files: list[Path]
-    settings: dict[str, Any]
-    begin_cold: Callable[[], None] = field(default=lambda: None)
+    request: Callable[[Leg], LegResult]  # serves one leg
+    files: list[Path]  # the weights it reads, for the page cache to be dropped
+    settings: dict[str, Any]  # in words or numbers, for the report
+    begin_cold: Callable[[], None] = lambda: None  # forgets what the side itself has cached, not the page cache
 
 
 def process_io() -> dict[str, int]:

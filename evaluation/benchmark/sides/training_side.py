@@ -59,9 +59,7 @@ class Measured:
 def main(side: str, config: str, threads: int) -> None:
     """Load, train, print the figures as one line of JSON.
 
-    Args:
-        side: `OURS`, or a stock experts_implementation, trained by transformers' Trainer.
-        config: YAML of a `TrainArguments` whose max_steps are all steps.
+    `side` is `OURS`, or a stock experts_implementation, trained by transformers' Trainer; max_steps are all steps.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
@@ -166,9 +164,8 @@ def _matrix_rate(run: Run) -> float:
     device, dtype = run.accelerator.device, torch.bfloat16 if run.args.bf16 else next(run.model.parameters()).dtype
     size = RATE_SIZE if device.type == "cpu" else ACCELERATOR_RATE_SIZE
     a = torch.randn(size, size, dtype=dtype, device=device)
-    product = Timer(
-        "(a @ a)[0, 0].item()", globals={"a": a}, num_threads=torch.get_num_threads()
-    )  # waits for the device
+    waited = "(a @ a)[0, 0].item()"  # for the device too
+    product = Timer(waited, globals={"a": a}, num_threads=torch.get_num_threads())
     return 2 * size**3 / product.blocked_autorange(min_run_time=RATE_SECONDS).median
 
 

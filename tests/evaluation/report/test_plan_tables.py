@@ -2,8 +2,7 @@
 
 import pytest
 
-from evaluation.report.markdown import markdown
-from evaluation.report.page import page
+from evaluation.report.documents import markdown, page
 from evaluation.report.plan_tables import expected_tpot_ms, misses_per_token, plan_tables
 from evaluation.results import Results, TooSmall
 from tests.evaluation.made_results import made_results

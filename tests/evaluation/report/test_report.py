@@ -12,10 +12,9 @@ import pytest
 
 from configs.load import UserError
 from evaluation.report import plots
+from evaluation.report.documents import markdown, page, write_report
 from evaluation.report.drawing import KNOWN_COLOURS, OTHER_COLOURS, colours
-from evaluation.report.markdown import markdown, write_report
 from evaluation.report.numbers import CHANGE, COUNT, PERCENT, RATE, bytes_text
-from evaluation.report.page import page
 from evaluation.report.quality_tables import differences_table, values_table
 from evaluation.report.sections import sections
 from evaluation.report.summary import all_runs, decode_budgets, frontier, frontier_budgets

@@ -1,4 +1,4 @@
-"""The reports of a run: `report.md`, made here, and the self-contained `report.html` of `page.py`.
+"""The reports of a run: `report.md`, and `report.html`, one file without script that fetches nothing from anywhere.
 
 Only presents: every number is in the results or is arithmetic on them (`summary.py`). `sections.py` has the contents,
 `templates/` the layout.
@@ -6,8 +6,10 @@ Only presents: every number is in the results or is arithmetic on them (`summary
 
 from pathlib import Path
 
-from configs.files import prepare, write_json, writing_aside
-from evaluation.report.page import page, templates
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from configs.files import prepare, write_json, write_text
+from evaluation.report.drawing import TEMPLATES, colours
 from evaluation.report.sections import contents
 from evaluation.results import Results
 
@@ -19,21 +21,30 @@ def write_results(results: Results, output_dir: Path) -> None:
 
 
 def write_report(results: Results, output_dir: Path) -> None:
-    """Write `report.md` and `report.html` into `output_dir`, which is made if need be.
-
-    Raises:
-        UserError: `output_dir` cannot be made.
-    """
+    """Write `report.md` and `report.html` into a folder, which is made if need be; a `UserError` if it cannot be."""
     for name, text in (("report.md", markdown(results)), ("report.html", page(results))):
-        with writing_aside(prepare(output_dir / name)) as aside:
-            aside.write_text(text, encoding="utf-8")
+        write_text(prepare(output_dir / name), text)
 
 
 def markdown(results: Results) -> str:
     """The report in GitHub's Markdown; the pictures are in `report.html`."""
-    environment = templates(autoescape=False)
+    environment = _templates(autoescape=False)
     environment.filters["plain"] = _escape
     return environment.get_template("report.md.j2").render(contents(results))
+
+
+def page(results: Results) -> str:
+    """The report as one HTML file: inline style and pictures."""
+    template = _templates(autoescape=True).get_template("report.html.j2")
+    return template.render(contents(results), results=results, colours=colours(results))
+
+
+def _templates(*, autoescape: bool) -> Environment:
+    """The layouts; a name that the contents lack is an error."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=autoescape, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
 
 
 def _escape(text: str) -> str:

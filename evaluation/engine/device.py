@@ -24,11 +24,7 @@ THREAD_GRAIN = 32768
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name, if this machine has one; `auto`: its accelerator, or else the processor.
-
-    Raises:
-        UserError: it has none, or there is no such kind of device.
-    """
+    """The device of this name, or `UserError` if there is none; `auto`: the accelerator, or else the processor."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or CPU

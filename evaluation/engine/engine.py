@@ -140,11 +140,7 @@ class Engine:
         self.begin_request_in_trace()
 
     def trace(self) -> RouteTrace:
-        """The routing of everything computed since `load`.
-
-        Raises:
-            UserError: it was not recorded, or nothing was computed yet.
-        """
+        """The routing of everything computed since `load`, or `UserError` if nothing was computed or recorded."""
         recorder = self._pager.recorder
         if recorder is None:
             raise UserError("the routing was not recorded; load the model with record_trace=True")

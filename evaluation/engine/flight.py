@@ -62,11 +62,7 @@ class Flight:
         self._fill_passing_slots()
 
     def landings(self) -> Iterator[tuple[Key, int]]:
-        """Every expert that was started and the slot it is in, as they land; a passing one only until the next.
-
-        Raises:
-            UserError: a read failed.
-        """
+        """Every started expert and its slot, as they land, or `UserError`; a passing one stays only until the next."""
         while self._under_way:
             request = self._wait()
             read_into, meant_for, roles = self._under_way.pop(request.key)

@@ -174,11 +174,7 @@ def replay_all(
     sizes: Sequence[int],
     profile: RouteTrace | None = None,
 ) -> list[ReplayResult]:
-    """Every policy in every scope at every size, and Belady at each for the regret of the others.
-
-    Raises:
-        UserError: something that cannot be replayed, before anything is.
-    """
+    """Every policy in every scope at every size, checked beforehand, and Belady at each, for regret."""
     policies = list(dict.fromkeys((*policies, "belady")))
     choices: list[dict[str, Any]] = [
         {"policy": policy, "cache_scope": scope, "slots": slots, "profile": profile if policy == "static" else None}

@@ -148,11 +148,7 @@ class TraceRecorder:
     def trace(
         self, *, num_experts: int, layer_ids: tuple[int, ...], expert_bytes: int | None, model: str
     ) -> RouteTrace:
-        """Everything recorded so far.
-
-        Raises:
-            UserError: nothing was recorded.
-        """
+        """Everything recorded so far; `UserError` if that is nothing."""
         if not self._calls:
             raise UserError("nothing was recorded yet: generate something before asking for the routing trace")
         lengths = [len(ids_TLK) for _, _, ids_TLK in self._calls]

@@ -72,7 +72,7 @@ class Conversations:
 
 
 def check_keeps_everything(config: PretrainedConfig) -> None:
-    """Raises `UserError` if such a model's cache is more, or less, than the keys and values of all tokens."""
+    """Raise `UserError` if such a model's cache is more, or less, than the keys and values of all tokens."""
     for layer in DynamicCache(config=config).layers:
         if type(layer) is not DynamicLayer:
             raise UserError(

@@ -84,11 +84,7 @@ class Split:
 
 
 def read_requests(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[ChatRequest]:
-    """JSON lines `{"prompt": TEXT, "max_tokens": N}`, every prompt with all that was said before it.
-
-    Raises:
-        UserError: no such file, or a line that is something else.
-    """
+    """Requests from JSON lines as `EXAMPLE`, every prompt with all that was said before it, or `UserError`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"workload {path} does not exist; write one request per line, as {EXAMPLE}")
@@ -118,11 +114,7 @@ def serve_all(chat: Conversations, requests: Sequence[ChatRequest], *, progress:
 
 
 def run_once(model: PreTrainedModel, engine: Engine, requests: Sequence[ChatRequest], *, block_tokens: int) -> Workload:
-    """Serve everything once without keeping anything, recorded and timed, after a short request to warm up.
-
-    Raises:
-        UserError: no prompt fills a block.
-    """
+    """Serve everything once, keeping nothing, recorded and timed; `UserError` if no prompt fills a block."""
     if all(len(request.token_ids) < block_tokens for request in requests):
         raise UserError(f"no prompt of the workload has {block_tokens} tokens: there is no block to keep")
     warm_up = Conversations(model, PrefixCache(0), block_tokens=block_tokens)

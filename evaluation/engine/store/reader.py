@@ -100,8 +100,6 @@ class Reader:
     """Reading threads over some files; a context manager that ends the threads and closes the files.
 
     Args:
-        shards: the files, all opened at once.
-        reads_in_flight: threads.
         direct: go past the page cache where the file system allows it.
         longest_bytes: of the ranges that will be read, where that is known: short ones need less of a buffer.
 
@@ -144,11 +142,7 @@ class Reader:
     ) -> Request:
         """Begin to read; `landed` gets the request when it is done. The targets must stay until then.
 
-        Args:
-            landed: None: nobody waits for it, so it comes behind everything somebody waits for.
-
-        Raises:
-            UserError: the reader is closed.
+        Without `landed` nobody waits for it, so it comes behind everything somebody waits for.
         """
         if not self._descriptors:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")

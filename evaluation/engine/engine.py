@@ -94,7 +94,7 @@ class Engine:
         if self._memory.device.decodes_in_batches:  # what `generate` does to `grouped_mm` there, it shall do to us
             model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment]
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
-        model.base_model.register_forward_hook(self._end_call)
+        model.base_model.register_forward_hook(lambda *_: self._pager.end_call())
 
     @property
     def pool_bytes(self) -> int:
@@ -144,7 +144,7 @@ class Engine:
         recorder = self._pager.recorder
         if recorder is None:
             raise UserError("the routing was not recorded; load the model with record_trace=True")
-        facts: dict[str, Any] = {"expert_bytes": self.expert_bytes, "model": str(self._store.model_dir)}
+        facts = {"expert_bytes": self.expert_bytes, "model": str(self._store.model_dir)}
         return recorder.trace(num_experts=self.demand.num_experts, layer_ids=self._layer_ids, **facts)
 
     def record_routing(self) -> None:
@@ -173,9 +173,6 @@ class Engine:
         self._call = Call(batch, batch * tokens, context_tokens)
         self._make_room()
         self._pager.begin_call(rows=batch * tokens, is_decode=is_decode)
-
-    def _end_call(self, *_: Any) -> None:
-        self._pager.end_call()
 
     def _make_room(self) -> None:
         """For the running call: kept keys and values give way to it, and slots to both, or `ContextTooLong` is raised."""

@@ -41,8 +41,7 @@ class LruCurve:
     @property
     def misses(self) -> Array:
         """[phase, pool, slots] for 0, 1, ... slots of a pool, up to all its experts."""
-        misses: Array = self.accesses[..., None] - np.cumsum(self.distances, axis=-1)
-        return misses
+        return self.accesses[..., None] - np.cumsum(self.distances, axis=-1)
 
 
 def lru_curve(trace: RouteTrace, *, cache_scope: str) -> LruCurve:

@@ -64,7 +64,10 @@ class Flight:
     def landings(self) -> Iterator[tuple[Key, int]]:
         """Every started expert and its slot, as they land, or `UserError`; a passing one stays only until the next."""
         while self._under_way:
-            request = self._wait()
+            started = time.perf_counter()
+            request = self._landed.get()
+            self.stall_seconds += time.perf_counter() - started
+            self.device_bytes += request.device_bytes
             read_into, meant_for, roles = self._under_way.pop(request.key)
             if request.error is not None:
                 self._free_after_use(read_into)
@@ -73,13 +76,6 @@ class Flight:
             yield request.key, slot
             self._free_after_use(read_into)
             self._fill_passing_slots()
-
-    def _wait(self) -> Request:
-        started = time.perf_counter()
-        request = self._landed.get()
-        self.stall_seconds += time.perf_counter() - started
-        self.device_bytes += request.device_bytes
-        return request
 
     def _fill_passing_slots(self) -> None:
         while self._free and self._waiting:
@@ -105,8 +101,7 @@ class Flight:
         self._reader.wait_for(ahead.request, self._landed)
 
     def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
-        expert = key[1]
-        spans = self._memory.spans(read_into, self._layer_id, expert, roles)
-        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
+        spans = self._memory.spans(read_into, self._layer_id, key[1], roles)
+        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {key[1]}")
         self._under_way[key] = _Reading(read_into, meant_for, roles)
         self.bytes_read += sum(len(span.target) for span in spans)

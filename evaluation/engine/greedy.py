@@ -39,12 +39,11 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
     engine.reset_stats()
     token_seconds: list[float] = []
     start = time.perf_counter()
-    token_ids = greedy(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        on_tokens=lambda _: token_seconds.append(time.perf_counter() - start),
-    )
+
+    def note(_: list[int]) -> None:
+        token_seconds.append(time.perf_counter() - start)
+
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note)
     return DecodeResult(token_ids, Timing(token_seconds), engine.stats())
 
 
@@ -66,8 +65,7 @@ def greedy(
         num_beams=1,
         streamer=on_tokens and _NewTokens(on_tokens),
     )
-    new_ids: list[int] = output_BT[0, len(prompt_ids) :].tolist()
-    return new_ids
+    return output_BT[0, len(prompt_ids) :].tolist()
 
 
 class _NewTokens(BaseStreamer):

@@ -7,6 +7,7 @@ after reading, take turns in the passing slots, as many at a time as there are p
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class _Reading(NamedTuple):
     roles: Sequence[str] | None  # the matrices; None: all
 
 
-class Flight:
+class Flight(AbstractContextManager["Flight"]):
     """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
 
     Args:
@@ -40,9 +41,6 @@ class Flight:
         self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
         self._free = deque(memory.passing_slots)
         self.stall_seconds, self.bytes_read, self.device_bytes = 0.0, 0, 0
-
-    def __enter__(self) -> "Flight":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()

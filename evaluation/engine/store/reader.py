@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -96,7 +97,7 @@ class Request:
                 self.landed.put(self)
 
 
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reading threads over some files; a context manager that ends the threads and closes the files.
 
     Args:
@@ -130,9 +131,6 @@ class Reader:
         flags = os.O_RDONLY | (os.O_DIRECT if self.direct else 0)
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
-
-    def __enter__(self) -> "Reader":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

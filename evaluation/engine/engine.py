@@ -50,11 +50,10 @@ class Engine:
         reader: Reader,
         cache: ExpertCache,
         demand: Demand,
-        dtype: torch.dtype,
         device: Device,
         division: Division | None,
     ) -> None:
-        self.demand, self.dtype, self.cache, self.division = demand, dtype, cache, division
+        self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
         self.is_exact = options.cache_prior is None
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
@@ -63,7 +62,7 @@ class Engine:
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
         ahead = SLOTS_PER_GUESS * options.prefetch
-        self._memory = SlotMemory(store, cache.total_slots, dtype, passing=passing, ahead=ahead, device=device)
+        self._memory = SlotMemory(store, cache.total_slots, model.dtype, passing=passing, ahead=ahead, device=device)
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
         self._reads = ReadCounts()

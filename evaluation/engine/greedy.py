@@ -13,6 +13,9 @@ from configs.load import UserError
 from evaluation.engine.engine import Engine
 from evaluation.engine.stats import EngineStats, Timing
 
+Listener = Callable[[list[int]], object]
+"""What is told of new tokens."""
+
 
 @dataclass(frozen=True)
 class DecodeResult:
@@ -48,11 +51,7 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
 
 
 def greedy(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    on_tokens: Callable[[list[int]], object] | None = None,
+    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, on_tokens: Listener | None = None
 ) -> list[int]:
     """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
@@ -71,7 +70,7 @@ def greedy(
 class _NewTokens(BaseStreamer):
     """Hands on what `generate` sends, but for the prompt, which comes first."""
 
-    def __init__(self, on_tokens: Callable[[list[int]], object]) -> None:
+    def __init__(self, on_tokens: Listener) -> None:
         self._on_tokens, self._prompt_seen = on_tokens, False
 
     def put(self, value: torch.Tensor) -> None:

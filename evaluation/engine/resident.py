@@ -19,7 +19,7 @@ from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
-    """The precision to compute in, or `UserError`; `auto`: what the checkpoint's config states, else what it is stored in."""
+    """The precision to compute in, or `UserError`; `auto`: what the config states, else what experts are stored in."""
     if dtype == "auto":
         dtype = config.dtype if config.dtype is not None else TORCH_DTYPES[store.format.dtype]
     known = {str(known).removeprefix("torch."): known for known in TORCH_DTYPES.values()}

@@ -45,7 +45,7 @@ class LruCurve:
 
 
 def lru_curve(trace: RouteTrace, *, cache_scope: str) -> LruCurve:
-    """The curve of a trace, for one pool per layer (`per_layer`) or one for all layers (`global`)."""
+    """The curve of a trace, for one pool per layer (`per_layer`) or one for all (`global`); else `UserError`."""
     if cache_scope not in SCOPES:
         raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
     pools = trace.layers if cache_scope == "per_layer" else 1

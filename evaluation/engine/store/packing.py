@@ -25,7 +25,7 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 
 
 def write_packed(model_dir: Path, output: Path) -> None:
-    """Write the whole folder anew, aside and renamed; nothing is left behind by an error."""
+    """Write the whole folder anew, aside and renamed; a damaged shard is a `UserError`, which leaves nothing behind."""
     with folder_aside(output) as aside:
         for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
             if path.suffix == ".safetensors":

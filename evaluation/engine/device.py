@@ -24,11 +24,7 @@ THREAD_GRAIN = 32768
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name, if this machine has one; `auto`: its accelerator, or else the processor.
-
-    Raises:
-        UserError: it has none, or there is no such kind of device.
-    """
+    """The device of this name, or `UserError` if there is none; `auto`: the accelerator, or else the processor."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or CPU
@@ -41,16 +37,11 @@ def find_device(name: str | torch.device) -> torch.device:
     return found
 
 
-def is_host(device: torch.device) -> bool:
-    """Whether `device` is the processor."""
-    return device.type == CPU.type
-
-
 class Block(NamedTuple):
     """Memory for records."""
 
     raw: Tensor  # bytes
-    release: Callable[[int, int], None]  # gives the whole pages between two bytes back to the system
+    release: Callable[[int, int], None] = lambda start, end: None  # gives whole pages back, for a memory budget
 
 
 class Host:
@@ -132,11 +123,11 @@ class Accelerator:
         """Memory that products read from; copies wait for whoever had it before."""
         raw = torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
         self._copies.wait_event(torch.accelerator.current_stream().record_event())
-        return Block(raw, _release_nothing)
+        return Block(raw)
 
     def allocate_landing(self, size_bytes: int) -> Block:
         """Pinned memory that files are read into."""
-        return Block(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True), _release_nothing)
+        return Block(torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True))
 
     def resident(self, tensor: Tensor) -> Tensor:
         """A copy in the accelerator's memory."""
@@ -171,16 +162,13 @@ class Accelerator:
         return True
 
 
+HOST = Host()
 Device = Host | Accelerator
 
 
 def device_at(where: torch.device) -> Device:
     """What computes there."""
-    return Host() if is_host(where) else Accelerator(where)
-
-
-def _release_nothing(start: int, end: int) -> None:
-    """Only a memory budget, which is for the processor, asks for memory back."""
+    return HOST if where.type == CPU.type else Accelerator(where)
 
 
 def _share_of_a_thread(numbers: int) -> int:

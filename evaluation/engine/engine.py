@@ -50,11 +50,10 @@ class Engine:
         reader: Reader,
         cache: ExpertCache,
         demand: Demand,
-        dtype: torch.dtype,
         device: Device,
         division: Division | None,
     ) -> None:
-        self.demand, self.dtype, self.cache, self.division = demand, dtype, cache, division
+        self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
         self.is_exact = options.cache_prior is None
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
@@ -63,7 +62,7 @@ class Engine:
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
         ahead = SLOTS_PER_GUESS * options.prefetch
-        self._memory = SlotMemory(store, cache.total_slots, dtype, passing=passing, ahead=ahead, device=device)
+        self._memory = SlotMemory(store, cache.total_slots, model.dtype, passing=passing, ahead=ahead, device=device)
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
         self._reads = ReadCounts()
@@ -94,7 +93,7 @@ class Engine:
         if self._memory.device.decodes_in_batches:  # what `generate` does to `grouped_mm` there, it shall do to us
             model._optimize_model_for_decode = self._pager.batched_products  # type: ignore[assignment]
         model.base_model.register_forward_pre_hook(self._begin_call, with_kwargs=True)
-        model.base_model.register_forward_hook(self._end_call)
+        model.base_model.register_forward_hook(lambda *_: self._pager.end_call())
 
     @property
     def pool_bytes(self) -> int:
@@ -140,15 +139,11 @@ class Engine:
         self.begin_request_in_trace()
 
     def trace(self) -> RouteTrace:
-        """The routing of everything computed since `load`.
-
-        Raises:
-            UserError: it was not recorded, or nothing was computed yet.
-        """
+        """The routing of everything computed since `load`, or `UserError` if nothing was computed or recorded."""
         recorder = self._pager.recorder
         if recorder is None:
             raise UserError("the routing was not recorded; load the model with record_trace=True")
-        facts: dict[str, Any] = {"expert_bytes": self.expert_bytes, "model": str(self._store.model_dir)}
+        facts = {"expert_bytes": self.expert_bytes, "model": str(self._store.model_dir)}
         return recorder.trace(num_experts=self.demand.num_experts, layer_ids=self._layer_ids, **facts)
 
     def record_routing(self) -> None:
@@ -177,9 +172,6 @@ class Engine:
         self._call = Call(batch, batch * tokens, context_tokens)
         self._make_room()
         self._pager.begin_call(rows=batch * tokens, is_decode=is_decode)
-
-    def _end_call(self, *_: Any) -> None:
-        self._pager.end_call()
 
     def _make_room(self) -> None:
         """For the running call: kept keys and values give way to it, and slots to both, or `ContextTooLong` is raised."""

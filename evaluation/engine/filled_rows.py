@@ -19,8 +19,6 @@ SIZES = (1, 8, 16, 24, 32, 48, 64, 96, 128)
 """Numbers of rows to fill up to; one row alone, which is what decoding multiplies, stays alone."""
 LARGEST_MATRIX = 2**23
 """Numbers of a matrix beyond which a product takes so long that compiling it does not matter."""
-
-
 _FOUND: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 

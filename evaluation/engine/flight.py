@@ -7,6 +7,7 @@ after reading, take turns in the passing slots, as many at a time as there are p
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ class _Reading(NamedTuple):
     roles: Sequence[str] | None  # the matrices; None: all
 
 
-class Flight:
+class Flight(AbstractContextManager["Flight"]):
     """Reads of experts of one layer; a context manager that waits for what is under way when it is left early.
 
     Args:
@@ -40,9 +41,6 @@ class Flight:
         self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
         self._free = deque(memory.passing_slots)
         self.stall_seconds, self.bytes_read, self.device_bytes = 0.0, 0, 0
-
-    def __enter__(self) -> "Flight":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._waiting.clear()
@@ -62,13 +60,12 @@ class Flight:
         self._fill_passing_slots()
 
     def landings(self) -> Iterator[tuple[Key, int]]:
-        """Every expert that was started and the slot it is in, as they land; a passing one only until the next.
-
-        Raises:
-            UserError: a read failed.
-        """
+        """Every started expert and its slot, as they land, or `UserError`; a passing one stays only until the next."""
         while self._under_way:
-            request = self._wait()
+            started = time.perf_counter()
+            request = self._landed.get()
+            self.stall_seconds += time.perf_counter() - started
+            self.device_bytes += request.device_bytes
             read_into, meant_for, roles = self._under_way.pop(request.key)
             if request.error is not None:
                 self._free_after_use(read_into)
@@ -77,13 +74,6 @@ class Flight:
             yield request.key, slot
             self._free_after_use(read_into)
             self._fill_passing_slots()
-
-    def _wait(self) -> Request:
-        started = time.perf_counter()
-        request = self._landed.get()
-        self.stall_seconds += time.perf_counter() - started
-        self.device_bytes += request.device_bytes
-        return request
 
     def _fill_passing_slots(self) -> None:
         while self._free and self._waiting:
@@ -109,8 +99,7 @@ class Flight:
         self._reader.wait_for(ahead.request, self._landed)
 
     def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
-        expert = key[1]
-        spans = self._memory.spans(read_into, self._layer_id, expert, roles)
-        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {expert}")
+        spans = self._memory.spans(read_into, self._layer_id, key[1], roles)
+        self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {key[1]}")
         self._under_way[key] = _Reading(read_into, meant_for, roles)
         self.bytes_read += sum(len(span.target) for span in spans)

@@ -13,6 +13,9 @@ from configs.load import UserError
 from evaluation.engine.engine import Engine
 from evaluation.engine.stats import EngineStats, Timing
 
+Listener = Callable[[list[int]], object]
+"""What is told of new tokens."""
+
 
 @dataclass(frozen=True)
 class DecodeResult:
@@ -39,21 +42,16 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
     engine.reset_stats()
     token_seconds: list[float] = []
     start = time.perf_counter()
-    token_ids = greedy(
-        model,
-        prompt_ids,
-        max_new_tokens=max_new_tokens,
-        on_tokens=lambda _: token_seconds.append(time.perf_counter() - start),
-    )
+
+    def note(_: list[int]) -> None:
+        token_seconds.append(time.perf_counter() - start)
+
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note)
     return DecodeResult(token_ids, Timing(token_seconds), engine.stats())
 
 
 def greedy(
-    model: PreTrainedModel,
-    prompt_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    on_tokens: Callable[[list[int]], object] | None = None,
+    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, on_tokens: Listener | None = None
 ) -> list[int]:
     """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
@@ -66,14 +64,13 @@ def greedy(
         num_beams=1,
         streamer=on_tokens and _NewTokens(on_tokens),
     )
-    new_ids: list[int] = output_BT[0, len(prompt_ids) :].tolist()
-    return new_ids
+    return output_BT[0, len(prompt_ids) :].tolist()
 
 
 class _NewTokens(BaseStreamer):
     """Hands on what `generate` sends, but for the prompt, which comes first."""
 
-    def __init__(self, on_tokens: Callable[[list[int]], object]) -> None:
+    def __init__(self, on_tokens: Listener) -> None:
         self._on_tokens, self._prompt_seen = on_tokens, False
 
     def put(self, value: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import ExpertCache
-from evaluation.engine.device import Device, device_at, find_device, is_host
+from evaluation.engine.device import CPU, Device, device_at, find_device
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
@@ -69,15 +69,7 @@ def load(
         make_policy = ONLINE[options.cache_policy]
         cache = ExpertCache(slots, demand.layers, scope=options.cache_scope, make_policy=make_policy)
         engine = Engine(
-            model,
-            options,
-            store=store,
-            reader=reader,
-            cache=cache,
-            demand=demand,
-            dtype=dtype,
-            device=device,
-            division=division,
+            model, options, store=store, reader=reader, cache=cache, demand=demand, device=device, division=division
         )
         yield model, engine
 
@@ -85,7 +77,7 @@ def load(
 def _device(options: EngineOptions) -> Device:
     """Where to compute; a memory budget is for the processor."""
     where = find_device(options.device)
-    if options.memory_budget is not None and not is_host(where):
+    if options.memory_budget is not None and where.type != CPU.type:
         raise UserError(
             f"a memory budget counts the processor's memory, and device is {options.device}; give an expert cache"
         )

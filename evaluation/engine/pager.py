@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.load import UserError
 from evaluation.engine.cache.counts import DECODE, PREFILL
@@ -74,14 +74,8 @@ class Pager:
         return self._phase == DECODE
 
     def forward(
-        self,
-        experts: nn.Module,
-        layer: int,
-        *,
-        hidden_TH: torch.Tensor,
-        expert_ids_TK: torch.Tensor,
-        weights_TK: torch.Tensor,
-    ) -> torch.Tensor:
+        self, experts: nn.Module, layer: int, *, hidden_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
         """Output TH of the experts of `layer` (position among the MoE layers).
 
         Raises:
@@ -167,9 +161,7 @@ class PagedLayer:
     layer: int
 
 
-def paged_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def paged_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The function in transformers' experts interface; the arguments have its names."""
     paged = self.paged
     assert isinstance(paged, PagedLayer), "only experts of a model that `load` returned are paged"
@@ -178,7 +170,7 @@ def paged_experts_forward(
     )
 
 
-def _heaviest_first(expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> npt.NDArray[np.integer]:
+def _heaviest_first(expert_ids_TK: Tensor, weights_TK: Tensor) -> npt.NDArray[np.integer]:
     """Expert ids by descending router weight; equal weights keep the router's order."""
     order_TK = np.argsort(-weights_TK.detach().float().cpu().numpy(), axis=1, kind="stable")
     return np.take_along_axis(expert_ids_TK.cpu().numpy(), order_TK, axis=1)

@@ -75,13 +75,9 @@ class GroupedProducts:
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
-        tokens, top_k = weights_TK.shape
-        place_R = self._rows.order_R.argsort()
-        sums = []
-        for first in range(0, tokens, COMBINED_TOKENS):
-            rows_rH = self._out_RH[place_R[first * top_k : (first + COMBINED_TOKENS) * top_k]]
-            sums.append(_weighted_sum(rows_rH, weights_TK[first : first + COMBINED_TOKENS]))
-        return torch.cat(sums)
+        place_TK = self._rows.order_R.argsort().view(weights_TK.shape)
+        parts = zip(place_TK.split(COMBINED_TOKENS), weights_TK.split(COMBINED_TOKENS), strict=True)
+        return torch.cat([_weighted_sum(self._out_RH[place_tK.flatten()], part_tK) for place_tK, part_tK in parts])
 
     def _up(self, part: slice, expert: int, slot: int) -> None:
         matrix = self.memory.gate_up_HJ(slot)
@@ -90,9 +86,8 @@ class GroupedProducts:
             out.add_(self._experts.gate_up_proj_bias[expert])
 
     def _down(self, part: slice, expert: int, slot: int, activated_RI: Tensor) -> None:
-        out = self.memory.device.multiply(
-            activated_RI, self.memory.down_IH(slot), out=self._out_RH[part], sizes=self._fill["down"]
-        )
+        matrix = self.memory.down_IH(slot)
+        out = self._multiply(activated_RI, matrix, out=self._out_RH[part], sizes=self._fill["down"])
         self.memory.device.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
@@ -134,8 +129,7 @@ class BatchedProducts:
         transposed = self._experts.is_transposed
         bias_RM = getattr(self._experts, bias_name)[self._ids_R] if self._experts.has_bias else None
         as_stored = weight_RNM if transposed else weight_RNM.mT
-        out: Tensor = batched_linear(input_RN, as_stored, bias=bias_RM, is_transposed=transposed)
-        return out
+        return batched_linear(input_RN, as_stored, bias=bias_RM, is_transposed=transposed)
 
 
 def _weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:

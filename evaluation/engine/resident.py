@@ -19,11 +19,7 @@ from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
-    """The precision to compute in; `auto` is the one the checkpoint's config states, else the one it is stored in.
-
-    Raises:
-        UserError: no floating-point precision the engine can hold experts in.
-    """
+    """The precision to compute in, or `UserError`; `auto`: what the config states, else what experts are stored in."""
     if dtype == "auto":
         dtype = config.dtype if config.dtype is not None else TORCH_DTYPES[store.format.dtype]
     known = {str(known).removeprefix("torch."): known for known in TORCH_DTYPES.values()}
@@ -59,11 +55,7 @@ def _copy_out_of_files(model: PreTrainedModel, device: Device) -> None:
 
 
 def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[int, nn.Module]]:
-    """(layer id, experts module) in the order the layers run.
-
-    Raises:
-        UserError: the experts are of another form than [gate; up] and down, or not behind transformers' interface.
-    """
+    """(layer id, experts module) in the order the layers run; `UserError` if experts are no [gate; up] and down."""
     layer_of = {f".layers.{layer}.": layer for layer in store.layer_ids}
     found = []
     for name, module in model.named_modules():

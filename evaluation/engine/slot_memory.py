@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from evaluation.engine.device import Block, Device, Host
+from evaluation.engine.device import HOST, Block, Device
 from evaluation.engine.filled_rows import filled_rows
 from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads
 from evaluation.engine.store.experts import ExpertStore, Extent
@@ -42,9 +42,9 @@ class SlotMemory:
         *,
         passing: int = 1,
         ahead: int = 0,
-        device: Device | None = None,
+        device: Device = HOST,
     ) -> None:
-        stored, self.device = TORCH_DTYPES[store.format.dtype], device or Host()
+        stored, self.device = TORCH_DTYPES[store.format.dtype], device
         self._store, self.dtype = store, dtype
         self.converts = stored != dtype or not self.device.reads_into_slots
         staying = slots + (1 if self.converts else passing + ahead)

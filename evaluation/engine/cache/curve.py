@@ -7,6 +7,7 @@ that stack, from 1) hits in every cache of at least d slots. With one pool per l
 numpy only; memory does not grow with the trace. Axes: M accesses of a block of calls.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -40,48 +41,33 @@ class LruCurve:
     @property
     def misses(self) -> Array:
         """[phase, pool, slots] for 0, 1, ... slots of a pool, up to all its experts."""
-        misses: Array = self.accesses[..., None] - np.cumsum(self.distances, axis=-1)
-        return misses
+        return self.accesses[..., None] - np.cumsum(self.distances, axis=-1)
 
 
 def lru_curve(trace: RouteTrace, *, cache_scope: str) -> LruCurve:
-    """The curve of a trace, for one pool per layer (`per_layer`) or one for all layers (`global`).
-
-    Raises:
-        UserError: unknown scope.
-    """
+    """The curve of a trace, for one pool per layer (`per_layer`) or one for all (`global`); else `UserError`."""
     if cache_scope not in SCOPES:
         raise UserError(f"unknown cache scope {cache_scope!r}; known: {', '.join(SCOPES)}")
-    counts = _curve_per_layer(trace) if cache_scope == "per_layer" else _curve_global(trace)
+    pools = trace.layers if cache_scope == "per_layer" else 1
+    bins = trace.num_experts * trace.layers // pools + 2  # 0 slots, every distance, and first touches
+    counts = np.zeros((len(PHASES), pools, bins), np.int64)
+    windows = None if cache_scope == "per_layer" else _Windows(trace)
+    blocks = accesses_by_block(trace) if windows is None else accesses_by_block(trace, old_age=windows.old_age)
+    for accesses in _one_ahead(blocks):
+        place_M = accesses.place if windows is None else accesses.place + windows.used_elsewhere(accesses)
+        bin_M = np.where(accesses.age == 0, bins - 1, place_M + 1)
+        pool_M = accesses.phase * np.int64(pools) + accesses.event % trace.layers % pools
+        counts += np.bincount(pool_M * bins + bin_M, minlength=counts.size).reshape(counts.shape)
     return LruCurve(cache_scope, counts.sum(axis=-1), counts[..., -1], counts[..., :-1])
 
 
-def _curve_per_layer(trace: RouteTrace) -> Array:
-    """[phase, layer, distance]: accesses, the first touches after all distances."""
-    counts = np.zeros((len(PHASES), trace.layers, trace.num_experts + 2), np.int64)
-    for accesses in accesses_by_block(trace):
-        pool_M = accesses.phase * np.int64(trace.layers) + accesses.event % trace.layers
-        _count(counts, pool_M, accesses, accesses.place)
-    return counts
-
-
-def _curve_global(trace: RouteTrace) -> Array:
-    """[phase, one pool, distance], as above."""
-    counts = np.zeros((len(PHASES), 1, trace.num_experts * trace.layers + 2), np.int64)
-    windows = _Windows(trace)
-    blocks = accesses_by_block(trace, old_age=windows.old_age)
-    with ThreadPoolExecutor(1) as stacks:  # of the next block are moved while this one's windows are counted
+def _one_ahead(blocks: Iterator[Accesses]) -> Iterator[Accesses]:
+    """Each block, while a thread moves the stacks for the next one."""
+    with ThreadPoolExecutor(1) as stacks:
         coming = stacks.submit(next, blocks, None)
         while (accesses := coming.result()) is not None:
             coming = stacks.submit(next, blocks, None)
-            _count(counts, accesses.phase.astype(np.int64), accesses, accesses.place + windows.used_elsewhere(accesses))
-    return counts
-
-
-def _count(counts: Array, pool_M: Array, accesses: Accesses, place_M: Array) -> None:
-    bins = counts.shape[-1]
-    bin_M = np.where(accesses.age == 0, bins - 1, place_M + 1)
-    counts += np.bincount(pool_M * bins + bin_M, minlength=counts.size).reshape(counts.shape)
+            yield accesses
 
 
 class _Windows:

@@ -6,7 +6,7 @@ The rules are those of `pool.py`, the very code the live engine runs. Every requ
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,14 +147,10 @@ def requests_of(trace: RouteTrace) -> list[Request]:
         if request_id != previous:
             requests.append([])
             previous = request_id
-        requests[-1].extend(_call_events(trace, start, end, phase))
+        for layer in range(trace.layers):
+            experts = event_order(trace.expert_ids[start:end, layer])
+            requests[-1].append(Event(layer, phase, [(layer, expert) for expert in experts]))
     return requests
-
-
-def _call_events(trace: RouteTrace, start: int, end: int, phase: int) -> Iterator[Event]:
-    for layer in range(trace.layers):
-        experts = event_order(trace.expert_ids[start:end, layer])
-        yield Event(layer, phase, [(layer, expert) for expert in experts])
 
 
 def _next_uses(request: Request) -> dict[Key, Iterator[int]]:
@@ -167,31 +163,20 @@ def _next_uses(request: Request) -> dict[Key, Iterator[int]]:
 
 
 def replay_all(
-    trace: RouteTrace,
-    policies: Sequence[str],
-    *,
-    scopes: Sequence[str],
-    sizes: Sequence[int],
+    trace: RouteTrace, policies: Sequence[str], *, scopes: Sequence[str], sizes: Sequence[int],
     profile: RouteTrace | None = None,
-) -> list[ReplayResult]:
-    """Every policy in every scope at every size, and Belady at each for the regret of the others.
-
-    Raises:
-        UserError: something that cannot be replayed, before anything is.
-    """
+) -> list[ReplayResult]:  # fmt: skip
+    """Every policy in every scope at every size, checked beforehand, and Belady at each, for regret."""
     policies = list(dict.fromkeys((*policies, "belady")))
     choices: list[dict[str, Any]] = [
         {"policy": policy, "cache_scope": scope, "slots": slots, "profile": profile if policy == "static" else None}
-        for scope in scopes
-        for policy in policies
-        for slots in sizes
+        for scope, policy, slots in product(scopes, policies, sizes)
     ]
     for choice in choices:
         check_choice(trace, **choice)
     requests = requests_of(trace) if choices else []
-    return [
-        replay(trace, **choice, requests=requests) for choice in tqdm(choices, desc="replay", unit="size", leave=False)
-    ]
+    choices_shown = tqdm(choices, desc="replay", unit="size", leave=False)
+    return [replay(trace, **choice, requests=requests) for choice in choices_shown]
 
 
 def results_json(
@@ -199,25 +184,18 @@ def results_json(
 ) -> list[dict[str, Any]]:
     """One JSON object per result of these policies; regret against Belady where it ran at the same size and scope."""
     optimum = {(r.cache_scope, r.slots): r.misses for r in results if r.policy == "belady"}
-    return [
-        _result_json(trace, result, optimum.get((result.cache_scope, result.slots)))
-        for result in results
-        if result.policy in policies
-    ]
+    shown = [result for result in results if result.policy in policies]
+    return [_result_json(trace, result, optimum.get((result.cache_scope, result.slots))) for result in shown]
 
 
 def _result_json(trace: RouteTrace, result: ReplayResult, optimum_misses: int | None) -> dict[str, Any]:
+    layers = zip(trace.layer_ids, result.by_layer, strict=True)
     return {
-        "policy": result.policy,
-        "cache_scope": result.cache_scope,
-        "slots": result.slots,
+        **{name: getattr(result, name) for name in ("policy", "cache_scope", "slots")},
         **_counts_json(result),
         "prefill": _counts_json(result.prefill),
         "decode": _counts_json(result.decode),
-        "per_layer": [
-            {"layer": layer, **_counts_json(counts)}
-            for layer, counts in zip(trace.layer_ids, result.by_layer, strict=True)
-        ],
+        "per_layer": [{"layer": layer, **_counts_json(counts)} for layer, counts in layers],
         "bytes_read_per_token": result.bytes_read_per_token,
         "policy_regret": result.misses / optimum_misses if optimum_misses else None,
     }

@@ -5,6 +5,7 @@ once; files: `trace_formats.py`. Axes: T tokens, L MoE layers, K experts chosen.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,14 +146,8 @@ class TraceRecorder:
             self._calls.append((self._request, self._phase, np.stack(self._pending, axis=1)))
             self._pending = []
 
-    def trace(
-        self, *, num_experts: int, layer_ids: tuple[int, ...], expert_bytes: int | None, model: str
-    ) -> RouteTrace:
-        """Everything recorded so far.
-
-        Raises:
-            UserError: nothing was recorded.
-        """
+    def trace(self, **facts: Any) -> RouteTrace:
+        """Everything recorded so far, with the other fields of `RouteTrace`; `UserError` if that is nothing."""
         if not self._calls:
             raise UserError("nothing was recorded yet: generate something before asking for the routing trace")
         lengths = [len(ids_TLK) for _, _, ids_TLK in self._calls]
@@ -161,8 +156,5 @@ class TraceRecorder:
             phase=np.repeat([phase for _, phase, _ in self._calls], lengths),
             request_id=np.repeat([request for request, _, _ in self._calls], lengths),
             call=np.repeat(np.arange(len(self._calls)), lengths),
-            num_experts=num_experts,
-            layer_ids=layer_ids,
-            expert_bytes=expert_bytes,
-            model=model,
+            **facts,
         )

@@ -123,11 +123,8 @@ def _check_header(names: Sequence[str]) -> None:
 def _with_tokens(rows: pd.DataFrame, top_k: int | None) -> pd.DataFrame:
     """Tell tokens, calls and phases by the order of the rows."""
     if rows["layer"].nunique() == 1:
-        _refuse(
-            rows,
-            rows["layer"] >= 0,
-            "all rows are of layer {layer}, so tokens cannot be told apart; add a column token",
-        )
+        told = "all rows are of layer {layer}, so tokens cannot be told apart; add a column token"
+        _refuse(rows, rows["layer"] >= 0, told)
     run = (_changes(rows["layer"]) | _changes(rows["request"])).cumsum().rename("run")  # rows of one layer in one call
     runs = rows.assign(line=rows.index, rows=rows.groupby(run)["layer"].transform("size")).groupby(run).first()
     runs = runs.set_index("line")
@@ -173,9 +170,7 @@ def _check_tokens(rows: pd.DataFrame, top_k: int | None) -> int:
     group = ["order", "token", "layer"]
     rows = rows.assign(size=rows.groupby(group)["expert"].transform("size"))
     top_k = top_k or int(rows["size"].iloc[0])
-    told = (
-        f"token {{token}} has {{size}} experts in layer {{layer}}, not {top_k}; every token has as many in every layer"
-    )
+    told = f"token {{token}} has {{size}} experts in layer {{layer}}, not {top_k}; every token has as many in each"
     _refuse(rows, rows["size"] != top_k, told)
     told = f"of the {top_k} experts of token {{token}} in layer {{layer}} two are the same"
     twice = rows.duplicated([*group, "expert"])

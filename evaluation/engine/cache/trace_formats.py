@@ -28,7 +28,6 @@ from evaluation.engine.cache.trace import TENSORS, RouteTrace
 from evaluation.engine.cache.trace_csv import read_csv, write_csv
 
 FORMAT, VERSION = "remoe-route-trace", "1"
-FACTS = ("num_experts", "layer_ids", "expert_bytes", "model")
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -157,14 +156,8 @@ def _defaults(ids_TLK: npt.NDArray[np.integer], num_experts: int | None) -> dict
 
 def _plain(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
     """Facts as Python values, arrays as they are."""
-    kinds: dict[str, Callable[[Any], Any]] = {
-        "num_experts": int,
-        "expert_bytes": int,
-        "model": str,
-        "layer_ids": _numbers,
-    }
     try:
-        return {name: kinds[name](array) if name in kinds else array for name, array in arrays.items()}
+        return {name: FACTS[name](array) if name in FACTS else array for name, array in arrays.items()}
     except (TypeError, ValueError) as error:
         raise UserError(
             f"num_experts and expert_bytes must be single numbers, layer_ids a list of them ({error})"
@@ -209,6 +202,9 @@ def _check_fits_npy(trace: RouteTrace, path: str | Path) -> None:
         )
 
 
+FACTS: Mapping[str, Callable[[Any], Any]] = {
+    "num_experts": int, "layer_ids": _numbers, "expert_bytes": int, "model": str
+}  # fmt: skip
 WRITERS: Mapping[str, Callable[[RouteTrace, BinaryIO], None]] = {
     ".safetensors": _write_safetensors,
     ".npz": _write_npz,

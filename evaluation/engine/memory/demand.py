@@ -33,11 +33,7 @@ class Demand:
 
 
 def budget_bytes(budget: int | str, *, smallest_bytes: int) -> int:
-    """Bytes of `8GiB`, of `25%` of the machine's memory, or of `smallest + 10%`, in parts of the smallest budget that works.
-
-    Raises:
-        UserError: anything else.
-    """
+    """Bytes of `8GiB`, `25%` of the machine's memory, or `smallest + 10%` in parts of the smallest that works."""
     relative = SMALLEST.fullmatch(str(budget).strip())
     if relative is None:
         return parse_size(budget, what="memory budget", whole_bytes=total_memory_bytes())
@@ -45,11 +41,7 @@ def budget_bytes(budget: int | str, *, smallest_bytes: int) -> int:
 
 
 def slots_for(budget_bytes: int, demand: Demand, *, scope: str) -> int:
-    """Slots of the one pool (`global`) or of each layer's pool (`per_layer`), never more than there are experts.
-
-    Raises:
-        UserError: less than the `top_k` slots that one token needs at once; names the smallest budget that works.
-    """
+    """Slots of one pool (`global`) or of each (`per_layer`), at most all experts; `UserError` if a token needs more."""
     pools = 1 if scope == "global" else demand.layers
     slots = min(budget_bytes // demand.slot_bytes // pools, demand.all_experts // pools)
     if slots < demand.top_k:

@@ -71,11 +71,7 @@ class Division:
         return self.budget_bytes - parts_bytes - self.smallest_slots * self.step_bytes
 
     def spare_bytes(self, call: Call) -> int:
-        """What a call leaves, above the fewest slots.
-
-        Raises:
-            ContextTooLong: less than nothing; nothing was computed yet.
-        """
+        """What a call leaves above the fewest slots; raises `ContextTooLong` if that is negative, before computing."""
         batch, rows, context_tokens = call
         needed_bytes = self.needs.kv_bytes(batch * context_tokens)
         needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)

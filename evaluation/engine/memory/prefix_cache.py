@@ -91,7 +91,7 @@ class PrefixCache:
     def _hold(self, name: Name, block: Block, *, but: frozenset[Name]) -> bool:
         """Hold a block in the place of less recent ones, but for these; False if there is no room."""
         self.block_bytes = sum(keys.nbytes + values.nbytes for keys, values in block)
-        while not self._has_room(self.held_bytes + self.block_bytes):
+        while (held := self.held_bytes + self.block_bytes) > self.capacity_bytes or not self._make_room(held):
             victim = next(self._held_least_recent_first(), None)
             if victim is None or victim in but:
                 return False
@@ -99,9 +99,6 @@ class PrefixCache:
         self._order[name] = block
         self.held_bytes += self.block_bytes
         return True
-
-    def _has_room(self, held_bytes: int) -> bool:
-        return held_bytes <= self.capacity_bytes and self._make_room(held_bytes)
 
     def _held_least_recent_first(self) -> Iterator[Name]:
         return iter([name for name, block in self._order.items() if block is not None])

@@ -13,11 +13,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def private_bytes() -> int:
-    """Memory this process holds now that belongs to no file (RssAnon): what a memory budget counts.
-
-    Raises:
-        UserError: the kernel does not tell.
-    """
+    """Memory this process holds that belongs to no file (RssAnon), or `UserError`: what a memory budget counts."""
     held_bytes = _status_bytes("RssAnon")
     if held_bytes is None:
         raise UserError(

@@ -83,8 +83,7 @@ class MemoryController:
         lacking = len(distances) - np.searchsorted(np.sort(distances), capacities, side="right")
         again_tokens = lacking * self._chat.block_tokens / len(self._distances)
         rates = Rates((self._times.prompt_token_seconds, 0.0), self._times.miss_seconds.tolist())
-        seconds: Array = rates.seconds(tokens=(again_tokens, 0), misses=misses)
-        return seconds
+        return rates.seconds(tokens=(again_tokens, 0), misses=misses)
 
 
 class _Times:

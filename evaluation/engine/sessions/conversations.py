@@ -72,7 +72,7 @@ class Conversations:
 
 
 def check_keeps_everything(config: PretrainedConfig) -> None:
-    """Raises `UserError` if such a model's cache is more, or less, than the keys and values of all tokens."""
+    """Raise `UserError` if such a model's cache is more, or less, than the keys and values of all tokens."""
     for layer in DynamicCache(config=config).layers:
         if type(layer) is not DynamicLayer:
             raise UserError(
@@ -83,14 +83,8 @@ def check_keeps_everything(config: PretrainedConfig) -> None:
 
 def _joined(blocks: list[Block]) -> Any:
     """A DynamicCache that holds these blocks, one after the other."""
-    if not blocks:
-        return DynamicCache()
-    return DynamicCache(
-        [
-            (torch.cat([keys for keys, _ in layer], dim=-2), torch.cat([values for _, values in layer], dim=-2))
-            for layer in zip(*blocks, strict=True)
-        ]
-    )
+    layers = [zip(*parts, strict=True) for parts in zip(*blocks, strict=True)]  # keys, then values, of every block
+    return DynamicCache([tuple(torch.cat(tensors, dim=-2) for tensors in layer) for layer in layers])
 
 
 def _block(cache: Any, start: int, tokens: int) -> Block:

@@ -84,11 +84,7 @@ class Split:
 
 
 def read_requests(path: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[ChatRequest]:
-    """JSON lines `{"prompt": TEXT, "max_tokens": N}`, every prompt with all that was said before it.
-
-    Raises:
-        UserError: no such file, or a line that is something else.
-    """
+    """Requests from JSON lines as `EXAMPLE`, every prompt with all that was said before it, or `UserError`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"workload {path} does not exist; write one request per line, as {EXAMPLE}")
@@ -118,11 +114,7 @@ def serve_all(chat: Conversations, requests: Sequence[ChatRequest], *, progress:
 
 
 def run_once(model: PreTrainedModel, engine: Engine, requests: Sequence[ChatRequest], *, block_tokens: int) -> Workload:
-    """Serve everything once without keeping anything, recorded and timed, after a short request to warm up.
-
-    Raises:
-        UserError: no prompt fills a block.
-    """
+    """Serve everything once, keeping nothing, recorded and timed; `UserError` if no prompt fills a block."""
     if all(len(request.token_ids) < block_tokens for request in requests):
         raise UserError(f"no prompt of the workload has {block_tokens} tokens: there is no block to keep")
     warm_up = Conversations(model, PrefixCache(0), block_tokens=block_tokens)
@@ -134,14 +126,13 @@ def run_once(model: PreTrainedModel, engine: Engine, requests: Sequence[ChatRequ
     for request in tqdm(requests, desc="run once", unit="request"):
         engine.begin_request_in_trace()
         serve_all(chat, [request])
-    stats = engine.stats()
     assert chat.kept.block_bytes is not None, "some prompt filled a block"
     return Workload(
         trace=engine.trace(),
         distances=distances,
         usable=[(len(request.token_ids) - 1) // block_tokens for request in requests],
         block_bytes=chat.kept.block_bytes,
-        rates=_rates(stats),
+        rates=_rates(engine.stats()),
     )
 
 
@@ -157,16 +148,11 @@ def splits(workload: Workload, engine: Engine, *, policy: str) -> list[Split]:
     """What the workload takes with every division in `SHARES`."""
     division = engine.division
     assert division is not None, "without a memory budget there is nothing to divide"
-    blocks = [int(share * division.shared_bytes) // workload.block_bytes for share in SHARES]
+    counts = [int(share * division.shared_bytes) // workload.block_bytes for share in SHARES]
+    divisions = [(blocks, division.slots_beside(blocks * workload.block_bytes)) for blocks in counts]
     return [
-        _split(
-            workload,
-            count,
-            slots=division.slots_beside(count * workload.block_bytes),
-            policy=policy,
-            scope=engine.cache.scope,
-        )
-        for count in tqdm(blocks, desc="replay", unit="division")
+        _split(workload, blocks, slots=slots, policy=policy, scope=engine.cache.scope)
+        for blocks, slots in tqdm(divisions, desc="replay", unit="division")
     ]
 
 
@@ -195,5 +181,4 @@ def _calls_found(trace: RouteTrace, found: Sequence[int]) -> npt.NDArray[np.bool
     requests, request_T = np.unique(trace.request_id, return_inverse=True)
     first_call = np.array([trace.call[request_T == i][0] for i in range(len(requests))])
     call_in_request_T = trace.call - first_call[request_T]
-    mask: npt.NDArray[np.bool_] = call_in_request_T < np.asarray(found)[request_T]
-    return mask
+    return call_in_request_T < np.asarray(found)[request_T]

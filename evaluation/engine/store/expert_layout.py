@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs.load import UserError
 from evaluation.engine.store.expert_format import DTYPE_BYTES, FUSED, ExpertFormat
@@ -117,16 +117,10 @@ def _find(tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path) -> t
 
 def _slices(tensor: StoredTensor) -> list[tuple[int, StoredTensor]]:
     """One expert after the other; a truncated length is found by `_check_expert`."""
-    experts, shape = tensor.shape[0], tensor.shape[1:]
-    length_bytes = tensor.length_bytes // experts
-    offsets = (tensor.offset + expert * length_bytes for expert in range(experts))
-    return [
-        (
-            expert,
-            replace(tensor, name=f"{tensor.name}[{expert}]", shape=shape, offset=offset, length_bytes=length_bytes),
-        )
-        for expert, offset in enumerate(offsets)
-    ]
+    experts = tensor.shape[0]
+    each: dict[str, Any] = {"shape": tensor.shape[1:], "length_bytes": tensor.length_bytes // experts}
+    offsets = [tensor.offset + expert * each["length_bytes"] for expert in range(experts)]
+    return [(i, replace(tensor, name=f"{tensor.name}[{i}]", offset=offset, **each)) for i, offset in enumerate(offsets)]
 
 
 def _separate_format(roles: Mapping[str, StoredTensor]) -> ExpertFormat:

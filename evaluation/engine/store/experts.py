@@ -23,7 +23,7 @@ class Extent(NamedTuple):
 
 
 class ExpertStore:
-    """Index over a checkpoint's experts.
+    """Index over a checkpoint's experts; a damaged or unsupported one is refused.
 
     Attributes:
         format: what all experts have in common.
@@ -33,9 +33,6 @@ class ExpertStore:
         resident: the tensors that are no experts.
         stored_tensors: how many tensors the checkpoint has.
         shards: the files that hold experts.
-
-    Raises:
-        UserError: see `read_index` and `expert_layout`.
     """
 
     def __init__(self, model_dir: str | Path) -> None:

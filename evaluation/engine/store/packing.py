@@ -25,12 +25,7 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}
 
 
 def write_packed(model_dir: Path, output: Path) -> None:
-    """Write the whole folder anew, aside and renamed.
-
-    Raises:
-        UserError: a shard is damaged.
-        OSError: the disk is full, for example; nothing is left behind.
-    """
+    """Write the whole folder anew, aside and renamed; a damaged shard is a `UserError`, which leaves nothing behind."""
     with folder_aside(output) as aside:
         for path in tqdm(sorted(model_dir.iterdir()), desc="pack", unit="file"):
             if path.suffix == ".safetensors":
@@ -40,12 +35,7 @@ def write_packed(model_dir: Path, output: Path) -> None:
 
 
 def pack_shard(shard: Path, packed: Path) -> None:
-    """Write `shard` to `packed`, aside and renamed; they may be the same. What is whole pages long comes first.
-
-    Raises:
-        UserError: `shard` is damaged.
-        OSError: the disk is full, for example; `packed` is what it was.
-    """
+    """Write `shard` to `packed`, which may be the same, aside and renamed. What is whole pages long comes first."""
     metadata, tensors = read_shard(shard)
     order = sorted(tensors, key=lambda tensor: (tensor.length_bytes % PAGE_BYTES != 0, tensor.offset))
     with writing_aside(packed) as aside, shard.open("rb") as source, aside.open("wb") as target:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 from pathlib import Path
@@ -96,12 +97,10 @@ class Request:
                 self.landed.put(self)
 
 
-class Reader:
+class Reader(AbstractContextManager["Reader"]):
     """Reading threads over some files; a context manager that ends the threads and closes the files.
 
     Args:
-        shards: the files, all opened at once.
-        reads_in_flight: threads.
         direct: go past the page cache where the file system allows it.
         longest_bytes: of the ranges that will be read, where that is known: short ones need less of a buffer.
 
@@ -133,9 +132,6 @@ class Reader:
         self._descriptors = {shard: os.open(shard, flags) for shard in shards}
         self._versions = {shard: _version(descriptor) for shard, descriptor in self._descriptors.items()}
 
-    def __enter__(self) -> "Reader":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -144,11 +140,7 @@ class Reader:
     ) -> Request:
         """Begin to read; `landed` gets the request when it is done. The targets must stay until then.
 
-        Args:
-            landed: None: nobody waits for it, so it comes behind everything somebody waits for.
-
-        Raises:
-            UserError: the reader is closed.
+        Without `landed` nobody waits for it, so it comes behind everything somebody waits for.
         """
         if not self._descriptors:
             raise UserError("the checkpoint is closed; use the model inside the `with load(...)` block")

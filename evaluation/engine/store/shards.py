@@ -68,11 +68,7 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
 
 
 def read_shard(shard: Path) -> tuple[dict[str, str], list[StoredTensor]]:
-    """What is said about a shard in its own header, and its tensors.
-
-    Raises:
-        UserError: missing, truncated, changed or no safetensors file.
-    """
+    """What a shard's header says about it, and its tensors; `UserError` if it is missing, truncated or changed."""
     if not shard.is_file():
         raise UserError(f"shard {shard} is missing; {AGAIN}")
     size_bytes = shard.stat().st_size

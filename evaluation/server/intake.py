@@ -67,8 +67,7 @@ class Intake:
         return ids
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return ids
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
     def _conversation(self, request: ChatCompletionRequest) -> list[int]:
         if not self._tokenizer.chat_template:

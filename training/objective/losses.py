@@ -134,8 +134,7 @@ def miss_loss_sum(
 def symmetric_kl_sums(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: Tensor, lags: Sequence[int]) -> Tensor:
     """[D] for each of `lags` half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth, parts of L_lag."""
     pairs_DBS = [same_document(document_ids_BS, lag) for lag in lags]
-    sums_D: Tensor = _SymmetricKl.apply(probs_BSE, log_probs_BSE, pairs_DBS, lags)
-    return sums_D
+    return _SymmetricKl.apply(probs_BSE, log_probs_BSE, pairs_DBS, lags)
 
 
 class _SymmetricKl(torch.autograd.Function):

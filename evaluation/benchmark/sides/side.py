@@ -23,8 +23,7 @@ def open_side(order: Order) -> AbstractContextManager[Serving]:
     """Load the order's side, for as long as the context lasts. What other sides need is not imported: it would weigh."""
     module = "llamacpp_side" if order.side == "llamacpp" else "transformers_sides"
     sides: Any = import_module(f"evaluation.benchmark.sides.{module}")
-    opened: AbstractContextManager[Serving] = getattr(sides, order.side)(order)
-    return opened
+    return getattr(sides, order.side)(order)
 
 
 def main(order_path: Path, result_path: Path) -> None:

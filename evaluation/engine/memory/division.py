@@ -14,7 +14,7 @@ from evaluation.engine.memory.demand import Demand, budget_bytes
 from evaluation.engine.memory.needs import Needs
 
 PASSING_SHARE = 8
-"""For every so many slots one is added for experts that do not stay, so that several of them are read at once."""
+"""One slot is added for this many others, for experts that do not stay, so that several of them are read at once."""
 
 
 class BudgetTooSmall(UserError):

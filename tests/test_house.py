@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training.model": ("configs",),
     "evaluation": ("configs", "data", "training", ENGINE),
     f"{ENGINE}.cache": ("configs",),
-    f"{ENGINE}.store": ("configs",),
+    f"{ENGINE}.store": ("configs", "training.model.shards"),
     f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store"),
     ENGINE: ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", f"{ENGINE}.memory", "training.model"),
     f"{ENGINE}.sessions": ("configs", ENGINE, "training.model"),

@@ -5,17 +5,15 @@ other.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
 from evaluation.engine.device import Device
 from evaluation.engine.store.experts import ExpertStore
-from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, load_slices
+from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, lazy_slices, load_slices
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
@@ -37,9 +35,8 @@ def load_resident(
     Raises:
         UserError: no causal language model, or resident weights missing from the checkpoint or of another shape.
     """
-    files = {shard: safe_open(shard, framework="pt") for shard in {t.shard for t in store.resident.values()}}
-    slices: dict[str, Any] = {name: files[tensor.shard].get_slice(name) for name, tensor in store.resident.items()}
-    slices |= {name: StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}
+    later = {name: StaysOnMeta(shape) for name, shape in store.meta_shapes.items()}
+    slices = {**lazy_slices(store.resident), **later}
     model = load_slices(model_dir, slices, config=config, dtype=dtype)
     _copy_out_of_files(model, device)
     if (Path(model_dir) / "generation_config.json").is_file():

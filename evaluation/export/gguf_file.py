@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from configs.files import writing_aside
 from configs.load import UserError
-from evaluation.engine.store.shards import StoredTensor, read_index
 from training.model.lazy_weights import read_config
+from training.model.shards import StoredTensor, read_index
 
 F32 = gguf.GGMLQuantizationType.F32
 PRECISIONS = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.files import writing_aside
 from configs.load import UserError
-from evaluation.engine.store.shards import StoredTensor
+from training.model.shards import StoredTensor
 
 COUNT_OF_FIELDS_AT = 16  # after magic, version and the number of tensors
 MADE_FROM = "give a GGUF that was made from the base the delta was trained on"

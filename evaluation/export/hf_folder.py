@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
-from evaluation.engine.store.shards import StoredTensor, read_index
 from training.model.lazy_weights import TORCH_DTYPES, read_config
+from training.model.shards import StoredTensor, read_index
 from training.model.transformers_internals import revert_weight_conversion
 
 Routers = Mapping[str, Tensor]

@@ -6,6 +6,7 @@ keys at a time, so names, precisions, tied weights, stacked experts and even the
 `from_pretrained` would have made.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,15 @@ from configs.load import UserError
 from training.model import transformers_internals as internals
 from training.model.host_memory import spare_memory
 from training.model.routers import find_routers
+from training.model.shards import StoredTensor, read_index
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions in which weights can be computed with, by the names that safetensors has for them."""
+
+ADAPTER = re.compile(r"\.(lora_|adapter|modules_to_save\.)")
+"""In names of tensors that are no part of a model, but of an adapter beside it."""
+
+LAYER = re.compile(r".*\blayers\.\d+(?=\.)")
 
 
 class StaysOnMeta:
@@ -79,11 +86,39 @@ def load_slices(
         model, info = model_class.from_pretrained(None, **options, output_loading_info=True)
     except RuntimeError as error:  # how transformers reports shapes that differ, and experts that are missing
         raise UserError(f"{model_dir}: the weights do not fit config.json: {error}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"]))
-        raise UserError(f"{model_dir}: the checkpoint lacks {missing}; copy the model again")
+    check_loaded(model_dir, model, info)
     model.config.name_or_path = str(model_dir)
     return cast(PreTrainedModel, model)
+
+
+def check_loaded(model_dir: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse by a `UserError` what transformers only warns of: weights of the model that were drawn at random because the
+    checkpoint lacks them, and weights of its layers, or of an adapter, that it does not use. Layers that it has not got
+    (for predicting further tokens, or for pictures) are left alone.
+
+    Args:
+        info: the loading report of `from_pretrained`, with what the family ignores already left out.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    adapters = [name for name in unexpected if ADAPTER.search(name)]
+    if adapters:
+        raise UserError(f"{model_dir} holds {adapters[0]}, an adapter's; merge it into the model and save that again")
+    if missing:
+        some = f"{missing[0]}{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}"
+        prefixes = {name.removesuffix(key) for name in unexpected for key in missing if name.endswith(f".{key}")}
+        looks = "copy the model again"
+        if len(prefixes) == 1 and all(name.startswith(prefix) for prefix in prefixes for name in unexpected):
+            looks = f"every name begins with {min(prefixes)!r}: save the model without its wrapper"
+        elif unexpected:
+            looks = f"it has {unexpected[0]} instead; save the model with the transformers that config.json is for"
+        raise UserError(f"{model_dir}: the checkpoint lacks {some}; {looks}")
+    modules = dict(model.named_modules())
+    unused = [name for name in unexpected if (layer := LAYER.match(name)) and layer[0] in modules]
+    if unused:
+        raise UserError(
+            f"{model_dir} holds {unused[0]}, which the model of config.json does not use: it is quantised, or its config is "
+            "another model's; give the unquantised model with its own config.json"
+        )
 
 
 def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -95,7 +130,7 @@ def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
     config = read_config(folder)
     causal_lm_class(folder, config)
     if dtype == "auto":  # as transformers decides: as config.json says, else as the first tensor in floating point
-        dtype = config.dtype or _stored_dtype(_lazy_slices(Path(folder)))
+        dtype = config.dtype or _stored_dtype(lazy_slices(read_index(folder)))
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -122,7 +157,7 @@ class LayerwiseCheckpoint:
 
     def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
         spare_memory()  # for as long as it runs: tensors are gathered again and again
-        self._folder, self._slices = folder, _lazy_slices(Path(folder))
+        self._folder, self._slices = folder, lazy_slices(read_index(folder))
         empty = empty_model(folder, dtype=dtype)
         self._config, self._dtype = empty.config, empty.dtype
         self._transforms: Any = internals.get_model_conversion_mapping(empty)
@@ -168,14 +203,13 @@ def _inside(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _lazy_slices(folder: Path) -> Mapping[str, Any]:
+def lazy_slices(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Slices of safetensors by the tensors' names; nothing is read yet."""
     try:
-        files = [safe_open(shard, framework="pt") for shard in sorted(folder.glob("*.safetensors"))]
-        if files:
-            return {key: file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118
+        files = {shard: safe_open(shard, framework="pt") for shard in {tensor.shard for tensor in tensors.values()}}
+        return {name: files[tensor.shard].get_slice(name) for name, tensor in tensors.items()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: {error}; copy the model again") from error
-    raise UserError(f"{folder} holds no *.safetensors, which alone can be read layer by layer; save the model as such")
+        raise UserError(f"{error}; copy the model again") from error
 
 
 def _stored_dtype(slices: Mapping[str, Any]) -> torch.dtype:

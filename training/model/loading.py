@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
-from training.model.lazy_weights import LayerwiseCheckpoint
+from training.model.lazy_weights import LayerwiseCheckpoint, check_loaded
 from training.model.routers import copy_into_routers, find_routers, router_parameters
+from training.model.shards import read_index
 from training.model.transformers_internals import GradientCheckpointingLayer
 
 Device = str | torch.device
@@ -63,12 +65,17 @@ def load_pretrained(
         UserError: the folder is missing or damaged, the model has no routers or others than the delta, or it does not fit
             the device.
     """
-    _check_exists(name_or_path)
+    folder = local_folder(name_or_path)
+    read_index(folder)
     try:
         with sparing_memory():
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
+    except RuntimeError as error:  # how transformers reports shapes that differ
+        raise UserError(f"model {name_or_path}: the weights do not fit config.json: {error}") from error
+    model, info = loaded
+    check_loaded(folder, model, info)
     find_routers(model)
     if router_delta is not None:
         copy_into_routers(model, router_delta)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from configs.files import folder_aside
 from configs.load import UserError
+from training.model.lazy_weights import lazy_slices
+from training.model.shards import read_index
 from training.run_folder.folder import explaining_a_full_disk
 from training.run_folder.proof import combined, tensor_sha256
 
@@ -29,18 +31,8 @@ def checkpoint_sha256(model_dir: str | Path, routers: Collection[str]) -> str:
 
     Reads one tensor at a time; a `UserError` if there are no safetensors files, or one is damaged.
     """
-    shards = sorted(Path(model_dir).glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"{model_dir} holds no .safetensors file; give the folder of a saved model")
-    digest_of: dict[str, str] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as tensors:
-                names = [name for name in tensors.keys() if name not in routers]  # noqa: SIM118 (not a dict)
-                digest_of |= {name: tensor_sha256(tensors.get_tensor(name)) for name in names}
-        except SafetensorError as error:
-            raise UserError(f"{shard} is damaged or truncated ({error}); copy the model again") from error
-    return combined(digest_of)
+    frozen = {name: tensor for name, tensor in read_index(model_dir).items() if name not in routers}
+    return combined({name: tensor_sha256(part[...]) for name, part in lazy_slices(frozen).items()})
 
 
 def save(

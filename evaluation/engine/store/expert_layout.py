@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from configs.load import UserError
 from evaluation.engine.store.expert_format import DTYPE_BYTES, FUSED, ExpertFormat
-from evaluation.engine.store.shards import AGAIN, StoredTensor
+from training.model.shards import AGAIN, StoredTensor
 
 
 class Form(NamedTuple):

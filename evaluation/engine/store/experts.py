@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from evaluation.engine.store.expert_format import ALIGN_BYTES, FUSED, NO_LEADS, Leads, Record
 from evaluation.engine.store.expert_layout import expert_layout
-from evaluation.engine.store.shards import StoredTensor, read_index
+from training.model.shards import StoredTensor, read_index
 
 
 class Extent(NamedTuple):

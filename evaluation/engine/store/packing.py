@@ -17,7 +17,7 @@ from configs.files import folder_aside, writing_aside
 from configs.load import UserError
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.pages import PAGE_BYTES
-from evaluation.engine.store.shards import AGAIN, StoredTensor, read_shard
+from training.model.shards import AGAIN, StoredTensor, read_shard
 
 CHUNK_BYTES = 16 * 2**20
 OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5"}

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from configs.load import UserError
 from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
-from evaluation.engine.store.shards import AGAIN
+from training.model.shards import AGAIN
 
 PIECE_BYTES = 3 * 2**19
 """Longer ranges are cut into equal pieces of at most this size, so that one expert keeps several reads in flight;

@@ -13,9 +13,9 @@ from data.corpus import EMBEDDED
 from data.pieces import document_beginnings
 from evaluation.benchmark.made_model.made_checkpoint import Recipe, measure, weight_bytes, write_checkpoint
 from evaluation.engine.greedy import greedy
-from evaluation.engine.store.shards import read_index
 from tests.evaluation.benchmark.conftest import TINY
 from training.model.loading import load_tokenizer
+from training.model.shards import read_index
 
 Made = tuple[Path, dict[str, Any]]
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from configs.load import UserError
-from evaluation.engine.store.shards import INDEX_NAME, SINGLE_NAME, read_index
+from training.model.shards import INDEX_NAME, SINGLE_NAME, read_index
 
 Checkpoint = Callable[..., Path]
 
@@ -94,4 +94,33 @@ def test_an_index_that_is_none_or_leads_elsewhere_is_refused(sharded: Path) -> N
         read_index(sharded)
     (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(UserError, match="not a file of its own folder"):
+        read_index(sharded)
+
+
+def test_a_single_file_beside_an_index_of_others_is_refused(single: Path, sharded: Path) -> None:
+    shutil.copy(single / SINGLE_NAME, sharded)
+    with pytest.raises(UserError, match="which of them is the model cannot be told; remove"):
+        read_index(sharded)
+
+
+def test_an_index_of_the_single_file_is_no_second_model(single: Path) -> None:
+    named = read_index(single)
+    (single / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(named, SINGLE_NAME)}))
+    assert read_index(single) == named
+
+
+def test_files_that_are_not_named_are_not_the_models(single: Path, sharded: Path) -> None:
+    for folder in (single, sharded):
+        named = read_index(folder)
+        shutil.copy(single / SINGLE_NAME, folder / "consolidated.safetensors")
+        assert read_index(folder) == named
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    shards = list(index["weight_map"].values())
+    unnamed = next(name for name, shard in index["weight_map"].items() if shards.count(shard) > 1)
+    del index["weight_map"][unnamed]
+    (sharded / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"holds {unnamed}, which {INDEX_NAME} does not name"):
         read_index(sharded)

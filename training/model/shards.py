@@ -1,4 +1,6 @@
-"""What lies where in a checkpoint's safetensors shards: headers only, no weights are read.
+"""Which file each tensor of a checkpoint is in, and where: the one rule for training, hashes, the engine and export.
+
+Headers only, no weights are read. Files that are not named are not the model's, whatever they hold.
 
 Every shard's size is checked against its own header, and the index against the shards, so that a truncated, missing
 or changed file is named before anything runs. File format: https://github.com/huggingface/safetensors (8 bytes of
@@ -34,26 +36,36 @@ def read_index(model_dir: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint in `model_dir`, by name.
 
     Raises:
-        UserError: no folder, no safetensors weights, or a shard that is missing, truncated or changed.
+        UserError: no folder, no safetensors weights, two sets of them (of which transformers would take the single file),
+            or a shard that is missing, truncated or changed.
     """
     model_dir = Path(model_dir)
     if not model_dir.is_dir():
         raise UserError(f"model folder {model_dir} does not exist; give one with config.json and safetensors weights")
-    index_path = model_dir / INDEX_NAME
+    index_path, single_path = model_dir / INDEX_NAME, model_dir / SINGLE_NAME
     if not index_path.is_file():
-        if not (model_dir / SINGLE_NAME).is_file():
+        if not single_path.is_file():
             raise UserError(f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; save the model as safetensors")
-        return {tensor.name: tensor for tensor in read_shard(model_dir / SINGLE_NAME)[1]}
+        return {tensor.name: tensor for tensor in read_shard(single_path)[1]}
     weight_map = _read_weight_map(index_path)
+    if single_path.is_file() and (others := set(weight_map.values()) - {SINGLE_NAME}):
+        raise UserError(
+            f"{model_dir} holds {SINGLE_NAME} and also {INDEX_NAME}, which names {min(others)}: which of them is the model "
+            "cannot be told; remove what is out of date"
+        )
     tensors: dict[str, StoredTensor] = {}
     for shard_name in sorted(set(weight_map.values())):
         tensors |= {tensor.name: tensor for tensor in read_shard(model_dir / shard_name)[1]}
+    if unnamed := sorted(tensors.keys() - weight_map.keys()):  # transformers would load them
+        raise UserError(
+            f"shard {tensors[unnamed[0]].shard} holds {unnamed[0]}, which {INDEX_NAME} does not name; {AGAIN}"
+        )
     for name, shard_name in weight_map.items():
         if name not in tensors or tensors[name].shard.name != shard_name:
             raise UserError(
                 f"shard {model_dir / shard_name} is changed: it lacks {name}, which the index promises; {AGAIN}"
             )
-    return {name: tensors[name] for name in weight_map}
+    return tensors
 
 
 def _read_weight_map(index_path: Path) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """A checkpoint with tuned routers as a Hugging Face folder, which others use without this project.
 
 Only router tensors change. Shards without one are hard-linked (copied where that cannot be done), shards with one are
-copied and written over in place, so every other byte stays as it was.
+copied and written over in place, so every other byte stays as it was. What was written is read back before the folder
+gets its name.
 """
 
+import logging
 import os
 import shutil
 import warnings
@@ -16,15 +18,18 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from yaml import YAMLError
 
 from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
-from training.model.lazy_weights import TORCH_DTYPES, read_config
+from training.model.lazy_weights import TORCH_DTYPES, lazy_slices, read_config
 from training.model.shards import StoredTensor, read_index
 from training.model.transformers_internals import revert_weight_conversion
 
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder beside a model's files that transformers reads
 Routers = Mapping[str, Tensor]
+logger = logging.getLogger(__name__)
 
 
 def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]:
@@ -48,18 +53,26 @@ def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]
 def write_folder(
     model_dir: Path, output: Path, routers: Routers, *, stored: Mapping[str, StoredTensor], about: Mapping[str, Any]
 ) -> None:
-    """Write the whole model as a Hugging Face folder, aside and renamed; a full disk leaves nothing behind."""
-    changed = {place.shard.name for place in stored.values()}
+    """Write the whole model as a Hugging Face folder, aside and renamed; a full disk leaves nothing behind.
+
+    Weights that are not the model's (other forms, files that the index does not name) stay behind.
+    """
+    changed, shards = ({place.shard.name for place in of.values()} for of in (stored, read_index(model_dir)))
     with folder_aside(output) as aside:
         for path in sorted(model_dir.iterdir()):
+            if path.is_dir() and path.name == CHAT_TEMPLATES:
+                shutil.copytree(path, aside / path.name)
             if not path.is_file() or path.suffix in OTHER_WEIGHTS or path.name == "README.md":
                 continue
-            if path.suffix == ".safetensors" and path.name not in changed:
+            if path.suffix == ".safetensors" and path.name not in shards:
+                continue
+            if path.name in shards - changed:
                 _link_or_copy(path, aside / path.name)
             else:
                 shutil.copyfile(path, aside / path.name)
         for name, place in stored.items():
             _write_over(aside / place.shard.name, place, routers[name])
+        _read_back(aside, routers, stored)
         (aside / "README.md").write_text(model_card(model_dir, about), encoding="utf-8")
 
 
@@ -81,9 +94,17 @@ def _write_over(shard: Path, place: StoredTensor, weight: Tensor) -> None:
         file.write(np.ascontiguousarray(raw).data)
 
 
+def _read_back(folder: Path, routers: Routers, stored: Mapping[str, StoredTensor]) -> None:
+    """Read the routers as any reader of the folder would; a `UserError` if one is not what it should be."""
+    written = lazy_slices({place.name: read_index(folder)[place.name] for place in stored.values()})
+    for name, place in stored.items():
+        if not torch.equal(written[place.name][...], routers[name].to(TORCH_DTYPES[place.dtype])):
+            raise UserError(f"{place.name} was not written as it should be; check the disk that holds {folder.parent}")
+
+
 def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
     """The card of the tuned model: base and its licence, objective and coefficients, figures of the last step."""
-    base_card = ModelCard.load(model_dir / "README.md").data if (model_dir / "README.md").is_file() else None
+    base_card = _base_card(model_dir / "README.md")
     licence = getattr(base_card, "license", None)
     base = str(about["base_model"])
     data = ModelCardData(
@@ -111,3 +132,14 @@ def model_card(model_dir: Path, about: Mapping[str, Any]) -> str:
         "that reads experts from slow storage reads fewer. Use it as the base.\n\n| | |\n|---|---|\n"
         f"{table}\n"
     )
+
+
+def _base_card(path: Path) -> ModelCardData | None:
+    """The metadata of the base's card; None without one, or with one that cannot be read, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path).data
+    except (ValueError, TypeError, YAMLError) as error:
+        logger.warning("%s has no metadata that can be read (%s); the new card names no licence", path, error)
+        return None

@@ -79,6 +79,8 @@ def load_for(model_dir: str | Path, folder: str | Path) -> dict[str, Tensor]:
         weights = load_file(Path(folder) / WEIGHTS)
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{Path(folder) / WEIGHTS} is missing or damaged ({error}); copy the delta again") from error
+    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"router delta {folder}: {bad[0]} holds numbers that are not finite; train again, more slowly")
     if checkpoint_sha256(model_dir, weights.keys()) != description["base_frozen_sha256"]:
         raise UserError(
             f"router delta {folder} was trained on {description['base_model']}, and the frozen weights of {model_dir} "

@@ -19,6 +19,7 @@ from data.pieces import document_beginnings
 from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.sides.side import open_side
 from evaluation.engine.greedy import greedy
+from evaluation.export import hf_folder
 from evaluation.export.gguf_file import write_gguf
 from evaluation.export.hf_folder import model_card
 from launch.export import main
@@ -101,6 +102,51 @@ def test_the_card_names_base_licence_objective_and_figures(model_dir: ModelDir, 
     assert "train/loss | 3.25" in card
     (base / "README.md").unlink()
     assert "that of the base: see there" in model_card(base, about)
+
+
+def test_weights_that_are_not_the_models_stay_behind_and_templates_come_along(
+    model_dir: ModelDir, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(model_dir("olmoe"), tmp_path / "base"))
+    shutil.copy(base / "model.safetensors", base / "consolidated.safetensors")
+    (base / "additional_chat_templates").mkdir()
+    for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE"):
+        (base / name).write_text("text")
+    perturbed(base, tmp_path / "delta")
+    export(base, tmp_path / "delta", tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {"chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE", "README.md"} < found
+    assert [name for name in found if name.endswith(".safetensors")] == ["model.safetensors"]
+
+
+def test_routers_are_read_back_before_the_folder_has_its_name(
+    model_dir: ModelDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perturbed(model_dir("olmoe"), tmp_path / "delta")
+    monkeypatch.setattr(hf_folder, "_write_over", lambda *_: None)
+    with pytest.raises(UserError, match=r"mlp\.gate\.weight was not written as it should be"):
+        export(model_dir("olmoe"), tmp_path / "delta", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["delta"]
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n- no\n- mapping\n---\n", "---\nlicense: [unclosed\n---\n", "---\nmodel-index: 3\n---\n"]
+)
+def test_a_base_card_that_cannot_be_read_is_said_and_no_hindrance(
+    card: str, model_dir: ModelDir, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = Path(shutil.copytree(model_dir("olmoe"), tmp_path / "base"))
+    (base / "README.md").write_text(card)
+    perturbed(base, tmp_path / "delta")
+    export(base, tmp_path / "delta", tmp_path / "out")
+    assert "that of the base: see there" in (tmp_path / "out" / "README.md").read_text()
+    assert "has no metadata that can be read" in caplog.text
+
+
+def test_a_delta_with_numbers_that_are_not_finite_is_refused(model_dir: ModelDir, tmp_path: Path) -> None:
+    perturbed(model_dir("olmoe"), tmp_path / "delta", scale=float("nan"))
+    with pytest.raises(UserError, match=r"mlp\.gate\.weight holds numbers that are not finite"):
+        export(model_dir("olmoe"), tmp_path / "delta", tmp_path / "out")
 
 
 def test_mistakes_are_told_before_anything_is_written(model_dir: ModelDir, tmp_path: Path) -> None:

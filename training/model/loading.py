@@ -17,12 +17,17 @@ from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
 from training.model.lazy_weights import LayerwiseCheckpoint, check_loaded
 from training.model.routers import copy_into_routers, find_routers, router_parameters
-from training.model.shards import read_index
+from training.model.shards import SINGLE_NAME, read_index, shard_names
 from training.model.transformers_internals import GradientCheckpointingLayer
 
 Device = str | torch.device
 RouterDelta = Mapping[str, torch.Tensor] | None
 """Parameter name -> weight, as `run_folder.router_delta.load_for` gives it."""
+
+BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*"]
+"""What is fetched from the hub beside the weights that the index names."""
+OF_SUBFOLDERS = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model", "*/*.md"]
+"""What is not: the same model in other forms, as in `original/`."""
 
 
 @dataclass
@@ -51,7 +56,11 @@ def local_folder(name_or_path: str) -> str:
     if Path(name_or_path).is_dir():
         return name_or_path
     try:
-        return str(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        small = snapshot_download(name_or_path, allow_patterns=BESIDE_WEIGHTS, ignore_patterns=OF_SUBFOLDERS)
+        weights = [SINGLE_NAME, *shard_names(Path(small))]
+        return str(
+            snapshot_download(name_or_path, allow_patterns=[*BESIDE_WEIGHTS, *weights], ignore_patterns=OF_SUBFOLDERS)
+        )
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(f"model {name_or_path} is no folder and cannot be fetched from the hub: {error}") from error
 

@@ -68,6 +68,12 @@ def read_index(model_dir: str | Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def shard_names(model_dir: Path) -> list[str]:
+    """The files that the index names, if there is one; they need not be there."""
+    index_path = model_dir / INDEX_NAME
+    return sorted(set(_read_weight_map(index_path).values())) if index_path.is_file() else []
+
+
 def _read_weight_map(index_path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]

@@ -1,10 +1,15 @@
 """What a checkpoint lacks, or holds in vain, is refused by every way of loading; transformers would draw it at random."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -96,3 +101,64 @@ def test_what_belongs_to_no_layer_of_the_model_is_left_alone(
     tensors = {**load_file(folder / "model.safetensors"), **more}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     WAYS[way](folder)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One model of a few bytes, as the hub serves it."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self) -> None:
+        self.answer(b"", len(self.files.get(self.path.partition("/resolve/")[2].partition("/")[2], b"")))
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if "/resolve/" in path:
+            content = self.files[path.partition("/resolve/")[2].partition("/")[2]]
+        elif "/tree/" in path:
+            entries = [{"type": "file", "path": n, "size": len(c), "oid": "b" * 40} for n, c in self.files.items()]
+            content = json.dumps(entries).encode()
+        else:
+            siblings = [{"rfilename": name} for name in self.files]
+            content = json.dumps({"id": "some/model", "sha": "a" * 40, "siblings": siblings}).encode()
+        self.answer(content, len(content))
+
+    def answer(self, content: bytes, length: int) -> None:
+        self.send_response(200)
+        named = {"ETag": f'"{hash(self.path)}"', "X-Repo-Commit": "a" * 40, "Content-Length": str(length)}
+        for name, value in named.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_of_a_model_on_the_hub_its_own_weights_templates_and_cards_are_fetched(hub: str, tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    wanted = {
+        "model.safetensors.index.json": json.dumps(index).encode(), "model-1-of-2.safetensors": b"1",
+        "model-2-of-2.safetensors": b"2", "config.json": b"{}", "tokenizer.model": b"t", "chat_template.jinja": b"c",
+        "additional_chat_templates/tools.jinja": b"c", "README.md": b"r", "LICENSE": b"l",
+    }  # fmt: skip
+    Hub.files = {
+        **wanted, "original/consolidated.safetensors": b"x", "original/params.json": b"x", "pytorch_model.bin": b"x",
+        "consolidated.safetensors": b"x", "adapter_model.safetensors": b"x", "modeling.py": b"x",
+    }  # fmt: skip
+    says = "from training.model.loading import local_folder; print(local_folder('some/model'))"
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", says], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip().splitlines()[-1])
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == wanted.keys()

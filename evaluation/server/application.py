@@ -72,7 +72,12 @@ def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
 
 @contextmanager
 def application(
-    model_dir: str, engine_options: EngineOptions, options: ServerOptions, *, name: str, router_delta: RouterDelta
+    model_dir: str,
+    engine_options: EngineOptions,
+    options: ServerOptions,
+    *,
+    name: str,
+    router_delta: RouterDelta = None,
 ) -> Iterator[Backend]:
     """Load the model, which clients call `name`, and put everything together but the HTTP server.
 

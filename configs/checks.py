@@ -1,5 +1,6 @@
 """Checks of options that several commands share."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -15,6 +16,19 @@ def at_least(options: object, **least: int) -> None:
         value = getattr(options, name)
         if value is not None and value < smallest:
             raise UserError(f"--{name.replace('_', '-')} is {value}; write at least {smallest}")
+
+
+def in_range(options: object, **ranges: tuple[float, float]) -> None:
+    """Refuse a config by a `ValueError` where a number, or one in a list of numbers, is not in its range [low, high).
+
+    None, which stands for a number that another key decides, is left alone; so is inf as the end of a range.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number < high:  # no number is in a range of NaN
+                below = "" if high == math.inf else f" and below {high:g}"
+                raise ValueError(f"{name}={value}: write a number of at least {low:g}{below}")
 
 
 def words(text: str) -> list[str]:

@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
-from data.batches import Chat, DataArguments
+from data.batches import DataArguments
+from data.chats import chat_text, is_chat
 from data.corpus import read_corpus
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def read_text(path: str | Path) -> str:
     """The text of a file; a `UserError` if it is missing, empty or not UTF-8."""
-    return "".join(_lines(Path(path))).replace("\r\n", "\n").replace("\r", "\n")
+    return "".join(_lines(Path(path))).replace("\r", "\n")
 
 
 class Row(NamedTuple):
@@ -55,34 +53,39 @@ def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -
         return _text_of(json.loads(row.content), args, tokenizer)
     except json.JSONDecodeError as error:
         raise UserError(f"{row.where}: not JSON ({error.msg})") from error
-    except UserError as error:
-        raise UserError(f"{row.where}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{row.where}: {error}") from error
+        raise UserError(f"{row.where}: not JSON that can be read ({error})") from error
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file that is not empty; only a newline ends one, as JSON strings may hold U+2028 and the like."""
+    """The lines of a UTF-8 file that is not empty, without a byte-order mark and as on Unix.
+
+    Only a newline ends one, as JSON strings may hold U+2028 and the like.
+    """
     if not path.is_file():
         raise UserError(f"text file {path} does not exist")
     is_empty, position = True, 0
     with path.open("rb") as file:
         for line in file:
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path} is not UTF-8 text (byte {position + error.start}: {error.reason}); save it as UTF-8"
                 ) from error
             position += len(line)
             is_empty = is_empty and not text.strip()
-            yield text
+            yield f"{text[:-2]}\n" if text.endswith("\r\n") else text
     if is_empty:
         raise UserError(f"{path} is empty; write some text into it")
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    """The paragraphs of a file: lines between empty lines."""
-    for is_empty, lines in itertools.groupby(_lines(path), lambda line: line == "\n"):
-        if not is_empty:
+    """The paragraphs of a file: lines between blank lines."""
+    for is_blank, lines in itertools.groupby(_lines(path), lambda line: not line.strip()):
+        if not is_blank:
             yield "".join(lines).strip("\n")
 
 
@@ -99,43 +102,14 @@ def _hugging_face(args: DataArguments) -> Iterator[Row]:
 
 def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
     fields = row if isinstance(row, dict) else {}
-    if isinstance(fields.get("text"), str):
-        return fields["text"]
-    messages = fields.get("messages") or [_from_sharegpt(turn) for turn in fields.get("conversations") or []]
-    if not messages:
+    if is_chat(fields):
+        text = chat_text(fields, tokenizer, assistant_only=args.assistant_only_loss)
+    elif isinstance(fields.get("text"), str):
+        text = fields["text"]
+    else:
         raise UserError("needs a field text, messages (role, content) or conversations (from, value)")
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        return Chat(text, _said_by_assistant(messages, text, tokenizer)) if args.assistant_only_loss else text
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, TemplateError) as error:
-        raise UserError(
-            f"the chat cannot be written as text ({error}); give a tokenizer with a chat_template, or a field text"
-        ) from error
-
-
-def _said_by_assistant(
-    messages: list[dict[str, str]], text: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, int]]:
-    """The begin and end of each of the assistant's turns in the chat's text, without the words that ask for a turn."""
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out")
-    for turn in turns:
-        before = str(tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False))
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                "the chat template writes earlier turns differently once a chat goes on, so that the assistant's cannot be "
-                "found in the text; write assistant_only_loss=false"
-            )
-        yield len(before), len(after)
-
-
-def _from_sharegpt(turn: Any) -> dict[str, str]:
-    try:
-        return {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-    except (KeyError, TypeError) as error:
-        roles = ", ".join(SHAREGPT_ROLES)
-        raise UserError(f"a turn of conversations needs from (one of {roles}) and value") from error
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"holds half a character at place {error.start}, a lone surrogate") from error
+    return text

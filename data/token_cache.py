@@ -24,6 +24,7 @@ from data.batches import NO_TEXT, DataArguments, tokenize
 from data.sources import Row, text_of, training_rows
 
 IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
+FORMAT_VERSION = 2  # of how rows become tokens: tokens that were made otherwise are made anew
 CHUNK = 1000  # rows that are tokenized at a time
 NAMED = 10  # rows left out that are named one by one
 
@@ -136,7 +137,7 @@ def _fingerprint(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str
     """A hash of everything that decides the tokens, and of the data set's name, by which rows left out are told."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else f"{type(tokenizer).__name__} {tokenizer.get_vocab()}"
-    settings = f"{tokenizer.eos_token_id} {tokenizer.chat_template} {args.assistant_only_loss}"
+    settings = f"{FORMAT_VERSION} {tokenizer.eos_token_id} {tokenizer.chat_template} {args.assistant_only_loss}"
     rows = (f"{row.is_json} {row.content}" for row in training_rows(args))
     digest = hashlib.sha256()
     for part in itertools.chain((vocabulary, settings, str(args.train_file or args.dataset_name)), rows):

@@ -1,13 +1,17 @@
 """Everything that decides a training run, as keys of one YAML."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import SchedulerType
-
+from configs.checks import in_range
 from data.batches import DataArguments
 from training.model.loading import ModelArguments
 from training.objective.terms import ObjectiveArguments
+
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+)  # fmt: skip
 
 
 @dataclass
@@ -18,12 +22,16 @@ class OptimizerArguments:
     per_device_train_batch_size: int = 8  # rows of a micro-batch on each process
     gradient_accumulation_steps: int = 1  # micro-batches of a step
     learning_rate: float = 5e-5  # AdamW's step size after warm-up
-    lr_scheduler_type: str = "cosine"  # any name that transformers' get_scheduler takes
+    lr_scheduler_type: str = "cosine"  # a schedule of transformers that needs nothing else
     warmup_steps: int = 200  # steps in which the learning rate grows from 0
     weight_decay: float = 0.0  # AdamW's decoupled decay, multiplied by the learning rate
     adam_beta1: float = 0.9  # decay of the running mean of gradients, per step
     adam_beta2: float = 0.999  # decay of the running mean of squared gradients, per step
-    max_grad_norm: float = 1.0  # gradients of all tensors together are clipped to this norm
+    max_grad_norm: float = 1.0  # gradients of all tensors together are clipped to this norm; 0: they are not
+
+    def __post_init__(self) -> None:
+        unbounded = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps")
+        in_range(self, **dict.fromkeys(unbounded, (0, math.inf)), adam_beta1=(0, 1), adam_beta2=(0, 1))
 
 
 @dataclass
@@ -40,16 +48,15 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
     report_to: str = "none"  # none, or wandb for a copy of the metrics at Weights & Biases
 
     def __post_init__(self) -> None:
-        for base in (ModelArguments, DataArguments, ObjectiveArguments):
+        for base in (ModelArguments, DataArguments, ObjectiveArguments, OptimizerArguments):
             base.__post_init__(self)
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"report_to={self.report_to!r}: write none or wandb")
-        if self.lr_scheduler_type not in {known.value for known in SchedulerType}:
-            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: write one of {', '.join(SchedulerType)}")
-        for key in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
-                    "save_steps", "save_total_limit"):  # fmt: skip
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: write one of {', '.join(SCHEDULES)}")
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
+                  "save_steps", "save_total_limit")  # fmt: skip
+        in_range(self, **dict.fromkeys(counts, (1, math.inf)), seed=(0, 2**32))
         if self.distill_coef and self.trainable != "routers":
             raise ValueError(f"distill_coef={self.distill_coef} needs a base that stays: write trainable=routers")
         self.run_name = self.run_name or Path(self.output_dir).name

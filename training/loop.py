@@ -151,7 +151,7 @@ def _add_up_gradients(run: Run) -> None:
 def _clip(run: Run) -> float:
     # looked for before clipping, which would spread one NaN over every gradient
     bad = [name for name, p in run.trained.items() if p.grad is not None and not torch.isfinite(p.grad).all()]
-    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(run.trained.values(), run.args.max_grad_norm or math.inf))
     if bad or not math.isfinite(norm):
         raise UserError(
             f"gradient of {bad[0] if bad else 'all tensors together'} is not finite at step {run.step + 1}: stopped before "

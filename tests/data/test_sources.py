@@ -43,7 +43,7 @@ def test_the_shipped_corpus_is_read_by_split_and_domain(tokenizer: PreTrainedTok
 def test_paragraphs_of_a_text_file_are_documents(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\nstill one\n\ntwo\n\n  \n\n\n\nthree\n", encoding="utf-8")
-    assert texts(path, tokenizer) == ["one\nstill one", "two", "  ", "three"]
+    assert texts(path, tokenizer) == ["one\nstill one", "two", "three"]
 
 
 def test_a_jsonl_line_is_text_or_a_chat(tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
@@ -55,6 +55,54 @@ def test_a_jsonl_line_is_text_or_a_chat(tmp_path: Path, chatting: PreTrainedToke
     ]
     found = texts(write_lines(tmp_path / "a.jsonl", rows), chatting)
     assert found == ["plain", "<user>hi<assistant>yes", "<system>s<user>q", "<assistant>a"]
+
+
+PARTS_TEMPLATE = (
+    "{% if tools %}[{{ tools[0].function.name }}]{% endif %}{% for message in messages %}<{{ message.role }}>"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function.name }}"
+    "({{ call.function.arguments.at }}){% endfor %}{% endfor %}"
+)
+TIDE = {"type": "function", "function": {"name": "tide", "description": "d", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "tide", "arguments": '{"at": "noon"}'}}
+HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in "ab"]}]}, "<user>ab"),
+        ({"messages": HI, "text": "another text"}, "<user>hi<assistant>yes"),
+        ({"messages": json.dumps(HI)}, "<user>hi<assistant>yes"),
+        ({"messages": HI, "tools": [TIDE]}, "[tide]<user>hi<assistant>yes"),
+        ({"messages": HI, "tools": json.dumps([TIDE])}, "[tide]<user>hi<assistant>yes"),
+        ({"messages": HI, "tools": []}, "<user>hi<assistant>yes"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "<assistant>tide(noon)"),
+        ({"system": "kind", "conversations": [{"from": "human", "value": "hi"}]}, "<system>kind<user>hi"),
+        (
+            {"system": "kind", "conversations": [{"from": "system", "value": "s"}, {"from": "gpt", "value": "a"}]},
+            "<system>s<assistant>a",
+        ),
+        ({"messages": None, "text": "plain"}, "plain"),
+    ],
+)
+def test_rows_are_brought_into_one_form_and_nothing_is_lost(
+    row: dict[str, Any], expected: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [row])
+    assert texts(path, with_template(tokenizer, PARTS_TEMPLATE)) == [expected]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_text_of_windows_is_read_as_on_unix(
+    mark: str, end: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    lines = ["first", "still first", "", "second", "  ", "\t", "third", ""]
+    (tmp_path / "a.txt").write_bytes((mark + end.join(lines)).encode())
+    assert texts(tmp_path / "a.txt", tokenizer) == ["first\nstill first", "second", "third"]
+    assert read_text(tmp_path / "a.txt") == "\n".join(lines)
+    (tmp_path / "a.jsonl").write_bytes(f'{mark}{{"text": "a"}}{end}{{"text": "b"}}'.encode())
+    assert texts(tmp_path / "a.jsonl", tokenizer) == ["a", "b"]
 
 
 def test_line_ends_inside_a_json_string_do_not_end_the_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -76,12 +124,24 @@ def test_blank_lines_of_a_jsonl_file_are_skipped(tmp_path: Path, tokenizer: PreT
         ('{"other": "x"}', "line 2: needs a field text, messages"),
         ('["text"]', "line 2: needs a field text, messages"),
         ('{"messages": []}', "line 2: needs a field text, messages"),
-        ('{"conversations": [{"from": "robot", "value": "x"}]}', "line 2: a turn of conversations needs from"),
-        ('{"conversations": [{"value": "x"}]}', "line 2: a turn of conversations needs from"),
+        ('{"conversations": [{"from": "robot", "value": "x"}]}', "line 2: turn 1 of conversations needs from (one of"),
+        ('{"conversations": [{"value": "x"}]}', "line 2: turn 1 of conversations needs from (one of"),
+        ('{"conversations": ["x"]}', 'line 2: turn 1 of conversations is no object but "x"'),
+        ('{"conversations": 7}', "line 2: conversations must be a list of turns that is not empty, found 7"),
+        ('{"messages": {"role": ["user"], "content": ["hi"]}}', "line 2: messages must be a list of turns"),
+        ('{"messages": "hi"}', "line 2: messages is text that is no JSON: 'hi'"),
+        ('{"messages": ["hi", "yes"]}', 'line 2: turn 1 of messages is no object but "hi"'),
+        ('{"messages": [{"role": "user", "content": "hi"}, null]}', "line 2: turn 2 of messages is no object but null"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: turn 1 of messages needs a role and a content"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 2: turn 1 of messages holds"),
+        ('{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', "line 2: turn 1 of messages holds a tool call"),
         (
-            '{"conversations": ["x"]}',
-            "line 2: a turn of conversations needs from (one of human, gpt, system) and value",
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}',
+            "line 2: turn 1 of messages: arguments is text that is no JSON: '{'",
         ),
+        ('{"text": "the sea \\ud83d was calm"}', "line 2: holds half a character at place 8, a lone surrogate"),
+        (f'{{"text": {"9" * 5000}}}', "line 2: not JSON that can be read (Exceeds the limit"),
+        ("[" * 100_000, "line 2: not JSON that can be read (maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, chatting: PreTrainedTokenizerFast) -> None:
@@ -183,6 +243,35 @@ def test_without_that_the_whole_chat_is_learnt(tmp_path: Path, tokenizer: PreTra
     assert (document >= 0).all()
 
 
+def learnt(messages: list[dict[str, str]], template: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    path, asking = write_lines(folder / "a.jsonl", [{"messages": messages}]), with_template(tokenizer, template)
+    (document,) = tokenize(texts_of(DataArguments(train_file=str(path), assistant_only_loss=True), asking), asking)
+    return str(asking.decode(document[1:-1][document[1:-1] >= 0]))
+
+
+MARKED = (
+    "{{ messages | length }}{% for message in messages %}<{{ message['role'] }}>{% generation %}"
+    "{{ message['content'] if message['role'] == 'assistant' }}{% endgeneration %}"
+    "{{ message['content'] if message['role'] != 'assistant' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "expected"),
+    [
+        (ASKING, CHAT[1:], "yesno."),  # the assistant speaks first
+        (ASKING.replace("<assistant>{% endif", "<assistant><think>\n{% endif"), CHAT, "yesno."),
+        (ASKING.replace("<assistant>{% endif", "<assistant><think>\n\n</think>\n\n{% endif"), CHAT, "yesno."),
+        (MARKED, CHAT, "yesno."),
+        (MARKED, CHAT[1:], "yesno."),
+    ],
+)
+def test_the_assistant_is_found_where_templates_write_more_or_less(
+    template: str, messages: list[dict[str, str]], expected: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert learnt(messages, template, tmp_path, tokenizer) == expected
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "words"),
     [
@@ -190,12 +279,12 @@ def test_without_that_the_whole_chat_is_learnt(tmp_path: Path, tokenizer: PreTra
         (
             "{{ messages | length }}" + ASKING,
             CHAT,
-            r"line 1: the chat template writes earlier turns differently .*=false",
+            r"line 1: the chat template writes turn 2 differently once the chat goes on, .*assistant_only_loss=false",
         ),
         (
             CHAT_TEMPLATE + "{% if add_generation_prompt %}<machine>{% endif %}",
             CHAT,
-            "writes earlier turns differently",
+            "what the chat template writes to ask for turn 2 is not what it writes before an answer",
         ),
     ],
 )

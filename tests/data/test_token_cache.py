@@ -172,7 +172,7 @@ def test_bad_rows_are_counted_and_named_and_refused(tmp_path: Path, tokenizer: P
             training_documents(args, tokenizer)
         said = str(caught.value)
         assert said.startswith("3 of 6 rows cannot be used; ")
-        assert re.findall(r"data\.jsonl, line (\d+): (\w+)", said) == [("2", "needs"), ("4", "not"), ("5", "a")]
+        assert re.findall(r"data\.jsonl, line (\d+): (\w+)", said) == [("2", "needs"), ("4", "not"), ("5", "turn")]
         assert said.endswith("write skip_bad_rows=true to leave them out")
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs.load import UserError
-from training.arguments import TrainArguments
+from training.arguments import SCHEDULES, TrainArguments
+from training.loop import train_step
 from training.run import build
 
 Arguments = Callable[..., TrainArguments]
@@ -19,12 +21,26 @@ Arguments = Callable[..., TrainArguments]
     ("changed", "message"),
     [
         ({"report_to": "tensorboard"}, "report_to='tensorboard': write none or wandb"),
-        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be at least 1"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be at least 1"),
-        ({"logging_steps": 0}, "logging_steps=0 must be at least 1"),
-        ({"save_steps": 0}, "save_steps=0 must be at least 1"),
-        ({"save_total_limit": 0}, "save_total_limit=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0: write a number of at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: write a number of at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: write a number of at least 1"),
+        ({"logging_steps": 0}, "logging_steps=0: write a number of at least 1"),
+        ({"save_steps": 0}, "save_steps=0: write a number of at least 1"),
+        ({"save_total_limit": 0}, "save_total_limit=0: write a number of at least 1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: write a number of at least 0"),
+        ({"learning_rate": -1e-3}, "learning_rate=-0.001: write a number of at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan: write a number of at least 0"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf: write a number of at least 0"),
+        ({"adam_beta1": 1.0}, "adam_beta1=1.0: write a number of at least 0 and below 1"),
+        ({"warmup_steps": -1}, "warmup_steps=-1: write a number of at least 0"),
+        ({"seed": -1}, "seed=-1: write a number of at least 0 and below 4.29497e+09"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1: write a number of at least 0"),
+        ({"miss_temperature": 0.0}, "miss_temperature=0.0: write a number above 0"),
+        ({"objective": "cache", "cache_slots": []}, "cache_slots=[]: objective=cache is about caches"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type='warmup_stable_decay': write one of linear, ",
+        ),
         ({"trainable": "experts"}, "trainable='experts': write routers or all"),
         ({"config_name": "x"}, "write exactly one of model_name_or_path"),
         ({"model_name_or_path": None}, "write exactly one of model_name_or_path"),
@@ -62,10 +78,30 @@ def test_a_truncated_shard_is_refused(train_args: Arguments, model_dir: Callable
     base = Path(shutil.copytree(model_dir("qwen2_moe"), tmp_path / "base"))
     shard = base / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"model .*base cannot be loaded"):
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated: \d+ bytes"):
         build(train_args(model_name_or_path=str(base)))
 
 
 def test_a_model_without_experts_is_refused(train_args: Arguments, model_dir: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"LlamaForCausalLM \(llama\) has no routers"):
         build(train_args(model_name_or_path=str(model_dir("llama"))))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_that_is_offered_trains(schedule: str, train_args: Arguments) -> None:
+    run = build(train_args(lr_scheduler_type=schedule))
+    rates = []
+    for _ in range(4):
+        train_step(run)
+        rates.append(run.scheduler.get_last_lr()[0])
+    assert all(0 <= rate <= run.args.learning_rate for rate in rates)
+
+
+def test_a_norm_of_zero_clips_nothing(train_args: Arguments, tmp_path: Path) -> None:
+    moved = {}
+    for norm in (0.0, 1e9):
+        folder = tmp_path / str(norm)
+        run = build(train_args(max_grad_norm=norm, warmup_steps=0, output_dir=str(folder)))
+        assert train_step(run)["train/grad_norm"] > 0
+        moved[norm] = next(iter(run.trained.values())).detach().clone()
+    assert torch.equal(moved[0.0], moved[1e9])

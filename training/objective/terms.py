@@ -4,6 +4,7 @@ A new term is a pure function in `losses.py`, a field of `ObjectiveArguments` an
 Letters: B rows, S sequence, E experts, K chosen; B counts the rows of all layers that are worked on together.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from configs.checks import in_range
 from training.model.routers import Routing
 from training.objective import losses
 
@@ -60,15 +62,18 @@ class ObjectiveArguments:
         for key, value in PRESETS[self.objective].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)} is negative; write 0 to switch the term off")
+        coefficients = dict.fromkeys((*_NOTHING, "router_aux_loss_coef"), (0, math.inf))
+        in_range(self, **coefficients, reuse_warmup_steps=(0, math.inf), consistency_warmup_steps=(0, math.inf))
+        in_range(self, **dict.fromkeys(("working_set_window", "lags", "cache_slots"), (1, math.inf)))
+        if not 0 < self.miss_temperature < math.inf:
+            raise ValueError(f"miss_temperature={self.miss_temperature}: write a number above 0, as 0.25")
+        if self.rewards_cache and not self.cache_slots:
+            raise ValueError(f"cache_slots=[]: objective={self.objective} is about caches; write at least one, as [8]")
         if self.coefficient("distill_coef") >= 1:
             raise ValueError(
                 f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
                 "gradient, so that nothing would show whether the routers train; write 0.9"
             )
-        if min([self.working_set_window, *self.lags, *self.cache_slots]) < 1:
-            raise ValueError("lags, cache_slots and working_set_window must be at least 1")
 
     @property
     def rewards_cache(self) -> bool:

@@ -39,17 +39,19 @@ def test_an_unknown_objective_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_negative_coefficient_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lag_coef=-0\.1 is negative; write 0"):
+    with pytest.raises(ValueError, match=r"lag_coef=-0\.1: write a number of at least 0"):
         ObjectiveArguments(lag_coef=-0.1)
 
 
 @pytest.mark.parametrize("values", [{"lags": [1, 0]}, {"cache_slots": [0]}, {"working_set_window": 0}])
 def test_sizes_below_one_are_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="write a number of at least 1"):
         ObjectiveArguments(**values)
 
 
-@pytest.mark.parametrize(("wrong", "words"), [(1.0, "must be below 1"), (-0.1, "is negative")])
+@pytest.mark.parametrize(
+    ("wrong", "words"), [(1.0, "must be below 1"), (-0.1, "distill_coef=-0.1: write a number of at least 0")]
+)
 def test_a_share_of_distillation_that_cannot_be_is_refused(wrong: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ObjectiveArguments(objective="ce_only", distill_coef=wrong)

@@ -49,9 +49,7 @@ def test_sizes_below_one_are_refused(values: dict[str, Any]) -> None:
         ObjectiveArguments(**values)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"), [(1.0, "must be below 1"), (-0.1, "write a number of at least 0")]
-)
+@pytest.mark.parametrize(("wrong", "words"), [(1.0, "must be below 1"), (-0.1, "write a number of at least 0")])
 def test_a_share_of_distillation_that_cannot_be_is_refused(wrong: float, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ObjectiveArguments(objective="ce_only", distill_coef=wrong)

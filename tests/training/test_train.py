@@ -131,7 +131,7 @@ def test_a_bad_train_file_is_named(
         ("lr_scheduler_type=cosinus", "lr_scheduler_type"),
         ("cache_slots=[1]", "a cache of 1 experts cannot hold the 2"),
         ("resume_from_checkpoint=/nowhere", "/nowhere is not a checkpoint folder"),
-        ("max_steps=0", "max_steps=0 must be at least 1"),
+        ("max_steps=0", "max_steps=0: write a number of at least 1"),
         ("learning_rate=fast", "learning_rate"),
     ],
 )

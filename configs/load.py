@@ -7,6 +7,7 @@ write instead. What a key means is documented beside the code that reads it, in 
 import ast
 import difflib
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import takewhile
@@ -36,7 +37,10 @@ def load(schema: type[T], path: str | Path | None = None, overrides: Sequence[st
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} has no '='; write it as key=value, for example max_steps=100")
+        if override.endswith("="):  # a shell variable that is not set, for example
+            raise UserError(f"override {override!r} has no value; write {override}null to unset the key")
         resolved = _merge(resolved, _read_override(override), source=f"override {override!r}")
+    _expand_home(resolved)
     try:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(resolved))
         if missing:
@@ -85,17 +89,18 @@ def _read_yaml(path: Path) -> DictConfig:
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; shipped configs are under configs/"
         raise UserError(f"config file {path} does not exist{hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = yaml.safe_load(text)
+        if isinstance(content, dict):
+            return cast(DictConfig, OmegaConf.create(text))  # which refuses a key that is written twice
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
-    try:
-        return OmegaConf.create(content)
+        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
+    raise UserError(f"{path} must hold `key: value` lines, found {type(content).__name__}")
 
 
 def _read_override(override: str) -> DictConfig:
@@ -103,6 +108,17 @@ def _read_override(override: str) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {override!r} is not valid YAML: {_first_line(error)}") from error
+
+
+def _expand_home(config: DictConfig) -> None:
+    """A text that begins with ~/ is a path in the home folder, as in a shell, which does not see it behind key=."""
+    for key in config:
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        if isinstance(config[key], DictConfig):
+            _expand_home(config[key])
+        elif isinstance(config[key], str) and config[key].startswith("~/"):
+            config[key] = os.path.expanduser(config[key])
 
 
 def _merge(base: DictConfig, layer: DictConfig, *, source: str) -> DictConfig:

@@ -130,7 +130,7 @@ def _announce(run: Run, size: str, *, layout: str) -> None:
         f"{run.args.run_name}: {len(run.trained)} tensors train ({n_trained:,} of {size}), e.g. {next(iter(run.trained))}; "
         f"routers: {run.observer.kind}; frozen tensors {run.frozen_sha256[:16]}; objective {run.args.objective}; "
         f"weights {layout}; {n} process{'es' * (n > 1)}, {run.rows_per_step * run.args.max_length:,} tokens a step, "
-        f"{run.rows.tokens_per_epoch:,} tokens in the data"
+        f"{run.rows.tokens_per_epoch:,} tokens in the data, {run.args.train_file or run.args.dataset_name}"
     )
 
 

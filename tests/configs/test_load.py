@@ -62,6 +62,19 @@ def test_null_unsets_an_optional_key() -> None:
     assert load(Schema, overrides=["maybe=null"]).maybe is None
 
 
+def test_a_tilde_is_the_home_folder(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    yaml_file.write_text("inner:\n  name: ~/a\n")
+    assert load(Schema, yaml_file).inner.name == "/somewhere/a"
+    assert load(Schema, overrides=["inner.name=~/b/c"]).inner.name == "/somewhere/b/c"
+    assert load(Schema, overrides=["inner.name=a~/b"]).inner.name == "a~/b"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_key(yaml_file: Path) -> None:
+    yaml_file.write_bytes(b"\xef\xbb\xbfmax_steps: 9\n")
+    assert load(Schema, yaml_file).max_steps == 9
+
+
 def test_what_is_dumped_loads_as_the_same_config(tmp_path: Path) -> None:
     config = Schema(7, 1e-5, ["x", "y: z"], 0.25, True, Inner(9, "ümlaut"))
     write_yaml(tmp_path / "dumped.yaml", config)
@@ -82,6 +95,7 @@ def test_what_is_dumped_loads_as_the_same_config(tmp_path: Path) -> None:
         (["names=[b,"], "override 'names=[b,'"),
         (["max_steps={"], "override 'max_steps={'"),
         (["max_steps.deep=3"], "max_steps"),
+        (["maybe="], "override 'maybe=' has no value; write maybe=null to unset the key"),
         (["inner=3"], "inner"),
         (["=3"], "override '=3'"),
         (["learning_rate=${nothing}"], "nothing"),
@@ -103,8 +117,13 @@ def test_a_wrong_override_is_refused_in_one_line(overrides: list[str], message: 
         (b"max_steps: 0\n", "config.yaml: max_steps=0 must be at least 1"),
         (b"", "config.yaml must hold `key: value` lines, found NoneType"),
         (b"- 1\n- 2\n", "config.yaml must hold `key: value` lines, found list"),
-        (b"max_steps: [1\n", "config.yaml is not valid YAML: "),
+        (b"max_steps: [1\n", "config.yaml, line 2 is not valid YAML: "),
         (b"learning_rate: \xff\xfe\n", "config.yaml is not UTF-8 text"),
+        (
+            b"max_steps: 3\nbf16: true\nmax_steps: 4\n",
+            "config.yaml, line 3 is not valid YAML: found duplicate key max_steps",
+        ),
+        (b"inner:\n  depth: 3\n  depth: 4\n", "found duplicate key depth"),
         (b"max_steps: 3\n7: 8\n", "config.yaml: unknown key 7"),
         (b"learning_rate: ${nothing}\n", "nothing"),
         (b"learning_rate: ${\n", "config.yaml"),

@@ -1,5 +1,6 @@
 """Loading the model, and deciding which of its tensors train."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class ModelArguments:
 
 def local_folder(name_or_path: str) -> str:
     """The folder that is named, or the local copy of a model on the hub, fetched if need be; a `UserError` if neither is."""
+    name_or_path = os.path.expanduser(name_or_path)
     _check_exists(name_or_path)
     if Path(name_or_path).is_dir():
         return name_or_path

@@ -104,6 +104,7 @@ def _optimizer_tensors(trained: Tensors, optimizer: Optimizer) -> dict[str, Tens
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in run_dir.glob("checkpoint-*") if (path / STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """Whole checkpoints, oldest first; folders of other names, as copies that somebody made, are left alone."""
+    numbered = {path: path.name.removeprefix("checkpoint-") for path in run_dir.glob("checkpoint-*")}
+    found = [path for path, number in numbered.items() if number.isdecimal() and (path / STATE).is_file()]
+    return sorted(found, key=lambda path: int(numbered[path]))

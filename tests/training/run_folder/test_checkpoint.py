@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,16 @@ def test_auto_takes_the_newest_by_number(tmp_path: Path) -> None:
     for step in (9, 10):
         small.save(tmp_path, step)
     assert checkpoint.find(tmp_path, "auto") == tmp_path / "checkpoint-10"
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    newest = Small().save(tmp_path, 10)
+    for name in ("checkpoint-4-backup", "checkpoint-best", "checkpoint-"):
+        shutil.copytree(newest, tmp_path / name)
+    assert checkpoint.find(tmp_path, "auto") == newest
+    last = Small().save(tmp_path, 11)
+    assert checkpoint.find(tmp_path, "auto") == last
+    assert (tmp_path / "checkpoint-best").is_dir()
 
 
 def test_auto_starts_afresh_where_there_is_nothing(tmp_path: Path) -> None:

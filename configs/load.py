@@ -112,7 +112,8 @@ def _read_override(override: str) -> DictConfig:
 
 def _expand_home(config: DictConfig) -> None:
     """A text that begins with ~/ is a path in the home folder, as in a shell, which does not see it behind key=."""
-    for key in config:
+    keys: list[Any] = list(config)
+    for key in keys:
         if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
             continue
         if isinstance(config[key], DictConfig):

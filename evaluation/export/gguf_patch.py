@@ -14,6 +14,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from configs.load import UserError
 from training.model.shards import StoredTensor
 
 COUNT_OF_FIELDS_AT = 16  # after magic, version and the number of tensors
+OURS = "remoe."  # what names of the fields begin with that say what was done
 MADE_FROM = "give a GGUF that was made from the base the delta was trained on"
 Routers = Mapping[str, Tensor]
 
@@ -33,7 +35,7 @@ def patch_gguf(
 
     Args:
         routers: by name in the loaded model.
-        stored: where they lie in the base's checkpoint; the file must have the same values there.
+        stored: where they lie in the base's checkpoint; the file must have the same values there, in the precision of the checkpoint.
         about: the delta's description.
 
     Raises:
@@ -46,16 +48,31 @@ def patch_gguf(
     with writing_aside(output) as aside, base.open("rb") as source, aside.open("wb") as target:
         head = bytearray(source.read(fields_end))
         count = struct.unpack_from("<Q", head, COUNT_OF_FIELDS_AT)[0]
-        struct.pack_into("<Q", head, COUNT_OF_FIELDS_AT, count + len(fields))
-        infos = source.read(_infos_end(reader) - fields_end)
+        before = [
+            field for name, field in reader.fields.items() if name.startswith(OURS)
+        ]  # of a file tuned once already
+        for start, end in sorted(map(_extent, before), reverse=True):
+            del head[start:end]
+        struct.pack_into("<Q", head, COUNT_OF_FIELDS_AT, count + len(fields) - len(before))
+        infos = source.read(_extent(reader.tensors[-1].field)[1] - fields_end)
         target.write(head + b"".join(fields) + infos)
-        target.write(bytes(-target.tell() % reader.alignment))
+        target.write(bytes(-target.tell() % int(reader.alignment)))
         data_start = target.tell()
         source.seek(reader.data_offset)
         shutil.copyfileobj(source, target, 2**22)
         for name, tensor in places.items():
             target.seek(data_start + int(tensor.data_offset) - reader.data_offset)
             target.write(routers[name].float().contiguous().numpy().astype("<f4").tobytes())
+        target.flush()
+        _read_back(aside, {str(tensor.name): routers[name] for name, tensor in places.items()})
+
+
+def _read_back(path: Path, routers: Routers) -> None:
+    """Open what was written as any reader would; a `UserError` if a router is not what it should be."""
+    for tensor in _read(path).tensors:
+        router = routers.get(tensor.name)
+        if router is not None and not np.array_equal(tensor.data.ravel(), router.float().numpy().ravel()):
+            raise UserError(f"{tensor.name} was not written as it should be; check the disk that holds {path.parent}")
 
 
 def _read(path: Path) -> gguf.GGUFReader:
@@ -92,8 +109,9 @@ def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTens
                 f"{path} stores {in_file} as {tensor.tensor_type.name}, routers must be F32; convert it anew"
             )
         with safe_open(place.shard, framework="pt") as shard:
-            values = shard.get_tensor(place.name).float().numpy()
-        if not np.array_equal(tensor.data.reshape(place.shape), values):
+            values = shard.get_tensor(place.name)
+        # a file that was tuned once holds float32, of which a folder that was tuned with it holds what it stores
+        if not torch.equal(torch.from_numpy(np.array(tensor.data)).view(values.shape).to(values.dtype), values):
             raise UserError(f"{path} has other values in {in_file} than the base in {place.shard}; {MADE_FROM}")
         found[name] = tensor
     missing = [t for t in tensors if ".ffn_gate_inp." in t and t not in {tensor.name for tensor in found.values()}]
@@ -102,9 +120,9 @@ def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTens
     return found
 
 
-def _infos_end(reader: gguf.GGUFReader) -> int:
-    last = reader.tensors[-1].field
-    return int(last.offset) + sum(int(part.nbytes) for part in last.parts)
+def _extent(field: gguf.ReaderField) -> tuple[int, int]:
+    """Where a field, or the info of a tensor, begins and ends in its file."""
+    return int(field.offset), int(field.offset) + sum(int(part.nbytes) for part in field.parts)
 
 
 def _text_fields(routers: Routers, about: Mapping[str, Any]) -> list[bytes]:
@@ -113,7 +131,7 @@ def _text_fields(routers: Routers, about: Mapping[str, Any]) -> list[bytes]:
         digest.update(name.encode() + routers[name].float().contiguous().numpy().tobytes())
     said = {key: str(about[key]) for key in ("base_model", "base_frozen_sha256", "objective", "code_commit")}
     kind, texts = struct.pack("<I", gguf.GGUFValueType.STRING), {"router_delta_sha256": digest.hexdigest(), **said}
-    return [_text(f"remoe.{key}") + kind + _text(value) for key, value in texts.items()]
+    return [_text(f"{OURS}{key}") + kind + _text(value) for key, value in texts.items()]
 
 
 def _text(text: str) -> bytes:

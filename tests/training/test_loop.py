@@ -98,6 +98,11 @@ def test_the_delta_is_the_trained_routers_and_fits_its_base(train_args: Argument
     assert re.fullmatch(r"[0-9a-f]{40}(\+dirty)?", about["code_commit"])
 
 
+def test_a_machine_without_git_trains_too(train_args: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert router_delta.describe(train(train_args()))["code_commit"] is None
+
+
 def test_everything_trains_when_asked_and_the_result_is_a_model(
     train_args: Arguments, model_dir: Callable[[str], Path]
 ) -> None:

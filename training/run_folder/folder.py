@@ -1,6 +1,7 @@
 """A run's folder: what it may be used for, which code wrote it, small JSON files in it."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,8 +53,10 @@ def explaining_a_full_disk(what: str, *, left: str = "The checkpoints are whole"
 
 
 def code_commit() -> str | None:
-    """The commit of this checkout, with +dirty if files differ from it; None outside of git."""
+    """The commit of this checkout, with +dirty if files differ from it; None outside of git, or where there is no git."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    if shutil.which("git") is None:
+        return None
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode != 0:
         return None

@@ -229,6 +229,47 @@ def test_in_a_gguf_only_the_routers_change(quantised: tuple[str, ...], shipped_g
     assert all(old.fields[name].contents() == new.fields[name].contents() for name in same)
 
 
+def test_a_gguf_that_was_tuned_once_is_tuned_again(shipped_gguf: Path, tmp_path: Path) -> None:
+    base = EMBEDDED / "model"
+    for number in (1, 2):
+        moved = perturbed(base, tmp_path / f"delta{number}")
+        export(base, tmp_path / f"delta{number}", tmp_path / f"model{number}")
+        more = ("--format", "gguf", "--gguf", str(shipped_gguf))
+        export(base, tmp_path / f"delta{number}", tmp_path / f"{number}.gguf", *more)
+        base, shipped_gguf = tmp_path / f"model{number}", tmp_path / f"{number}.gguf"
+    found = gguf.GGUFReader(shipped_gguf)
+    (router,) = (tensor for tensor in found.tensors if tensor.name == "blk.0.ffn_gate_inp.weight")
+    np.testing.assert_array_equal(np.asarray(router.data), moved["model.layers.0.mlp.gate.weight"].numpy())
+    assert found.fields["remoe.base_model"].contents() == str(tmp_path / "model1")
+
+
+def test_a_gguf_that_names_its_alignment_is_tuned(shipped_gguf: Path, tmp_path: Path) -> None:
+    reader, aligned = gguf.GGUFReader(shipped_gguf), tmp_path / "aligned.gguf"
+    writer = gguf.GGUFWriter(aligned, "qwen2moe")
+    writer.add_custom_alignment(64)
+    for name in ("qwen2moe.block_count",):
+        writer.add_uint32(name, reader.fields[name].contents())
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.asarray(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    moved = perturbed(EMBEDDED / "model", tmp_path / "delta")
+    more = ("--format", "gguf", "--gguf", str(aligned))
+    export(EMBEDDED / "model", tmp_path / "delta", tmp_path / "out.gguf", *more)
+    for before, after in zip(
+        gguf.GGUFReader(aligned).tensors, gguf.GGUFReader(tmp_path / "out.gguf").tensors, strict=True
+    ):
+        if ".ffn_gate_inp." in before.name:
+            layer = before.name.split(".")[1]
+            np.testing.assert_array_equal(
+                np.asarray(after.data), moved[f"model.layers.{layer}.mlp.gate.weight"].numpy()
+            )
+        else:
+            np.testing.assert_array_equal(np.asarray(after.data), np.asarray(before.data))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": ("configs", "data", "training", ENGINE),
     f"{ENGINE}.cache": ("configs",),
     f"{ENGINE}.store": ("configs", "training.model.shards"),
-    f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store"),
+    f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", "training.model.host_memory"),
     ENGINE: ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", f"{ENGINE}.memory", "training.model"),
     f"{ENGINE}.sessions": ("configs", ENGINE, "training.model"),
     "evaluation.report": ("configs", "evaluation.results", "evaluation.turns"),

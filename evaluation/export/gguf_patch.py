@@ -35,7 +35,7 @@ def patch_gguf(
 
     Args:
         routers: by name in the loaded model.
-        stored: where they lie in the base's checkpoint; the file must have the same values there, in the precision of the checkpoint.
+        stored: where they lie in the base's checkpoint; in its precision the file must have the same values there.
         about: the delta's description.
 
     Raises:

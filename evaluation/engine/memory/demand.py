@@ -33,10 +33,14 @@ class Demand:
 
 
 def budget_bytes(budget: int | str, *, smallest_bytes: int) -> int:
-    """Bytes of `8GiB`, `25%` of the machine's memory, or `smallest + 10%` in parts of the smallest that works."""
+    """Bytes of `8GiB`, `25%` of the machine's (or its group's) memory, or `smallest + 10%` in parts of the smallest that works."""
     relative = SMALLEST.fullmatch(str(budget).strip())
     if relative is None:
-        return parse_size(budget, what="memory budget", whole_bytes=total_memory_bytes())
+        whole_bytes = total_memory_bytes()
+        size_bytes = parse_size(budget, what="memory budget", whole_bytes=whole_bytes)
+        if size_bytes > whole_bytes:
+            logger.warning("a memory budget of %s is more than the %s there are", budget, readable(whole_bytes))
+        return size_bytes
     return math.ceil(smallest_bytes * (100 + float(relative["percent"] or 0)) / 100)
 
 

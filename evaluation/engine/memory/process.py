@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from configs.load import UserError
+from training.model.host_memory import memory_limit
 
 
 def peak_rss_bytes() -> int | None:
@@ -23,8 +24,9 @@ def private_bytes() -> int:
 
 
 def total_memory_bytes() -> int:
-    """Physical memory of the machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """What this process may hold at most: the machine's memory, or the limit of its memory group where that is less."""
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine_bytes, memory_limit() or machine_bytes)
 
 
 def _status_bytes(key: str) -> int | None:

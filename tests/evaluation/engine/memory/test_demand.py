@@ -5,7 +5,8 @@ import logging
 import pytest
 
 from configs.load import UserError
-from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
+from evaluation.engine.memory.demand import Demand, budget_bytes, slots_for, warn_below_cliff
+from evaluation.engine.memory.process import total_memory_bytes
 
 DEMAND = Demand(layers=4, num_experts=8, top_k=2, slot_bytes=1000)
 
@@ -42,3 +43,16 @@ def test_no_warning_where_there_is_no_cliff(
 ) -> None:
     warn_below_cliff(slots, DEMAND, scope=scope, policy=policy)
     assert not caplog.messages
+
+
+def test_a_share_is_of_what_the_process_may_hold(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine_bytes = total_memory_bytes()
+    monkeypatch.setattr("evaluation.engine.memory.process.memory_limit", lambda: 500 * 2**20)
+    assert budget_bytes("50%", smallest_bytes=1) == 250 * 2**20
+    assert not caplog.messages
+    assert budget_bytes("1GiB", smallest_bytes=1) == 2**30
+    assert caplog.messages == ["a memory budget of 1GiB is more than the 500MiB there are"]
+    monkeypatch.setattr("evaluation.engine.memory.process.memory_limit", lambda: 2 * machine_bytes)
+    assert total_memory_bytes() >= machine_bytes

@@ -33,7 +33,7 @@ class Demand:
 
 
 def budget_bytes(budget: int | str, *, smallest_bytes: int) -> int:
-    """Bytes of `8GiB`, `25%` of the machine's (or its group's) memory, or `smallest + 10%` in parts of the smallest that works."""
+    """Bytes of `8GiB`, `25%` of what there is for this process, or `smallest + 10%`, in parts of the smallest that works."""
     relative = SMALLEST.fullmatch(str(budget).strip())
     if relative is None:
         whole_bytes = total_memory_bytes()

@@ -32,13 +32,15 @@ NAMED = 10  # rows left out that are named one by one
 class Documents(Sequence[np.ndarray]):
     """Token ids of every document, as `tokenize` makes them, in a file that is mapped into memory.
 
-    `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why.
+    `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why;
+    `largest_id` is that of all tokens.
     """
 
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         self.left_out: int = about["left_out"]
         self.first_left_out: list[str] = about["first_left_out"]
+        self.largest_id: int = about["largest_id"]
         lengths = np.load(folder / LENGTHS)
         if (folder / IDS).stat().st_size != 4 * int(lengths.sum()):
             raise ValueError(f"{folder / IDS} is not {4 * int(lengths.sum())} bytes long")
@@ -102,6 +104,7 @@ def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase,
 def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> None:
     lengths: list[int] = []
     bad: list[str] = []
+    largest_id = 0
     rows = iter(tqdm(training_rows(args), desc="tokenizing", unit="row", disable=not progress))
     try:
         with (folder / IDS).open("wb") as ids:
@@ -109,9 +112,10 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
                 texts = _texts(part, args, tokenizer, bad=bad)
                 for document in tokenize(texts, tokenizer) if texts else []:
                     lengths.append(len(document))
+                    largest_id = max(largest_id, int(np.maximum(document, ~document).max()))
                     ids.write(document.tobytes())
         np.save(folder / LENGTHS, np.array(lengths, dtype=np.int64))
-        about = {"left_out": len(bad), "first_left_out": bad[:NAMED]}
+        about = {"left_out": len(bad), "first_left_out": bad[:NAMED], "largest_id": largest_id}
         (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     except OSError as error:
         raise UserError(

@@ -63,12 +63,13 @@ def build(args: TrainArguments) -> Run:
         advice = "with trainable=all use configs/accelerate/multi_gpu.yaml"
         raise UserError(f"{layout} here shards what does not train; {advice}")
     check_memory(args, accelerator, layout=layout)
+    tokenizer = loading.load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
+    documents = _read(args, tokenizer, accelerator)
     torch.manual_seed(args.seed)
     base, dtype = str(args.model_name_or_path), loading.weights_dtype(args)
     weights = None if layout == REPLICATED else LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype)
     model = loading.build_model(args, seed=args.seed, weights=weights)
-    tokenizer = loading.load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
-    documents, n_parameters = _read(args, tokenizer, accelerator), model.num_parameters()
+    n_parameters = model.num_parameters()
     move_whole_tensors(model, accelerator.device, layout=layout)
     observer = _observe(args, model)
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
@@ -135,11 +136,27 @@ def _announce(run: Run, size: str, *, layout: str) -> None:
 
 
 def _read(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Documents:
-    """Tokens of the data; one process of every machine makes them, the others find them made."""
+    """Tokens of the data; one process of every machine makes them, the others find them made.
+
+    Raises:
+        UserError: rows are longer than the model's positions reach, or a token has no embedding.
+    """
+    config = loading.read_text_config(args)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and args.max_length > positions:
+        raise UserError(
+            f"max_length={args.max_length} is more than the {positions} positions of the model; write at most that"
+        )
     with accelerator.local_main_process_first():
         documents = training_documents(args, tokenizer, progress=accelerator.is_local_main_process)
     if documents.left_out:
         accelerator.print(left_out_text(documents))
+    if documents.largest_id >= config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(documents.largest_id)
+        raise UserError(
+            f"token {documents.largest_id} ({token!r}) of the data has no embedding: the model has {config.vocab_size}; give "
+            "the tokenizer that it was trained with as tokenizer_name, or resize the model's embeddings"
+        )
     return documents
 
 

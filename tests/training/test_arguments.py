@@ -12,6 +12,7 @@ import torch
 from configs.load import UserError
 from training.arguments import SCHEDULES, TrainArguments
 from training.loop import train_step
+from training.model.loading import load_tokenizer
 from training.run import build
 
 Arguments = Callable[..., TrainArguments]
@@ -72,6 +73,22 @@ def test_a_folder_without_a_model_or_tokenizer_is_refused(train_args: Arguments,
         build(train_args(model_name_or_path=str(tmp_path)))
     with pytest.raises(UserError, match=r"tokenizer .* cannot be loaded"):
         build(train_args(tokenizer_name=str(tmp_path)))
+
+
+def test_rows_longer_than_the_model_reaches_are_refused(train_args: Arguments) -> None:
+    with pytest.raises(UserError, match="max_length=65 is more than the 64 positions of the model"):
+        build(train_args(max_length=65))
+
+
+def test_a_token_without_embedding_is_named_before_the_model_is_loaded(
+    train_args: Arguments, model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(model_dir("qwen2_moe")))
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(1000)), "drink"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr("training.run.loading.build_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"token \d+ \('drink'\) of the data has no embedding: the model has \d+; give"):
+        build(train_args(tokenizer_name=str(tmp_path / "tokenizer")))
 
 
 def test_a_truncated_shard_is_refused(train_args: Arguments, model_dir: Callable[[str], Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
-from training.model.lazy_weights import LayerwiseCheckpoint, check_loaded
+from training.model.lazy_weights import LayerwiseCheckpoint, check_loaded, read_config
 from training.model.routers import copy_into_routers, find_routers, router_parameters
 from training.model.shards import SINGLE_NAME, read_index, shard_names
 from training.model.transformers_internals import GradientCheckpointingLayer
@@ -104,6 +104,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
+
+
+def read_text_config(args: ModelArguments) -> Any:
+    """The text model's configuration, without loading any weights."""
+    folder = str(args.config_name or local_folder(str(args.model_name_or_path)))
+    _check_exists(folder)
+    config = read_config(folder) if Path(folder).is_dir() else AutoConfig.from_pretrained(folder)
+    return config.get_text_config()
 
 
 def weights_dtype(args: ModelArguments) -> str | torch.dtype:

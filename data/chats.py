@@ -21,6 +21,7 @@ SHAREGPT_ROLES = {
 OPENED = re.compile(r"\s*<think>\s*(</think>\s*)?")
 """What a template may put behind its words that ask for a turn, and leave out of a turn that was answered."""
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NO_TURN = "no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out"
 Turn = dict[str, Any]
 
 
@@ -131,7 +132,7 @@ def _marked(turns: list[Turn], write: _Writer) -> Iterator[tuple[int, int]]:
     found: Any = tokenizer.apply_chat_template(turns, **{**write.options, **options}, tokenizer_kwargs=offsets)
     spans = [span for span, said in zip(found["offset_mapping"], found["assistant_masks"], strict=True) if said]
     if not spans:
-        raise UserError("no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out")
+        raise UserError(NO_TURN)
     yield from spans
 
 
@@ -139,7 +140,7 @@ def _said(turns: list[Turn], write: _Writer, text: str) -> Iterator[tuple[int, i
     """Begin and end of each of the assistant's turns, without the words that ask for a turn."""
     numbers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not numbers:
-        raise UserError("no turn of the assistant, which alone is learnt under assistant_only_loss; leave the row out")
+        raise UserError(NO_TURN)
     for number in numbers:
         before = write(turns[:number], add_generation_prompt=True) if number else _asking(turns, write)
         after = write(turns[: number + 1])

@@ -19,6 +19,7 @@ from torch import Tensor
 from configs.load import UserError
 from data.batches import Batch
 from training.arguments import TrainArguments
+from training.model.packing import OnePerRow, one_per_row
 from training.objective.objective import Objective, objective, total_counts
 from training.run import Run, build, finish, save_checkpoint
 from training.run_folder import proof
@@ -110,11 +111,13 @@ def _micro_batch(run: Run, index: int) -> Batch:
 def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -> Objective:
     """Forward and backward of one micro-batch."""
     base_outputs = None
+    alone = None if run.packs else one_per_row(batch.input_ids_BS, batch.document_ids_BS)
     if run.args.distill_coef:  # what the untouched model predicts: the same frozen weights with the original routers
         with torch.no_grad(), run.observer.original_routers():
-            base_outputs = _outputs(run, batch)
-    with run.observer.recording(*batch.input_ids_BS.shape) as routings:
-        outputs = _outputs(run, batch)
+            base_outputs = outputs_of(run, batch, alone)
+    place_BS = None if alone is None else alone.place_BS
+    with run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS) as routings:
+        outputs = outputs_of(run, batch, alone)
     share = objective(
         run.args, outputs_BSX=outputs, routings=routings, batch=batch, count=count, step=run.step,
         base_outputs_BSX=base_outputs, head=run.head,
@@ -128,12 +131,16 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
     return share
 
 
-def _outputs(run: Run, batch: Batch) -> Tensor:
-    """The last hidden states where the loss takes them through the head itself, logits otherwise."""
-    inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+def outputs_of(run: Run, batch: Batch, alone: OnePerRow | None = None) -> Tensor:
+    """The last hidden states where the loss takes them through the head itself, logits otherwise.
+
+    With `alone` every document is read in a row of its own; what comes out is in the batch's order all the same.
+    """
+    ids, positions = (batch.input_ids_BS, batch.position_ids_BS) if alone is None else alone[:2]
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     with run.accelerator.autocast():
         outputs: Tensor = run.model.base_model(**inputs)[0] if run.head else run.model(**inputs).logits
-    return outputs
+    return outputs if alone is None else outputs.flatten(0, 1)[alone.place_BS]
 
 
 def _add_up_gradients(run: Run) -> None:

@@ -18,6 +18,7 @@ from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
 from training.model import loading
 from training.model.lazy_weights import LayerwiseCheckpoint
+from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
@@ -43,6 +44,7 @@ class Run:
     trained: dict[str, Tensor]
     head: Head | None  # makes logits of hidden states, some at a time; None: the model makes all of them
     frozen_sha256: str
+    packs: bool  # documents share rows; otherwise the model would let them see each other, and each has its own
     step: int = 0
     num_tokens: int = 0
     wandb_id: str | None = None
@@ -75,9 +77,10 @@ def build(args: TrainArguments) -> Run:
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
     optimizer, scheduler = _optimizer(args, trained)
     rows, digest = PackedRows(documents, max_length=args.max_length, seed=args.seed), proof.combined(digest_of)
-    run = Run(
-        args, accelerator, model, tokenizer, documents, rows, observer, optimizer, scheduler, trained, head, digest
-    )
+    with accelerator.autocast():
+        packs = keeps_documents_apart(model, args.max_length)
+    state = (observer, optimizer, scheduler, trained, head, digest, packs)
+    run = Run(args, accelerator, model, tokenizer, documents, rows, *state)
     if resume_from is not None:
         _resume(run, resume_from)
     if accelerator.is_main_process:
@@ -133,6 +136,8 @@ def _announce(run: Run, size: str, *, layout: str) -> None:
         f"weights {layout}; {n} process{'es' * (n > 1)}, {run.rows_per_step * run.args.max_length:,} tokens a step, "
         f"{run.rows.tokens_per_epoch:,} tokens in the data, {run.args.train_file or run.args.dataset_name}"
     )
+    if not run.packs:
+        print(f"{run.args.run_name}: each document has a row of its own: in one row this model would mix them")
 
 
 def _read(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Documents:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from configs.load import UserError
 from training.model.router_kind import Weighing, kind_of
-from training.model.routers import find_routers
+from training.model.routers import ask_routers
 
 
 def attach_cache_prior(
@@ -36,8 +36,8 @@ def attach_cache_prior(
     Raises:
         UserError: the model has no routers that are known, or they choose or weigh experts in an unknown way.
     """
-    for layer, router in enumerate(find_routers(model).values()):
-        kind = kind_of(router, hidden_size=model.config.get_text_config().hidden_size)
+    for layer, asked in enumerate(ask_routers(model).values()):
+        kind, router = kind_of(asked, hidden_size=model.config.get_text_config().hidden_size), asked.module
         if kind.weighing is None or not kind.takes_largest:
             raise UserError(
                 f"{type(router).__name__} {'weighs' if kind.takes_largest else 'chooses'} experts in a way that a cache prior "
@@ -59,10 +59,8 @@ class Preference:
     _spread_sum: float = 0.0
     _tokens: int = 0
 
-    def __call__(
-        self, _: nn.Module, __: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits_TE, weights_TK, ids_TK = output
+    def __call__(self, _: nn.Module, __: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits_TE, weights_TK, ids_TK, *rest = output
         z_TE = logits_TE.float()
         self._spread_sum += float((z_TE.amax(-1) - z_TE.amin(-1)).sum())
         self._tokens += len(z_TE)
@@ -77,4 +75,4 @@ class Preference:
         chosen_TK = chosen_TK.gather(1, order_TK)
         same_T1 = (chosen_TK.sort(-1).values == ids_TK.sort(-1).values).all(-1, keepdim=True)
         new_weights_TK = torch.where(same_T1, weights_TK, new_weights_TK.to(weights_TK.dtype))
-        return logits_TE, new_weights_TK, torch.where(same_T1, ids_TK, chosen_TK)
+        return logits_TE, new_weights_TK, torch.where(same_T1, ids_TK, chosen_TK), *rest

@@ -25,7 +25,7 @@ from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.routers import find_routers
+from training.model.routers import ask_routers
 from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
 
@@ -80,7 +80,7 @@ class Engine:
             )
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
-        routers, resident = list(find_routers(model).values()), self.cache.resident_experts
+        routers, resident = list(ask_routers(model).values()), self.cache.resident_experts
         numbers: dict[str, Any] = {"experts": experts, "layer_ids": self._layer_ids, "counts": self._reads}
         return Prefetch(routers, self._memory, self._reader, resident=resident, **numbers)
 

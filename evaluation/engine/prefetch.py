@@ -8,16 +8,16 @@ The cache and its rules know nothing of it.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.policies import Key
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import ReadCounts
 from evaluation.engine.store.reader import Reader, Request
+from training.model.router_calls import AskedRouter
 
 EXPERTS = 3
 """How many experts of a layer to guess unless told otherwise."""
@@ -48,7 +48,7 @@ class Prefetch:
     """
 
     def __init__(
-        self, routers: Sequence[nn.Module], memory: SlotMemory, reader: Reader, *, experts: int, layer_ids: Sequence[int],
+        self, routers: Sequence[AskedRouter], memory: SlotMemory, reader: Reader, *, experts: int, layer_ids: Sequence[int],
         resident: Callable[[int], Sequence[int]], counts: ReadCounts,
     ) -> None:  # fmt: skip
         self._routers, self._memory, self._reader, self._layer_ids = routers, memory, reader, layer_ids
@@ -80,8 +80,7 @@ class Prefetch:
 
     def _wanted(self, layer: int, hidden_TH: torch.Tensor) -> list[Key]:
         """The heaviest first."""
-        router: Any = self._routers[layer]
-        _, weights_TK, ids_TK = router.forward(hidden_TH)  # not called: hooks would take it for the layer's own choice
+        _, weights_TK, ids_TK = self._routers[layer].ask(hidden_TH)
         weights_TN, place_TN = weights_TK.topk(max(1, int(TRUSTED * weights_TK.shape[-1])))
         order = weights_TN.flatten().argsort(descending=True, stable=True)
         resident = set(self._resident(layer))

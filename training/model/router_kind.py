@@ -11,10 +11,11 @@ import copy
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from configs.load import UserError
+from training.model.router_calls import AskedRouter
 
 PROBE_TOKENS, SCALE_TOKENS = 128, 64
 TOLERANCE = 1e-4
@@ -64,19 +65,19 @@ class RouterKind(NamedTuple):
         return f"{self.scoring} of logits, {choice}, {' and '.join(self.trained)} of each train"
 
 
-def kind_of(router: nn.Module, *, hidden_size: int) -> RouterKind:
-    """The kind of a router module, which is left as it is; a `UserError` if it weighs experts in no known way."""
+def kind_of(router: AskedRouter, *, hidden_size: int) -> RouterKind:
+    """The kind of a router, which is left as it is; a `UserError` if it weighs experts in no known way."""
     with torch.inference_mode(False), torch.enable_grad():  # whoever asks may have switched gradients off
         probe = _randomised(router)
         draw = torch.Generator().manual_seed(1)
-        outputs = probe.forward(torch.randn(PROBE_TOKENS, hidden_size, generator=draw))  # without hooks
-        named = dict(probe.named_parameters())
+        outputs = probe.ask(torch.randn(PROBE_TOKENS, hidden_size, generator=draw))
+        named = dict(probe.module.named_parameters())
         gradients = torch.autograd.grad(outputs[0].sum(), list(named.values()), allow_unused=True)
     logits_TE, weights_TK, ids_TK = (tensor.detach() for tensor in outputs)
     scoring = _scoring(logits_TE.float(), weights_TK.float(), ids_TK)
     if scoring is None:
         raise UserError(
-            f"{type(router).__name__} weighs experts neither by a softmax nor by a sigmoid of its logits: of which "
+            f"{type(router.module).__name__} weighs experts neither by a softmax nor by a sigmoid of its logits: of which "
             "probabilities an objective or a cache prior should be made is not known; use neither with this model"
         )
     largest_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices
@@ -84,16 +85,17 @@ def kind_of(router: nn.Module, *, hidden_size: int) -> RouterKind:
         scoring=scoring,
         trained=tuple(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None),
         takes_largest=bool((largest_TK.sort(-1).values == ids_TK.sort(-1).values).all()),
-        weighing=_weighing(copy.deepcopy(router).eval(), scoring, hidden_size),
+        weighing=_weighing(router.copied(), scoring, hidden_size),
     )
 
 
 @torch.no_grad()
-def _weighing(router: nn.Module, scoring: str, hidden_size: int) -> Weighing | None:
+def _weighing(router: AskedRouter, scoring: str, hidden_size: int) -> Weighing | None:
     """How a router that scores in this way goes on, in its own precision and on its device; None if in no known way."""
     draw = torch.Generator().manual_seed(0)
-    hidden_TH = torch.randn(SCALE_TOKENS, hidden_size, generator=draw).to(next(router.parameters()))
-    logits_TE, weights_TK, ids_TK = router.forward(hidden_TH)
+    router.module.eval()
+    hidden_TH = torch.randn(SCALE_TOKENS, hidden_size, generator=draw).to(next(router.module.parameters()))
+    logits_TE, weights_TK, ids_TK = router.ask(hidden_TH)
     for normalised in (False, True):
         plain_TK = Weighing(scoring, normalised).weights(logits_TE.float(), ids_TK)
         scale = float(weights_TK.float().sum() / plain_TK.sum())
@@ -102,15 +104,19 @@ def _weighing(router: nn.Module, scoring: str, hidden_size: int) -> Weighing | N
     return None
 
 
-def _randomised(router: nn.Module) -> nn.Module:
+def _randomised(router: AskedRouter) -> AskedRouter:
     """A copy on the CPU in float32 that decides as in inference, with biases large enough to change choices."""
-    probe = copy.deepcopy(router).to("cpu", torch.float32).eval()
+    module = copy.deepcopy(router.module).to("cpu", torch.float32).eval()
+    further = [
+        torch.zeros(part.shape, dtype=part.dtype) if isinstance(part, Tensor) else part for part in router.further
+    ]
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in [*probe.parameters(), *probe.buffers()]:
+        beside = [part.data for part in further if isinstance(part, Tensor)]
+        for tensor in [*module.parameters(), *module.buffers(), *beside]:
             if tensor.is_floating_point() and tensor.dim() > 0:  # a scalar is no weight of an expert
                 tensor.copy_(torch.randn(tensor.shape, generator=draw) / max(1, tensor.shape[-1] ** 0.5))
-    return probe.requires_grad_(True)
+    return AskedRouter(module.requires_grad_(True), tuple(further), router.axes)
 
 
 def _scoring(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> str | None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.model.router_calls import AskedRouter, asked_routers
 from training.model.router_kind import RouterKind, kind_of
-from training.model.transformers_internals import router_class
+from training.model.transformers_internals import router_classes
 
 ANOTHER = "use the model it was made for"
 
@@ -39,7 +40,7 @@ class Routing(NamedTuple):
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Module name -> router of every MoE layer, in layer order; a `UserError` if there is none."""
-    wanted = router_class(model) or ()
+    wanted = router_classes(model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, wanted)}
     if not found:
         raise UserError(
@@ -49,9 +50,14 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return found
 
 
+def ask_routers(model: PreTrainedModel) -> dict[str, AskedRouter]:
+    """`find_routers`, each as its block asks it; a `UserError` if that is not understood."""
+    return asked_routers(model, find_routers(model))
+
+
 def router_kind(model: PreTrainedModel) -> RouterKind:
     """How the routers of a model score and what of them trains; a `UserError` if that is not understood."""
-    return kind_of(next(iter(find_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
+    return kind_of(next(iter(ask_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
 
 
 def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
@@ -95,21 +101,27 @@ class RouterObserver:
         self.names, self.kind = list(find_routers(model)), router_kind(model)
         self._recorded: dict[str, Routing] | None = None
         self._uses_reference = False
-        self._batch_shape = (0, 0)
+        self._shape = (0, 0)
+        self._place_BS: Tensor | None = None
         self._handles = []
         for name, router in find_routers(model).items():
             reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
-            self._handles.append(router.register_forward_hook(self._hook(name, reference)))
+            self._handles.append(router.register_forward_hook(self._hook(name, reference), with_kwargs=True))
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
-    def recording(self, batch_size: int, sequence_length: int) -> Iterator[list[Routing]]:
-        """The list that is yielded is filled, in layer order, when the block ends."""
+    def recording(
+        self, batch_size: int, sequence_length: int, *, place_BS: Tensor | None = None
+    ) -> Iterator[list[Routing]]:
+        """The list that is yielded is filled, in layer order, when the block ends.
+
+        With `place_BS` a token of the batch is the row of the routers' outputs that stands there; else they are in order.
+        """
         routings: list[Routing] = []
-        self._recorded, self._batch_shape = {}, (batch_size, sequence_length)
+        self._recorded, self._shape, self._place_BS = {}, (batch_size, sequence_length), place_BS
         try:
             yield routings
             routings += [self._recorded[name] for name in self.names]
@@ -125,20 +137,26 @@ class RouterObserver:
         finally:
             self._uses_reference = False
 
+    def _in_batch(self, output: Tensor) -> Tensor:
+        """One of a router's outputs as [B, S, numbers of a token]."""
+        if self._place_BS is None:
+            return output.reshape(*self._shape, -1)
+        return output.reshape(-1, output.shape[-1])[self._place_BS]
+
     def _hook(self, name: str, reference: nn.Module | None) -> Any:
-        def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, ...]) -> Any:
             if self._uses_reference:
                 assert reference is not None, "the original routers are kept with with_reference=True only"
-                return reference(*inputs)
+                return reference(*inputs, **named)
             if self._recorded is None:
                 return None
-            logits, weights, ids = (tensor.reshape(*self._batch_shape, -1) for tensor in output)
+            logits, weights, ids = (self._in_batch(tensor) for tensor in output[:3])
             # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
             reference_logits = None
             if reference is not None:
                 with torch.no_grad():
-                    reference_logits = self.kind.log_scores(reference(*inputs)[0].reshape(*self._batch_shape, -1))
+                    reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
             log_scores = self.kind.log_scores(logits)
             self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits)
             return None

@@ -25,10 +25,12 @@ from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConf
 batched_linear, grouped_linear = _batched_linear, _grouped_linear
 
 
-def router_class(model: PreTrainedModel) -> type[nn.Module] | None:
-    """The class of the modules whose outputs transformers records as `router_logits`."""
-    recorded = (getattr(model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
-    return getattr(recorded, "target_class", recorded)
+def router_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:
+    """The classes of the modules whose outputs transformers records as `router_logits`, in `model` or a model inside it."""
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    recorded = [(getattr(part, "_can_record_outputs", None) or {}).get("router_logits", []) for part in parts]
+    recorders = [one for each in recorded for one in (each if isinstance(each, list | tuple) else [each])]
+    return tuple({getattr(recorder, "target_class", recorder) for recorder in recorders})
 
 
 def is_expert_parallel(experts: Any) -> bool:

@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from configs.load import UserError
 from training.model.transformers_internals import unset_hf_deepspeed_config
+from training.sharding.compilation import await_other_compilations
 
 REPLICATED, FSDP2, ZERO3 = "replicated", "fsdp2", "zero3"
 NVME = "nvme"
@@ -27,6 +28,7 @@ def make_accelerator(*, bf16: bool) -> Accelerator:
         os.environ.pop("ACCELERATE_USE_CPU", None)
         # it compiles with the ninja that was installed beside this Python
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        await_other_compilations()
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for one and warns that there is none

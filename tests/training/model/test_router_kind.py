@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.model.router_calls import AskedRouter
 from training.model.router_kind import Weighing, kind_of
 
 N_EXPERTS, TOP_K, HIDDEN = 6, 3, 8
@@ -27,7 +28,7 @@ class Router(torch.nn.Module):
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_how_a_router_weighs_is_found_out(scoring: str, normalised: bool, scale: float) -> None:
     weighing = Weighing(scoring, normalised, scale)
-    kind = kind_of(Router(weighing), hidden_size=HIDDEN)
+    kind = kind_of(AskedRouter(Router(weighing)), hidden_size=HIDDEN)
     assert kind.weighing is not None
     assert kind.weighing._replace(scale=1.0) == weighing._replace(scale=1.0)
     assert kind.weighing.scale == pytest.approx(scale)
@@ -47,7 +48,7 @@ class ScaledRouter(Router):
 
 
 def test_a_scale_that_is_a_weight_is_the_routers_own_and_does_not_train() -> None:
-    kind = kind_of(ScaledRouter(), hidden_size=HIDDEN)
+    kind = kind_of(AskedRouter(ScaledRouter()), hidden_size=HIDDEN)
     assert kind.weighing == Weighing("softmax", normalised=True, scale=pytest.approx(3.0))
     assert kind.trained == ("gate.weight", "gate.bias")
 
@@ -56,7 +57,7 @@ def test_a_16_bit_router_is_asked_in_its_own_precision_and_left_as_it_is() -> No
     router = Router(Weighing("softmax", normalised=False, scale=16.0)).to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
     state = torch.get_rng_state()
-    kind = kind_of(router, hidden_size=HIDDEN)
+    kind = kind_of(AskedRouter(router), hidden_size=HIDDEN)
     assert kind.weighing is not None
     assert kind.weighing.scale == pytest.approx(16.0, rel=1e-2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in router.state_dict().items())

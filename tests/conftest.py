@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
@@ -34,6 +33,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from evaluation.benchmark.families import byte_tokenizer
 from training.arguments import TrainArguments
 
 ROOT = Path(__file__).parent.parent
@@ -81,18 +81,6 @@ def small_config(family: str) -> PretrainedConfig:
     }  # fmt: skip
     assert family == "deepseek_v2"
     return DeepseekV2Config(**deepseek)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; token 0 ends a text."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {END_OF_TEXT: 0, **{character: 1 + i for i, character in enumerate(characters)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

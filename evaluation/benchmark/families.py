@@ -1,9 +1,10 @@
 """What works with which family: a tiny random model of every mixture-of-experts class of transformers, through everything.
 
-Nothing is measured here; every column is a comparison with transformers itself. Prints the table of training/README.md.
+Nothing is measured here; every column is a comparison with transformers itself. Prints the table of README.md.
 """
 
 import inspect
+import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from tqdm import tqdm
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -49,15 +52,31 @@ SIZES: dict[str, Any] = {
     "num_experts_per_tok": 3, "moe_k": 3, "n_shared_experts": 1, "moe_num_shared_experts": 1,
     "first_k_dense_replace": 1, "moe_layer_start_index": 1, "decoder_sparse_step": 1, "num_dense_layers": 1,
     "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "n_group": 1, "topk_group": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "rope_scaling": None,
+    "n_group": 1, "topk_group": 1, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+    "depth": 2, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
 """Of a tiny model, by the names that configurations have for them."""
 OF_ONE_CLASS: dict[str, dict[str, Any]] = {
+    "BailingHybridConfig": {"layer_group_size": 2},
+    "DbrxConfig": {
+        "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "ffn_config": {"ffn_hidden_size": 16},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    },
+    "Gemma4TextConfig": {
+        "enable_moe_block": True, "top_k_experts": 3, "vocab_size_per_layer_input": 264, "hidden_size_per_layer_input": 8,
+    },
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"] * 2},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "KimiLinearConfig": {"layer_types": ["linear_attention", "full_attention"] * 2, "linear_head_dim": 8},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 2},
+    "MiMoV2FlashConfig": {"num_attention_heads": 4},
+    "Qwen4ExpTextConfig": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4,
+    },
     "ZayaConfig": {"num_experts_per_tok": 1},
-    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
-    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-}
+}  # fmt: skip
+"""What one class calls otherwise, or needs beside it; models have layers of all their kinds."""
 WORDS = ("tea", "cup", "we", "drink", "hot", "of", "green", "pot")
 """Of the text that is trained on: documents of all lengths, shorter and longer than a row."""
 
@@ -74,14 +93,22 @@ def moe_configs() -> list[type[PretrainedConfig]]:
     return [found[name] for name in sorted(found)]
 
 
-def tiny_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
+def tiny_config(config_class: type[PretrainedConfig], **changed: Any) -> PretrainedConfig:
     """A small configuration of this class, with whichever of the sizes it knows."""
-    text_class, make = config_class.sub_configs.get("text_config"), cast(Any, config_class)
-    if text_class is not None:
-        return make(text_config=tiny_config(text_class).to_dict())
+    make = cast(Any, config_class)
+    parts = {name: config_class.sub_configs.get(name) for name in ("text_config", "vision_config")}
+    if parts["text_config"] is not None:
+        return make(**{name: tiny_config(part).to_dict() for name, part in parts.items() if part is not None})
     known = config_class()
-    values = {key: value for key, value in SIZES.items() if hasattr(known, key)}
-    return make(**values | OF_ONE_CLASS.get(config_class.__name__, {}))
+    values = {key: value for key, value in SIZES.items() if _knows(known, key)}
+    return make(**values | OF_ONE_CLASS.get(config_class.__name__, {}) | changed)
+
+
+def _knows(config: PretrainedConfig, key: str) -> bool:
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # transformers: it is an attribute of every layer
+        return True
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -95,9 +122,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny(config: PretrainedConfig, folder: Path) -> None:
-    """Save a random float32 model with a tokenizer; gates and biases are wide, so that routers have preferences."""
+    """Save a random float32 model with a tokenizer; gates and biases are wide, so that routers have preferences.
+
+    A text model that lies on the Hub inside one for pictures is saved inside it.
+    """
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor.is_floating_point() and ("bias" in name or "gate.weight" in name or "router" in name):
@@ -239,7 +270,8 @@ def lever(family: Family) -> None:
 
 def exported(family: Family) -> None:
     if family.delta is None:
-        raise UserError("nothing was trained")
+        trains(family)  # which says why not
+        raise AssertionError
     output, about = family.folder / "exported", router_delta.describe(family.folder / "run" / "router_delta")
     stored = stored_tensors(family.base, family.delta)
     write_folder(family.base, output, family.delta, stored=stored, about=about)
@@ -252,7 +284,7 @@ COLUMNS: dict[str, Callable[[Family], None]] = {
     "trains": trains, "packed": packed, "paged": paged, "read ahead": read_ahead, "trace": traced, "lever": lever,
     "export": exported,
 }  # fmt: skip
-WORKS, REFUSED, WRONG, TRACEBACK = "yes", "refused", "WRONG", "TRACEBACK"
+WORKS, REFUSED, WRONG, TRACEBACK = "yes", "no", "WRONG", "TRACEBACK"
 
 
 @dataclass
@@ -293,6 +325,7 @@ def _word(run: Callable[[Family], None], family: Family, reasons: list[str]) -> 
             TRACEBACK,
             f"{type(error).__name__}: {_first_line(error)} ({Path(place.filename).name}:{place.lineno})",
         )
+    reason = re.sub(r"^\w+(Router|Gate|Gating)\b", "its router", reason.replace(str(family.base), "the checkpoint"))
     if reason not in reasons:
         reasons.append(reason)
     return word

@@ -23,8 +23,8 @@ from evaluation.engine.resident import compute_dtype, load_resident
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.lazy_weights import read_config
-from training.model.routers import copy_into_routers
+from training.model.lazy_weights import empty_model, read_config
+from training.model.routers import copy_into_routers, most_chosen
 
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
@@ -134,10 +134,10 @@ def bound_kernel_caches() -> None:
 
 def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:
     text_config = config.get_text_config()
-    top_k = getattr(text_config, "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
-        raise UserError(f"{store.model_dir}/config.json names no num_experts_per_tok: the cache cannot be sized")
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
         raise UserError(f"{store.model_dir}/config.json has {text_config.num_hidden_layers} layers, none with experts")
+    top_k = getattr(text_config, "num_experts_per_tok", None)
+    if not isinstance(top_k, int):  # under another name, or a number for each layer
+        top_k = most_chosen(empty_model(str(store.model_dir), dtype=dtype))
     return Demand(len(layers), store.num_experts, top_k, store.record(dtype.itemsize).total_bytes)

@@ -8,7 +8,6 @@ gets its name.
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from yaml import YAMLError
 
 from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
-from training.model.lazy_weights import TORCH_DTYPES, lazy_slices, read_config
+from training.model.lazy_weights import TORCH_DTYPES, empty_model, lazy_slices, names_in_model
 from training.model.shards import StoredTensor, read_index
-from training.model.transformers_internals import revert_weight_conversion
 
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder beside a model's files that transformers reads
 Routers = Mapping[str, Tensor]
@@ -34,19 +31,18 @@ logger = logging.getLogger(__name__)
 
 def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]:
     """The place of each router tensor in the checkpoint, by its name in the loaded model; a `UserError` if it has none."""
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialising on meta warns, in some families
-        skeleton = AutoModelForCausalLM.from_config(read_config(model_dir))
     index, found = read_index(model_dir), {}
+    stored_as: dict[str, list[str]] = {}
+    for stored, name in names_in_model(empty_model(str(model_dir), dtype="auto"), index).items():
+        stored_as.setdefault(name, []).append(stored)
     for name, tensor in routers.items():
-        (on_disk,) = revert_weight_conversion(skeleton, {name: tensor})
-        place = index.get(on_disk) or index.get(name)
-        if place is None or place.shape != tuple(tensor.shape):
+        places = [index[stored] for stored in stored_as.get(name, [])]
+        if len(places) != 1 or places[0].shape != tuple(tensor.shape):
             raise UserError(
-                f"{model_dir} holds no {on_disk} of shape {list(tensor.shape)}, where transformers would store the router "
-                f"{name}; save the model with save_pretrained and train on that folder"
+                f"{model_dir} holds no tensor of shape {list(tensor.shape)} that becomes the router {name} when transformers "
+                "loads it; save the model with save_pretrained and train on that folder"
             )
-        found[name] = place
+        found[name] = places[0]
     return found
 
 

@@ -15,14 +15,14 @@ import transformers
 from torch import Tensor
 
 from configs.load import UserError
+from evaluation.benchmark.families import TRACEBACK, WRONG, check, make_tiny, moe_configs, tiny_config
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from tests.conftest import byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers
 from training.model.loading import load_pretrained
-from training.model.routers import RouterObserver, copy_into_routers, find_routers, router_kind, router_parameters
+from training.model.routers import RouterObserver, copy_into_routers, router_kind, router_parameters
 from training.run import build, finish, save_checkpoint
 from training.run_folder import proof, router_delta
 
@@ -33,19 +33,6 @@ FAMILIES = (
 )  # fmt: skip
 SIGMOID = {"DeepseekV3Config", "Glm4MoeConfig"}
 NOT_THE_LARGEST = {"DeepseekV2Config:groups", "DeepseekV3Config", "Glm4MoeConfig", "Ernie4_5_MoeConfig"}
-SMALL: dict[str, Any] = {
-    "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0,
-    "pad_token_id": 0, "rope_scaling": None,
-    "intermediate_size": 16, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
-    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
-    "num_experts_per_tok": 3, "moe_k": 3, "n_shared_experts": 1, "moe_num_shared_experts": 1,
-    "first_k_dense_replace": 1, "moe_layer_start_index": 1, "decoder_sparse_step": 1,
-    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "n_group": 1, "topk_group": 1,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "layer_types": ["linear_attention", "full_attention"],
-}  # fmt: skip
 GROUPS = {"n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"}
 TERMS = {
     "router_kl_coef": "trust_kl", "reuse_coef": "reuse_loss", "smooth_coef": "smooth_loss", "lag_coef": "lag_loss",
@@ -53,15 +40,10 @@ TERMS = {
 }  # fmt: skip
 
 
-def tiny_config(family: str) -> Any:
-    """A small configuration of this class, with whichever of the sizes it knows."""
+def config_of(family: str) -> Any:
+    """Of this configuration class, with groups of experts if the name says so."""
     name, _, variant = family.partition(":")
-    config_class = getattr(transformers, name)
-    known = config_class()
-    values = {key: value for key, value in SMALL.items() if hasattr(known, key)}
-    if not hasattr(known, "linear_num_key_heads"):
-        values.pop("layer_types", None)
-    return config_class(**{**values, **(GROUPS if variant == "groups" else {})})
+    return tiny_config(getattr(transformers, name), **(GROUPS if variant == "groups" else {}))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,17 +59,7 @@ def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def make(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family.replace(":", "-"))
-            torch.manual_seed(1)
-            model = transformers.AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
-            with torch.no_grad():
-                for router in find_routers(model).values():  # gates that start at zero, biases that choose
-                    for tensor in [*router.parameters(), *router.buffers()]:
-                        tensor.normal_(0, 0.2)
-                for name, tensor in model.named_parameters():
-                    if name.endswith("bias"):
-                        tensor.normal_(0, 0.2)
-            model.save_pretrained(made[family])
-            byte_tokenizer().save_pretrained(made[family])
+            make_tiny(config_of(family), made[family])
         return made[family]
 
     return make
@@ -212,3 +184,11 @@ def test_checkpoints_hold_the_routers_alone(arguments: Any) -> None:
     files = (Path(run.args.output_dir) / "checkpoint-1").glob("*")
     routers = sum(parameter.nbytes for parameter in run.trained.values())
     assert sum(path.stat().st_size for path in files) < 4 * routers + 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_class", moe_configs(), ids=lambda config_class: config_class.__name__)
+def test_no_class_of_transformers_ends_in_a_traceback_or_in_something_wrong(config_class: Any) -> None:
+    """What `remoe bench families` prints for it: trained, packed, paged, read ahead, traced, levered and exported, or refused."""
+    row = check(config_class)
+    assert not {WRONG, TRACEBACK} & set(row.words.values()), (row.words, row.reasons)

@@ -80,8 +80,10 @@ def load_slices(
     Raises:
         UserError: no causal language model, or weights that are missing from the checkpoint or of another shape.
     """
-    options: dict[str, Any] = {"config": config, "state_dict": dict(slices), "dtype": dtype}
     model_class = causal_lm_class(model_dir, config)
+    if model_class.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
+        config = config.get_text_config()
+    options: dict[str, Any] = {"config": config, "state_dict": dict(slices), "dtype": dtype}
     try:
         model, info = model_class.from_pretrained(None, **options, output_loading_info=True)
     except RuntimeError as error:  # how transformers reports shapes that differ, and experts that are missing
@@ -140,6 +142,15 @@ def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
     return model
 
 
+def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Name of a stored tensor -> name of the model's tensor that it, or it and others, become."""
+    transforms: Any = internals.get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, internals.WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, internals.WeightConverter)]
+    rest = (renamings, converters, model.base_model_prefix, model.state_dict())
+    return {name: internals.rename_source_key(name, *rest)[0] for name in stored}
+
+
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> decoder layer: the children of the list in which the routers are; a `UserError` if there is no one list."""
     lists = {name.split(".layers.")[0] + ".layers" for name in find_routers(model) if ".layers." in name}
@@ -161,10 +172,7 @@ class LayerwiseCheckpoint:
         empty = empty_model(folder, dtype=dtype)
         self._config, self._dtype = empty.config, empty.dtype
         self._transforms: Any = internals.get_model_conversion_mapping(empty)
-        renamings = [entry for entry in self._transforms if isinstance(entry, internals.WeightRenaming)]
-        converters = [entry for entry in self._transforms if isinstance(entry, internals.WeightConverter)]
-        rest = (renamings, converters, empty.base_model_prefix, empty.state_dict())
-        target = {key: internals.rename_source_key(key, *rest)[0] for key in self._slices}
+        target = names_in_model(empty, self._slices)
         self._routers = list(find_routers(empty))
         others = [key for key, name in target.items() if not _inside(name, self._routers)]
         layers = decoder_layers(empty)

@@ -8,7 +8,7 @@ import copy
 import inspect
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def asked_routers(model: PreTrainedModel, routers: Mapping[str, nn.Module]) -> d
     """
     if not any(_takes_more(router) for router in routers.values()):
         return {name: AskedRouter(router) for name, router in routers.items()}
-    calls, asked = _recorded_calls(model, set(routers)), {}
+    calls, asked = _recorded_calls(model, routers), {}
     for name, router in routers.items():
         block = model.get_submodule(name.rpartition(".")[0])
         axes, *further = calls[name]
@@ -98,29 +98,24 @@ def _found(block: nn.Module, part: Any) -> Any:
     return operator.attrgetter(part.name)(block) if isinstance(part, _Own) else part
 
 
-def _recorded_calls(model: PreTrainedModel, names: set[str]) -> dict[str, list[Any]]:
+def _recorded_calls(model: PreTrainedModel, names: Iterable[str]) -> dict[str, list[Any]]:
     """Router name -> axes of the hidden states, and the other arguments: a block's own tensors by `_Own`, plain values."""
     calls: dict[str, list[Any]] = {}
+    internals.ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
+    config = copy.deepcopy(model.config)  # which is changed by what follows
     with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # initialising on meta warns, in some families
-        internals.ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
-        config = copy.deepcopy(model.config)  # which is changed by what follows
         copied = AutoModelForCausalLM.from_config(config, experts_implementation=NO_EXPERTS).eval()
+        hidden_1TD = torch.zeros(1, RECORDED_TOKENS, config.get_text_config().hidden_size)
         for name in names:
-            router = copied.get_submodule(name)
             block = copied.get_submodule(name.rpartition(".")[0])
-            router.register_forward_pre_hook(_recorder(calls, name, block), with_kwargs=True)
-        problem: Exception | None = None
-        try:
-            copied(input_ids=torch.zeros(1, RECORDED_TOKENS, dtype=torch.long), use_cache=False)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a family does that needs values: only the routers' calls are of interest
-            problem = error
-    if missing := sorted(names - calls.keys()):
-        raise UserError(
-            f"{type(model).__name__}: how its blocks call the router {missing[0]} cannot be found out ({problem})"
-        )
+            copied.get_submodule(name).register_forward_pre_hook(_recorder(calls, name, block), with_kwargs=True)
+            try:
+                block(hidden_1TD)
+            except Exception as error:  # after the call it does not matter what a block without values cannot do
+                if name not in calls:
+                    kind = f"{type(model).__name__}: how its blocks call the router {name} cannot be found out"
+                    raise UserError(f"{kind} ({error}); such routers are not supported") from error
     return calls
 
 
@@ -134,14 +129,12 @@ def _recorder(calls: dict[str, list[Any]], name: str, block: nn.Module) -> Any:
         given = inspect.signature(type(router).forward).bind(router, *args, **kwargs).arguments
         hidden, *further = list(given.values())[1:]
         own = dict([*block.named_parameters(), *block.named_buffers()])
-        calls[name] = [hidden.dim()]
+        call = [hidden.dim()]
         for part in further:
             found = next((own_name for own_name, tensor in own.items() if tensor is part), None)
             if found is None and isinstance(part, Tensor):
-                raise UserError(
-                    f"{type(router).__name__} is given what earlier layers compute beside the hidden states; "
-                    "such routers are not supported"
-                )
-            calls[name].append(part if found is None else _Own(found))
+                raise UserError("it is given what its block computes beside the hidden states")
+            call.append(part if found is None else _Own(found))
+        calls[name] = call
 
     return hook

@@ -19,6 +19,7 @@ from training.model.router_calls import AskedRouter
 
 PROBE_TOKENS, SCALE_TOKENS = 128, 64
 TOLERANCE = 1e-4
+PROBABILITIES = "probabilities"
 
 
 class Weighing(NamedTuple):
@@ -45,7 +46,8 @@ class RouterKind(NamedTuple):
     """How a router works.
 
     Attributes:
-        scoring: `softmax` or `sigmoid` of the logits; P_t is proportional to it.
+        scoring: `softmax` or `sigmoid` of the logits, to which P_t is proportional; or `probabilities`, where these stand in
+            place of logits (Gemma 4).
         trained: names of the parameters inside the router that the logits depend on.
         takes_largest: whether the experts with the largest logits are chosen, whatever biases or groups there are.
         weighing: how weights follow from the logits, for any choice; None where that is not known (SparseMixer).
@@ -58,11 +60,14 @@ class RouterKind(NamedTuple):
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Float32 log scores, whose softmax over the experts is P_t."""
+        if self.scoring == PROBABILITIES:
+            return logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
         return logits.float() if self.scoring == "softmax" else logsigmoid(logits.float())
 
     def __str__(self) -> str:
         choice = "largest chosen" if self.takes_largest else "choice by groups or a correction bias"
-        return f"{self.scoring} of logits, {choice}, {' and '.join(self.trained)} of each train"
+        scoring = "softmax" if self.scoring == PROBABILITIES else self.scoring
+        return f"{scoring} of logits, {choice}, {' and '.join(self.trained)} of each train"
 
 
 def kind_of(router: AskedRouter, *, hidden_size: int) -> RouterKind:
@@ -96,7 +101,7 @@ def _weighing(router: AskedRouter, scoring: str, hidden_size: int) -> Weighing |
     router.module.eval()
     hidden_TH = torch.randn(SCALE_TOKENS, hidden_size, generator=draw).to(next(router.module.parameters()))
     logits_TE, weights_TK, ids_TK = router.ask(hidden_TH)
-    for normalised in (False, True):
+    for normalised in (False, True) if scoring != PROBABILITIES else ():
         plain_TK = Weighing(scoring, normalised).weights(logits_TE.float(), ids_TK)
         scale = float(weights_TK.float().sum() / plain_TK.sum())
         if torch.allclose(weights_TK.float(), scale * plain_TK, rtol=2e-2, atol=1e-4):
@@ -120,7 +125,9 @@ def _randomised(router: AskedRouter) -> AskedRouter:
 
 
 def _scoring(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> str | None:
-    """Which function of the logits the weights are proportional to; None if neither."""
+    """Which function of the logits the weights are proportional to; `PROBABILITIES` if they are none; None if unknown."""
+    if (logits_TE >= 0).all() and torch.allclose(logits_TE.sum(-1), torch.ones(len(logits_TE)), atol=TOLERANCE):
+        return PROBABILITIES
     chosen_TK = logits_TE.gather(-1, ids_TK)
     shares_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     if torch.allclose(shares_TK, chosen_TK.softmax(-1), atol=TOLERANCE):

@@ -60,6 +60,14 @@ def router_kind(model: PreTrainedModel) -> RouterKind:
     return kind_of(next(iter(ask_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
 
 
+def most_chosen(model: PreTrainedModel) -> int:
+    """How many experts a token chooses, in the layer where it is most; the model may be without weights."""
+    hidden_size = model.config.get_text_config().hidden_size
+    with torch.no_grad():
+        asked = [router.ask(torch.zeros(1, hidden_size).to(model.device)) for router in ask_routers(model).values()]
+    return max(ids_TK.shape[-1] for _, _, ids_TK in asked)
+
+
 def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameter name -> gate weight (and bias, where a family has one) of every router; no correction bias."""
     trained = router_kind(model).trained

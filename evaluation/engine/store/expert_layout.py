@@ -52,6 +52,7 @@ class ExpertLayout:
     """The experts of a checkpoint.
 
     Attributes:
+        others: experts of blocks beside the model's layers, which predict further tokens; transformers does not load them.
         meta_shapes: a tensor name -> shape that stands for all experts of a layer when a model is made without them.
         module_of: the tensors that are experts, and the checkpoint's name of the module that each belongs to.
     """
@@ -62,6 +63,7 @@ class ExpertLayout:
     num_experts: int
     meta_shapes: dict[str, tuple[int, ...]]
     module_of: dict[str, str]
+    others: set[str]
 
 
 def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> ExpertLayout:
@@ -70,17 +72,17 @@ def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Exper
     Raises:
         UserError: there are none, they are in a form that is not supported, or one is incomplete or unlike the others.
     """
-    parts, module_of = _find(tensors, SEPARATE_FORM, model_dir)
-    if fused := not parts:
-        parts, module_of = _find(tensors, FUSED_FORM, model_dir)
-    if not parts:
-        raise UserError(
-            f"{model_dir} has no experts: no tensor is named {LOOKED_FOR}; give a mixture-of-experts checkpoint"
-        )
+    form, names, others = _model_experts(tensors, model_dir)
+    parts, module_of = _find({name: tensors[name] for name in names}, form, model_dir)
+    fused = form is FUSED_FORM
     some = next(iter(parts.values()))
-    expert_format = _fused_format(some, model_dir) if fused else _separate_format(some)
+    expert_format = _fused_format(some, model_dir) if fused else _separate_format(parts, model_dir)
     layer_ids = sorted({layer for layer, _ in parts})
     num_experts = 1 + max(expert for _, expert in parts)
+    if fused and len(numbers := {tensors[name].shape[0] for name in names}) > 1:
+        raise UserError(
+            f"{model_dir}: gate_up and down are of {numbers} experts; experts without weights are not supported"
+        )
     for layer in layer_ids:
         for expert in range(num_experts):
             _check_expert(parts.get((layer, expert), {}), expert_format, layer=layer, expert=expert)
@@ -89,7 +91,33 @@ def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Exper
     else:
         modules = dict.fromkeys(module_of.values())
         meta_shapes = {f"{m}.{role}_proj": (num_experts, *expert_format.shape(role)) for m in modules for role in FUSED}
-    return ExpertLayout(parts, expert_format, layer_ids, num_experts, meta_shapes, module_of)
+    return ExpertLayout(parts, expert_format, layer_ids, num_experts, meta_shapes, module_of, others)
+
+
+def _model_experts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tuple[Form, list[str], set[str]]:
+    """The form of the experts of the model's layers and their names, and the names of other blocks' experts.
+
+    The model's own list of layers is the longest, but for what is called mtp, which predicts tokens further ahead.
+    """
+    found: dict[str, dict[str, re.Match[str]]] = {}
+    for name in tensors:
+        if match := SEPARATE_FORM.name.fullmatch(name) or FUSED_FORM.name.fullmatch(name):
+            found.setdefault(name[: match.start("layer")], {})[name] = match
+    if not found:
+        raise UserError(
+            f"{model_dir} has no experts in a form that is known: no tensor is named {LOOKED_FOR}; others are not supported"
+        )
+    rank = {block: ("mtp" not in block, len({match["layer"] for match in found[block].values()})) for block in found}
+    main, *tied = sorted(found, key=lambda block: rank[block], reverse=True)
+    if tied and rank[tied[0]] == rank[main]:
+        raise UserError(
+            f"{model_dir}: there are two sets of experts, {main}* and {tied[0]}*; remove what is not the model's"
+        )
+    forms = {match.re for match in found[main].values()}
+    if len(forms) > 1:
+        raise UserError(f"{model_dir}: {main} has experts in two forms; {AGAIN}")
+    form = FUSED_FORM if FUSED_FORM.name in forms else SEPARATE_FORM
+    return form, list(found[main]), {name for block in found.keys() - {main} for name in found[block]}
 
 
 def _find(tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path) -> tuple[PartsByExpert, dict[str, str]]:
@@ -98,8 +126,7 @@ def _find(tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path) -> t
     module_of: dict[str, str] = {}
     for name, tensor in tensors.items():
         match = form.name.fullmatch(name)
-        if not match:
-            continue
+        assert match, f"{name} is of another form"
         role = form.roles.get(match["part"])
         if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != form.axes:
             raise UserError(
@@ -123,7 +150,10 @@ def _slices(tensor: StoredTensor) -> list[tuple[int, StoredTensor]]:
     return [(i, replace(tensor, name=f"{tensor.name}[{i}]", offset=offset, **each)) for i, offset in enumerate(offsets)]
 
 
-def _separate_format(roles: Mapping[str, StoredTensor]) -> ExpertFormat:
+def _separate_format(parts: PartsByExpert, model_dir: Path) -> ExpertFormat:
+    roles = next(iter(parts.values()))
+    if not any("gate" in roles for roles in parts.values()):
+        raise UserError(f"{model_dir}: experts have no gate matrix; experts without a gate are not supported")
     role, tensor = next(iter(roles.items()))
     intermediate, hidden = tensor.shape if role != "down" else tensor.shape[::-1]
     return ExpertFormat(hidden, intermediate, tensor.dtype)
@@ -149,7 +179,10 @@ def _fused_format(roles: Mapping[str, StoredTensor], model_dir: Path) -> ExpertF
 def _check_expert(roles: Mapping[str, StoredTensor], expected: ExpertFormat, *, layer: int, expert: int) -> None:
     for role in expected.roles:
         if role not in roles:
-            raise UserError(f"layer {layer} expert {expert} has no {role} matrix in the checkpoint; {AGAIN}")
+            raise UserError(
+                f"layer {layer} expert {expert} has no {role} matrix in the checkpoint; {AGAIN}, "
+                "unless it has experts that compute nothing, which are not supported"
+            )
         tensor, wanted_bytes = roles[role], expected.role_bytes(role)
         if (tensor.shape, tensor.dtype, tensor.length_bytes) != (expected.shape(role), expected.dtype, wanted_bytes):
             raise UserError(

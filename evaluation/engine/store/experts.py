@@ -30,7 +30,7 @@ class ExpertStore:
         layer_ids: the layers that have experts, ascending, as the checkpoint numbers them.
         meta_shapes: what stands for the experts when a model is made without them; see `ExpertLayout`.
         module_bytes: bytes of the experts of each layer, by the checkpoint's name of their module, in layer order.
-        resident: the tensors that are no experts.
+        resident: the tensors that are no experts, of the model's layers or of others.
         stored_tensors: how many tensors the checkpoint has.
         shards: the files that hold experts.
     """
@@ -44,7 +44,8 @@ class ExpertStore:
         self._whole = {key: _extents(roles) for key, roles in self._parts.items()}
         layer_bytes = self.num_experts * self.format.expert_bytes
         self.module_bytes = dict.fromkeys(sorted(set(layout.module_of.values()), key=_numbers), layer_bytes)
-        self.resident = {name: tensor for name, tensor in tensors.items() if name not in layout.module_of}
+        experts = layout.module_of.keys() | layout.others
+        self.resident = {name: tensor for name, tensor in tensors.items() if name not in experts}
         self.stored_tensors = len(tensors)
         self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
 

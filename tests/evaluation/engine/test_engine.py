@@ -196,7 +196,7 @@ def changed(folder: Path, into: Path, **config: Any) -> Path:
         ({"model_type": "no_such_model"}, "config.json is not understood"),
         ({"model_type": "t5"}, "model type 't5' is no causal language model"),
         ({"num_experts_per_tok": "two"}, "config.json is not understood: .*num_experts_per_tok"),
-        ({"num_experts_per_tok": None, "model_type": "llama"}, "names no num_experts_per_tok"),
+        ({"num_experts_per_tok": None, "model_type": "llama"}, "has no routers"),
         ({"num_hidden_layers": 0}, "config.json has 0 layers, none with experts"),
         ({"vocab_size": 17}, "the weights do not fit config.json"),
         ({"num_hidden_layers": 4}, "the checkpoint lacks model.layers.3.input_layernorm.weight"),

@@ -125,7 +125,10 @@ def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, "has no experts: no tensor is named .*gate,up,down"),
+        (
+            {"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)},
+            "no experts in a form that is known: .*gate,up,down",
+        ),
         (
             {"model.layers.0.mlp.experts.gate_up_proj": torch.ones(2, 4, 4)},
             "of gate_up and down there is only .*gate_up_proj",
@@ -135,7 +138,10 @@ def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
             r"expert tensor .*gate_up_proj_blocks \(U8 \[2, 4, 4\]\) is not supported",
         ),
         (fused(gate_up=(2, 4, 4), down=(2, 4, 4)), r"gate_up_proj\[0\] \[4, 4\] and .*do not belong to a gated expert"),
-        (fused(gate_up=(3, 12, 4), down=(2, 4, 6)), "layer 0 expert 2 has no down matrix"),
+        (
+            fused(gate_up=(3, 12, 4), down=(2, 4, 6)),
+            r"gate_up and down are of \{2, 3\} experts; experts without weights",
+        ),
         (
             one_layer(model__layers__2__mlp__experts__0__gate_proj__bias=torch.ones(6)),
             "expert tensor .*gate_proj.bias .* is not supported",
@@ -162,7 +168,7 @@ def test_an_expert_of_a_fused_layer_is_a_slice_of_each_tensor(
         ),
         (
             one_layer(other__layers__2__mlp__experts__0__up_proj__weight=torch.ones(6, 4)),
-            "layer 2 has two sets of experts",
+            r"two sets of experts, model.layers.\* and other.layers.\*",
         ),
     ],
 )
@@ -211,3 +217,21 @@ def test_a_token_needs_its_experts_and_all_else_but_the_table_of_embeddings(tmp_
     one_bytes, embedding_bytes, norm_bytes = 4 * 3 * 6 * 4, 4 * 9 * 4, 4 * 4
     expected = one_bytes + norm_bytes + embedding_bytes * (2 if tied else 1)
     assert store.active_bytes(top_k=1, tied_embeddings=tied) == expected
+
+
+def test_experts_of_a_block_that_predicts_ahead_are_neither_paged_nor_resident(tmp_path: Path) -> None:
+    """As Qwen3-Next lies on the hub: its draft block has experts in another form than the model's layers."""
+    draft = {
+        f"mtp.layers.0.mlp.experts.{e}.{p}_proj.weight": torch.ones(6, 4) for e in range(9) for p in ("gate", "up")
+    }
+    draft |= {f"mtp.layers.0.mlp.experts.{e}.down_proj.weight": torch.ones(4, 6) for e in range(9)}
+    rest = {"mtp.layers.0.input_layernorm.weight": torch.ones(4), "model.norm.weight": torch.ones(4)}
+    store = ExpertStore(saved(tmp_path / "m", fused(gate_up=(2, 12, 4), down=(2, 4, 6)) | draft | rest))
+    assert store.num_experts == 2
+    assert set(store.resident) == {*rest, "model.layers.0.mlp.experts.gate_up_proj_bias"}
+
+
+def test_experts_without_a_gate_are_refused_for_what_they_are(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in one_layer().items() if "gate_proj" not in name}
+    with pytest.raises(UserError, match="experts have no gate matrix; experts without a gate are not supported"):
+        ExpertStore(saved(tmp_path / "m", tensors))

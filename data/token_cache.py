@@ -24,7 +24,7 @@ from data.batches import NO_TEXT, DataArguments, tokenize
 from data.sources import Row, text_of, training_rows
 
 IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
-FORMAT_VERSION = 2  # of how rows become tokens: tokens that were made otherwise are made anew
+FORMAT_VERSION = 3  # of how rows become tokens: tokens that were made otherwise are made anew
 CHUNK = 1000  # rows that are tokenized at a time
 NAMED = 10  # rows left out that are named one by one
 
@@ -33,7 +33,7 @@ class Documents(Sequence[np.ndarray]):
     """Token ids of every document, as `tokenize` makes them, in a file that is mapped into memory.
 
     `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why;
-    `largest_id` is that of all tokens.
+    `largest_id` is that of all tokens, `sha256` a digest of them and of where documents end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,6 +41,7 @@ class Documents(Sequence[np.ndarray]):
         self.left_out: int = about["left_out"]
         self.first_left_out: list[str] = about["first_left_out"]
         self.largest_id: int = about["largest_id"]
+        self.sha256: str = about["sha256"]
         lengths = np.load(folder / LENGTHS)
         if (folder / IDS).stat().st_size != 4 * int(lengths.sum()):
             raise ValueError(f"{folder / IDS} is not {4 * int(lengths.sum())} bytes long")
@@ -104,7 +105,7 @@ def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase,
 def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> None:
     lengths: list[int] = []
     bad: list[str] = []
-    largest_id = 0
+    largest_id, digest = 0, hashlib.sha256()
     rows = iter(tqdm(training_rows(args), desc="tokenizing", unit="row", disable=not progress))
     try:
         with (folder / IDS).open("wb") as ids:
@@ -114,8 +115,11 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
                     lengths.append(len(document))
                     largest_id = max(largest_id, int(np.maximum(document, ~document).max()))
                     ids.write(document.tobytes())
+                    digest.update(document.tobytes())
         np.save(folder / LENGTHS, np.array(lengths, dtype=np.int64))
-        about = {"left_out": len(bad), "first_left_out": bad[:NAMED], "largest_id": largest_id}
+        digest.update(np.array(lengths, dtype=np.int64).tobytes())
+        about: dict[str, Any] = {"left_out": len(bad), "first_left_out": bad[:NAMED], "largest_id": largest_id}
+        about["sha256"] = digest.hexdigest()
         (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     except OSError as error:
         raise UserError(

@@ -22,7 +22,14 @@ from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
-from training.run_folder.folder import check_output_dir, code_commit, explaining_a_full_disk, update_json
+from training.run_folder.folder import (
+    check_output_dir,
+    check_same_run,
+    code_commit,
+    decisive,
+    explaining_a_full_disk,
+    update_json,
+)
 from training.sharding.launcher import REPLICATED, make_accelerator, weight_layout
 from training.sharding.layerwise import load_layerwise, move_whole_tensors, whole_tensors
 from training.sharding.placement import check_memory
@@ -60,6 +67,8 @@ def build(args: TrainArguments) -> Run:
     accelerator = make_accelerator(bf16=args.bf16)
     resume_from = checkpoint.find(Path(args.output_dir), args.resume_from_checkpoint)
     check_output_dir(args, resume_from)
+    if resume_from is not None:
+        check_same_run(args, checkpoint.load_state(resume_from).get("config", {}), where=resume_from)
     layout = weight_layout(accelerator)
     if layout != REPLICATED and args.trainable == "all":
         advice = "with trainable=all use configs/accelerate/multi_gpu.yaml"
@@ -168,7 +177,11 @@ def _read(args: TrainArguments, tokenizer: PreTrainedTokenizerBase, accelerator:
 def save_checkpoint(run: Run) -> None:
     """A checkpoint of the present step, written by the main process while the others wait."""
     state = {key: getattr(run, key) for key in ("num_tokens", "rows_per_step", "frozen_sha256", "wandb_id")}
-    state["scheduler"] = run.scheduler.state_dict()
+    state |= {
+        "scheduler": run.scheduler.state_dict(),
+        "data_sha256": run.documents.sha256,
+        "config": decisive(run.args),
+    }
     out, keep = Path(run.args.output_dir), run.args.save_total_limit
     if run.accelerator.is_main_process:
         checkpoint.save(out, run.step, trained=run.trained, optimizer=run.optimizer, state=state, keep=keep)
@@ -213,11 +226,16 @@ def _save_delta(run: Run, folder: Path) -> None:
 
 def _resume(run: Run, path: Path) -> None:
     state = checkpoint.load_state(path)
-    for key, now in (("rows_per_step", run.rows_per_step), ("frozen_sha256", run.frozen_sha256)):
+    whats = {
+        "rows_per_step": (run.rows_per_step, "batch size, accumulation steps or processes"),
+        "frozen_sha256": (run.frozen_sha256, "the base model"),
+        "data_sha256": (run.documents.sha256, "the data or the tokenizer"),
+    }
+    for key, (now, what) in whats.items():
         if state.get(key) != now:
             raise UserError(
-                f"{path} was written with {key}={state.get(key)}, this run has {now}: the result would not be that of one run. "
-                "Restore what changed, or write another output_dir"
+                f"{path} was written with {key}={state.get(key)}, this run has {now}: {what} changed, and the result would not "
+                "be that of one run. Restore it, or start afresh in another output_dir, without resume_from_checkpoint"
             )
     checkpoint.load(path, trained=run.trained, optimizer=run.optimizer)
     run.scheduler.load_state_dict(state["scheduler"])

@@ -191,6 +191,52 @@ def test_going_on_with_another_config_is_refused(
     assert len(metrics_of(Path(train_args().output_dir))) == 3
 
 
+def test_a_checkpoint_named_for_a_new_folder_is_gone_on_from_by_the_same_config_only(
+    train_args: Arguments, tmp_path: Path
+) -> None:
+    first = train_args()
+    train(first)
+    named = {
+        "resume_from_checkpoint": str(Path(first.output_dir) / "checkpoint-2"),
+        "output_dir": str(tmp_path / "new"),
+    }
+    with pytest.raises(UserError, match=r"checkpoint-2 was started with learning_rate=0.01, now it is 0.02"):
+        train(train_args(**named, learning_rate=0.02))
+    assert not (tmp_path / "new").exists()
+    train(train_args(**named))
+    assert without_time(metrics_of(tmp_path / "new")) == without_time(metrics_of(Path(first.output_dir)))[2:]
+
+
+def test_going_on_with_changed_data_is_refused_and_with_the_same_data_elsewhere_is_not(
+    train_args: Arguments, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved.txt"
+    shutil.copy(text_file, moved)
+    train_until(train_args(), 3, monkeypatch)
+    assert build(train_args(resume_from_checkpoint="auto", train_file=str(moved))).step == 2
+    moved.write_text(moved.read_text() + "\n\none more", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data_sha256=.*the data or the tokenizer changed"):
+        build(train_args(resume_from_checkpoint="auto", train_file=str(moved)))
+
+
+def test_the_same_base_under_another_path_is_gone_on_with(
+    train_args: Arguments, model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_until(train_args(), 3, monkeypatch)
+    copied = shutil.copytree(model_dir("qwen2_moe"), tmp_path / "base")
+    assert build(train_args(resume_from_checkpoint="auto", model_name_or_path=f"{copied}/")).step == 2
+
+
+def test_a_run_may_be_made_longer_where_its_schedule_has_no_end(train_args: Arguments) -> None:
+    endless = {"lr_scheduler_type": "constant_with_warmup"}
+    train(train_args(**endless, max_steps=2))
+    train(train_args(**endless, max_steps=4, resume_from_checkpoint="auto"))
+    longer = without_time(metrics_of(Path(train_args().output_dir)))
+    assert len(longer) == 4
+    with pytest.raises(UserError, match="was started with max_steps=4, now it is 3"):
+        train(train_args(**endless, max_steps=3, resume_from_checkpoint="auto"))
+
+
 def test_going_on_with_another_base_model_in_the_same_folder_is_refused(
     train_args: Arguments, model_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,11 +14,19 @@ from safetensors import SafetensorError
 from configs.files import write_json
 from configs.load import UserError, load
 
-# Keys that may differ between a run and its continuation: none of them changes a number.
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps",
+    "model_name_or_path", "tokenizer_name", "dataset_name", "dataset_split", "train_file", "domains", "skip_bad_rows",
 }  # fmt: skip
+"""Keys that may differ between a run and its continuation: none changes a number. What paths lead to is compared instead."""
+WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules whose learning rate does not depend on max_steps, which may therefore grow."""
+
+
+def decisive(args: Any) -> dict[str, Any]:
+    """The keys of a configuration that decide numbers."""
+    return {key: value for key, value in asdict(args).items() if key not in FREE_ON_RESUME}
 
 
 def check_output_dir(args: Any, resume_from: Path | None) -> None:
@@ -30,13 +38,22 @@ def check_output_dir(args: Any, resume_from: Path | None) -> None:
         raise UserError(
             f"output_dir={out} already holds a run; write resume_from_checkpoint=auto to resume it, or another output_dir"
         )
-    before = asdict(load(type(args), out / "config.yaml"))
-    changed = [key for key, value in asdict(args).items() if key not in FREE_ON_RESUME and before[key] != value]
-    if resume_from is not None and changed:
-        key = changed[0]  # the objective stands before the coefficients that it sets
+    if resume_from is not None:
+        check_same_run(args, asdict(load(type(args), out / "config.yaml")), where=out)
+
+
+def check_same_run(args: Any, before: Mapping[str, Any], *, where: Path) -> None:
+    """Refuse by a `UserError` to go on, with `args`, from what the configuration `before` has begun."""
+    now = decisive(args)
+    if now["lr_scheduler_type"] in WITHOUT_END and now["max_steps"] >= before.get("max_steps", 0):
+        del now["max_steps"]
+    # the objective stands before the coefficients that it sets
+    changed = [key for key, value in now.items() if before.get(key, value) != value]
+    if changed:
+        key = changed[0]
         raise UserError(
-            f"{out} was started with {key}={before[key]}, now it is {asdict(args)[key]}: the result would not be that of one "
-            f"run. Write {key}={before[key]}, or another output_dir"
+            f"{where} was started with {key}={before[key]}, now it is {now[key]}: the result would not be that of one run. "
+            f"Write {key}={before[key]}, or start afresh in another output_dir, without resume_from_checkpoint"
         )
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,25 +16,50 @@ from configs.load import UserError
 
 
 def prepare(path: str | Path) -> Path:
-    """Make the folder of a result before the work that leads to it; a `UserError` if that, or such a file, cannot be."""
+    """Make the folder of a result before the work that leads to it; a `UserError` if such a file cannot be written."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"output {path} is a folder; name a file in it, for example {path / 'result.json'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot make the folder for output {path}: {error}; name a file elsewhere") from error
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"output {path} cannot be written into; name a file elsewhere")
+    else:
+        prepare_folder(Path(os.path.realpath(path)).parent)
     return path
+
+
+def prepare_folder(path: str | Path) -> Path:
+    """Make a folder that results are to be written into; a `UserError` if it cannot be made or written into."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise UserError(f"folder {path} cannot be made or written into: {error}; name an output elsewhere") from error
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something is there that is no file that could be replaced: a device, a pipe."""
+    return path.exists() and not path.is_file()
 
 
 @contextmanager
 def writing_aside(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it when it does not."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Give a temporary path beside `path`; rename it to `path` when the block ends well, remove it when it does not.
+
+    Of a link the file that it leads to is replaced; into a device or a pipe what was written is copied.
+    """
+    path = Path(os.path.realpath(path))
+    special = _is_special(path)
+    aside = (Path(tempfile.gettempdir()) if special else path.parent) / f".{path.name}.{os.getpid()}.partial"
     try:
         yield aside
-        os.replace(aside, path)
+        if special:
+            with aside.open("rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target)
+        else:
+            os.replace(aside, path)
     except OSError as error:
         if error.errno is None:  # numpy, when it could write only a part
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -53,7 +79,7 @@ def folder_aside(path: str | Path, *, replace: bool = False, durable: bool = Fal
         replace: whether a folder that is there may be replaced; if not, it must be empty.
         durable: bring all to disk, so that after a power failure too the folder is whole or not there.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

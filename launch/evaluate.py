@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 
 from configs.command import parse
+from configs.files import prepare_folder
 from configs.load import keys_help, load
 from evaluation.evaluate import EvaluationArguments, assemble, evaluate, trained_arm
 from evaluation.report.documents import write_results
@@ -34,7 +35,7 @@ class Evaluate:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the results and both reports."""
     command = parse(Evaluate, argv, prog="remoe evaluate", epilog=keys_help(EvaluationArguments))
-    config = load(EvaluationArguments, command.config, command.overrides)
+    config, output = load(EvaluationArguments, command.config, command.overrides), prepare_folder(command.output)
     arms = [trained_arm(command.model, [Path(command.router_delta)])] if command.router_delta else []
     started = time.perf_counter()
     told = Narration()
@@ -44,5 +45,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = {"evaluate": time.perf_counter() - started}
     line = f"remoe evaluate {' '.join(sys.argv[1:] if argv is None else argv)}"
     results = assemble(measured, command=line, config=asdict(config), seconds=seconds)
-    write_results(results, Path(command.output))
-    say_the_end(results, Path(command.output))
+    write_results(results, output)
+    say_the_end(results, output)

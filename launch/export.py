@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.command import parse
+from configs.files import prepare_folder
 from configs.load import UserError
 from evaluation.export.gguf_patch import patch_gguf
 from evaluation.export.hf_folder import stored_tensors, write_folder
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(command.output)
     if output.exists():
         raise UserError(f"output {output} exists already; name a new one, or remove it first")
+    prepare_folder(output.parent)
     model_dir = Path(local_folder(command.model))
     routers, about = load_for(model_dir, command.router_delta), describe(command.router_delta)
     stored = stored_tensors(model_dir, routers)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if command.gguf is not None:
         patch_gguf(Path(command.gguf), output, routers, stored=stored, about=about)
     else:

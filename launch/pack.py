@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.command import parse
+from configs.files import prepare_folder
 from configs.load import UserError
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.packing import is_packed, write_packed
@@ -45,5 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"an expert's {odd[0]} matrix has {store.format.role_bytes(odd[0])} bytes, which are no whole pages of "
             f"{PAGE_BYTES}: no order would let all experts start on one; use {model_dir} as it is"
         )
+    prepare_folder(output.parent)
     write_packed(model_dir, output)
     print(f"{len(store.shards)} shards with experts are packed in {output}; its tensors are those of {model_dir}")

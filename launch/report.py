@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from configs.command import parse
-from configs.files import prepare
+from configs.files import prepare, prepare_folder
 from evaluation.report.documents import write_report
 from evaluation.report.plots import write_frontier
 from evaluation.results import read_results
@@ -29,8 +29,8 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, check, write both reports, say where."""
     command = parse(Report, argv, prog="remoe report")
-    output = Path(command.output or Path(command.results).parent)
     results = read_results(command.results)
+    output = prepare_folder(command.output or Path(command.results).parent)
     write_report(results, output)
     if command.frontier is not None:
         write_frontier(results, prepare(command.frontier))

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from configs.command import parse
-from configs.files import write_yaml
+from configs.files import prepare_folder, write_yaml
 from configs.load import UserError, keys_help, load
 from evaluation.evaluate import Arm, EvaluationArguments, assemble, evaluate, trained_arm
 from evaluation.report.documents import write_results
@@ -51,7 +51,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     trainings = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
     model = str(next(iter(trainings.values()))[0].model_name_or_path)
     all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
-    out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(out)
     write_yaml(out / "config.yaml", args)
     seeds = f" with seeds {', '.join(map(str, args.seeds))}" if len(args.seeds) > 1 else ""
     say(f"comparing {model} as it is with its routers trained as {', '.join(args.arms)}{seeds}; results go to {out}")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from configs.files import write_yaml
+from configs.files import prepare_folder, write_yaml
 from configs.load import UserError
 from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
@@ -74,6 +74,7 @@ def build(args: TrainArguments) -> Run:
         advice = "with trainable=all use configs/accelerate/multi_gpu.yaml"
         raise UserError(f"{layout} here shards what does not train; {advice}")
     check_memory(args, accelerator, layout=layout)
+    prepare_folder(args.output_dir)
     tokenizer = loading.load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents = _read(args, tokenizer, accelerator)
     torch.manual_seed(args.seed)

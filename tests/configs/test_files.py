@@ -1,10 +1,12 @@
 """Results are written whole or not at all."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from configs.files import folder_aside, prepare, write_json, write_text, writing_aside
+from configs.files import folder_aside, prepare, prepare_folder, write_json, write_text, writing_aside
 from configs.load import UserError
 
 
@@ -31,8 +33,38 @@ def test_the_folder_is_made_and_impossible_places_are_refused(tmp_path: Path) ->
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         prepare(tmp_path / "a")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot make the folder for output"):
+    with pytest.raises(UserError, match="file cannot be made or written into"):
         prepare(tmp_path / "file" / "r.json")
+
+
+def test_what_is_no_file_is_written_into_and_links_are_followed(tmp_path: Path) -> None:
+    pipe, device, target, link = (tmp_path / name for name in ("pipe", "null", "real.txt", "link.txt"))
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_text(prepare(pipe), "through the pipe")
+        assert read.result() == "through the pipe"
+    assert pipe.is_fifo()
+    device.symlink_to("/dev/null")
+    write_text(prepare(device), "nowhere")
+    assert device.is_symlink()
+    assert device.is_char_device()
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(prepare(link), "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "null", "real.txt", "link.txt"}
+
+
+def test_a_folder_that_cannot_be_written_into_is_refused_before_the_work(tmp_path: Path) -> None:
+    """/proc takes no files, from nobody."""
+    with pytest.raises(UserError, match="/proc cannot be made or written into"):
+        prepare("/proc/result.json")
+    with pytest.raises(UserError, match="/proc/new cannot be made or written into"):
+        prepare_folder("/proc/new")
+    assert prepare_folder(tmp_path / "a" / "b").is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_a_whole_file_replaces_the_old_one(tmp_path: Path) -> None:

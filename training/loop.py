@@ -88,7 +88,7 @@ def train_step(run: Run) -> dict[str, float]:
     count = _sum_over_processes(run.accelerator, total_counts(run.args, batches))
     shares = [_backward(run, batch, count, index) for index, batch in enumerate(batches)]
     _add_up_gradients(run)
-    if run.step == 0:
+    if run.step == run.proof_step:
         _record_gradients(run)
     done = {"train/learning_rate": run.scheduler.get_last_lr()[0], "train/grad_norm": _clip(run)}
     run.optimizer.step()
@@ -168,7 +168,7 @@ def _clip(run: Run) -> float:
 
 
 def _record_gradients(run: Run) -> None:
-    """Check at step 1 that every trained tensor has a finite, non-zero gradient and nothing else any; write it down."""
+    """Check that every trained tensor has a finite, non-zero gradient and nothing else any; write it down."""
     norms = proof.check_gradients(run.model, run.trained)
     if run.accelerator.is_main_process:
         update_json(Path(run.args.output_dir) / "proof.json", {"gradient_norms_at_step_1": norms})

@@ -19,7 +19,8 @@ from training.arguments import TrainArguments
 from training.model import loading
 from training.model.lazy_weights import LayerwiseCheckpoint
 from training.model.packing import keeps_documents_apart
-from training.model.routers import RouterObserver
+from training.model.routers import RouterObserver, task_reaches_routers
+from training.objective.terms import TERMS
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
 from training.run_folder.folder import (
@@ -52,6 +53,7 @@ class Run:
     head: Head | None  # makes logits of hidden states, some at a time; None: the model makes all of them
     frozen_sha256: str
     packs: bool  # documents share rows; otherwise the model would let them see each other, and each has its own
+    proof_step: int  # gradients are checked in this step, counted from 0
     step: int = 0
     num_tokens: int = 0
     wandb_id: str | None = None
@@ -83,13 +85,13 @@ def build(args: TrainArguments) -> Run:
     model = loading.build_model(args, seed=args.seed, weights=weights)
     n_parameters = model.num_parameters()
     move_whole_tensors(model, accelerator.device, layout=layout)
-    observer = _observe(args, model)
+    observer, proof_step = _observe(args, model), _proof_step(args, model)
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
     optimizer, scheduler = _optimizer(args, trained)
     rows, digest = PackedRows(documents, max_length=args.max_length, seed=args.seed), proof.combined(digest_of)
     with accelerator.autocast():
         packs = keeps_documents_apart(model, args.max_length)
-    state = (observer, optimizer, scheduler, trained, head, digest, packs)
+    state = (observer, optimizer, scheduler, trained, head, digest, packs, proof_step)
     run = Run(args, accelerator, model, tokenizer, documents, rows, *state)
     if resume_from is not None:
         _resume(run, resume_from)
@@ -107,6 +109,21 @@ def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
             "not by the largest logits, which soft misses are made of; write objective=cache"
         )
     return observer
+
+
+def _proof_step(args: TrainArguments, model: PreTrainedModel) -> int:
+    """The step after whose backward pass gradients are checked: the first, unless only terms that grow from 0 reach routers.
+
+    A `UserError` if nothing does: routers that give the one expert they choose the weight 1 leave the task loss no say.
+    """
+    if args.trainable == "all" or task_reaches_routers(model):
+        return 0
+    if any(args.coefficient(term.coefficient) for term in TERMS):
+        return 1
+    raise UserError(
+        f"objective={args.objective}: routers of {type(model).__name__} choose one expert and give it the weight 1 whatever "
+        "their logits, so that the task loss does not depend on them and cannot train them; write objective=remoe"
+    )
 
 
 def _trained(

@@ -4,17 +4,19 @@ The traps of several processes are in `test_processes.py` (ranks that change los
 `requires_grad`), those of W&B without a network in `test_wandb.py`.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Ernie4_5_MoeConfig, Qwen3MoeConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError
 from data.batches import PADDING, Batch
+from evaluation.benchmark.families import make_tiny
 from tests.conftest import SMALL, byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train_step
@@ -30,6 +32,21 @@ def test_trap_trained_routers_without_a_gradient(train_args: Arguments) -> None:
         tensor.register_hook(torch.zeros_like)
     with pytest.raises(UserError, match="at the first step: it would not be trained"):
         train_step(run)
+
+
+def test_trap_routers_that_the_task_loss_cannot_train(train_args: Arguments, tmp_path: Path) -> None:
+    """Top-1 with normalised weights: the only gradient is rounding noise, which AdamW would make steps of full length from."""
+    make_tiny(Qwen3MoeConfig(**SMALL, num_experts=8, num_experts_per_tok=1, norm_topk_prob=True), tmp_path / "base")
+    base = str(tmp_path / "base")
+    with pytest.raises(
+        UserError, match=r"objective=ce_only: .*choose one expert and give it the weight 1 .*objective=remoe"
+    ):
+        build(train_args(model_name_or_path=base, objective="ce_only"))
+    run = build(train_args(model_name_or_path=base, objective="remoe"))
+    train_step(run)
+    train_step(run)
+    norms = json.loads((Path(run.args.output_dir) / "proof.json").read_text())["gradient_norms_at_step_1"]
+    assert min(norms.values()) > 1e-6, "of the reuse term, which counts from the second step on"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5"])

@@ -64,8 +64,17 @@ def most_chosen(model: PreTrainedModel) -> int:
     """How many experts a token chooses, in the layer where it is most; the model may be without weights."""
     hidden_size = model.config.get_text_config().hidden_size
     with torch.no_grad():
-        asked = [router.ask(torch.zeros(1, hidden_size).to(model.device)) for router in ask_routers(model).values()]
+        asked = [
+            router.ask(torch.zeros(1, hidden_size).to(next(router.module.parameters())))
+            for router in ask_routers(model).values()
+        ]
     return max(ids_TK.shape[-1] for _, _, ids_TK in asked)
+
+
+def task_reaches_routers(model: PreTrainedModel) -> bool:
+    """Whether what the model predicts depends on its routers' logits; one expert with the weight 1 never does."""
+    weighing = router_kind(model).weighing
+    return weighing is None or not weighing.normalised or most_chosen(model) > 1
 
 
 def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -2,12 +2,16 @@
 
 import hashlib
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from configs.load import UserError
+
+NOISE = 1e-6
+"""A gradient that is this much smaller than the others' is what float32 rounds to."""
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -37,7 +41,8 @@ def check_gradients(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
     """Gradient norm of every trained tensor after the first backward pass.
 
     Raises:
-        UserError: a trained tensor has no finite, non-zero gradient, or another one has any.
+        UserError: a trained tensor has no finite, non-zero gradient, or one that is noise beside the others', or another
+            tensor has any.
     """
     for name, parameter in model.named_parameters():
         if name not in trained and parameter.grad is not None:
@@ -52,4 +57,11 @@ def check_gradients(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str
                 "Check that the objective has a term that reaches it"
             )
         norms[name] = norm_or_none
+    usual = statistics.median(norms.values()) if norms else 0.0
+    for name, norm in norms.items():
+        if norm < NOISE * usual:
+            raise UserError(
+                f"trained tensor {name} has a gradient of norm {norm:.3g} at the first step, others of {usual:.3g}: that is "
+                "rounding noise, by which it would be trained. Check that the objective has a term that reaches it"
+            )
     return norms

@@ -46,6 +46,13 @@ def test_a_router_without_a_finite_gradient_is_refused(broken: float | None, mod
         proof.check_gradients(model, trained_parameters(model))
 
 
+def test_a_router_whose_gradient_is_rounding_noise_is_refused(model: Any) -> None:
+    first, *_ = router_parameters(model)
+    model.get_parameter(first).grad.mul_(1e-8)
+    with pytest.raises(UserError, match=rf"trained tensor {first} has a gradient of norm .* that is rounding noise"):
+        proof.check_gradients(model, trained_parameters(model))
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_frozen_tensor_with_a_gradient_is_refused(value: float, model: Any) -> None:
     frozen = model.model.norm.weight

@@ -90,7 +90,7 @@ def build(args: TrainArguments) -> Run:
     optimizer, scheduler = _optimizer(args, trained)
     rows, digest = PackedRows(documents, max_length=args.max_length, seed=args.seed), proof.combined(digest_of)
     with accelerator.autocast():
-        packs = keeps_documents_apart(model, args.max_length)
+        packs = keeps_documents_apart(model, args.max_length, sharded=layout != REPLICATED)
     state = (observer, optimizer, scheduler, trained, head, digest, packs, proof_step)
     run = Run(args, accelerator, model, tokenizer, documents, rows, *state)
     if resume_from is not None:

@@ -38,10 +38,11 @@ def one_per_row(input_ids_BS: Tensor, document_ids_BS: Tensor) -> OnePerRow:
     return OnePerRow(input_ids_DT, position_ids_DT, place.view_as(input_ids_BS))
 
 
-def keeps_documents_apart(model: PreTrainedModel, row_tokens: int) -> bool:
+def keeps_documents_apart(model: PreTrainedModel, row_tokens: int, *, sharded: bool = False) -> bool:
     """Whether what a model gives for the second document of a packed row of this length depends on nothing in the first.
 
-    The gradient tells it without a threshold: what attention masks out has a gradient of exactly 0.
+    The gradient tells it without a threshold: what attention masks out has a gradient of exactly 0. A sharded model can only
+    be called as a whole; of another one the logits of so many positions are spared.
     """
     split, leaves = row_tokens // 2 + 1, []
 
@@ -54,10 +55,11 @@ def keeps_documents_apart(model: PreTrainedModel, row_tokens: int) -> bool:
     position_ids_BS = torch.cat([torch.arange(n, device=device) for n in (split, row_tokens - split)])[None]
     handle = model.get_input_embeddings().register_forward_hook(as_leaf)
     try:
-        hidden_BSD = model.base_model(input_ids=ids_BS, position_ids=position_ids_BS, use_cache=False)[0]
+        called = model if sharded else model.base_model
+        outputs_BSX = called(input_ids=ids_BS, position_ids=position_ids_BS, use_cache=False)[0]
     finally:
         handle.remove()
-    second = hidden_BSD[:, split:].float()
+    second = outputs_BSX[:, split:].float()
     weights = torch.linspace(-1, 1, second.numel(), device=device).view_as(
         second
     )  # a plain sum of normed states is flat

@@ -11,10 +11,10 @@ Choice = TypeVar("Choice", str, float)
 
 
 def at_least(options: object, **least: int) -> None:
-    """A `UserError` that names the flag of a number below its least one; None stands for one that was not given."""
+    """A `UserError` that names the flag of a number below its least one, or no finite number; None was not given."""
     for name, smallest in least.items():
         value = getattr(options, name)
-        if value is not None and value < smallest:
+        if value is not None and not smallest <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; write at least {smallest}")
 
 

@@ -1,6 +1,7 @@
 """What every command shares: flags that are fields of a dataclass, and one message with exit code 2 for a user's mistake."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -59,6 +60,7 @@ def _raise_what_the_dataclass_said(event: ParseErrorEvent) -> None:
 def run(main: Main, argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)` and return the exit code: 0, 2 for a `UserError` or a full disk, 130 when interrupted,
     141 when whoever reads the output has left (`| head`)."""
+    _make_streams_writable()
     try:
         main(argv)
         sys.stdout.flush()
@@ -78,6 +80,16 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
+
+
+def _make_streams_writable() -> None:
+    """Output that is closed goes nowhere; what its encoding cannot say (ASCII, in many containers) is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str, code: int) -> int:

@@ -26,6 +26,7 @@ class DataArguments:
     """The text that the model reads, and how it is cut into rows."""
 
     dataset_name: str = "embedded"  # `embedded` (what ships), or a Hugging Face data set, by hub name or local folder
+    dataset_config_name: str | None = None  # configuration of a Hugging Face data set that has several
     dataset_split: str = "train"  # split of `dataset_name`
     train_file: str | None = None  # instead of dataset_name: .txt, or .jsonl with text, messages or conversations
     # parts of `embedded` that are read

@@ -25,8 +25,9 @@ NO_TURN = "no turn of the assistant, which alone is learnt under assistant_only_
 Turn = dict[str, Any]
 
 
-def is_chat(fields: Mapping[str, Any]) -> bool:
-    return any(fields.get(column) for column in ("messages", "conversations"))
+def chat_column(fields: Mapping[str, Any]) -> str | None:
+    """The column that holds a chat; of two the first counts. None: the row holds none."""
+    return next((column for column in ("messages", "conversations") if fields.get(column)), None)
 
 
 def chat_text(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> str:
@@ -49,7 +50,8 @@ def chat_text(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, 
 
 def _turns(fields: Mapping[str, Any]) -> list[Turn]:
     """The turns in one form."""
-    column = "messages" if fields.get("messages") else "conversations"
+    column = chat_column(fields)
+    assert column is not None, "whoever calls this has looked"
     rows = _parsed(fields[column], column)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{column} must be a list of turns that is not empty, found {json.dumps(rows)[:60]}")

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
 from data.batches import DataArguments
-from data.chats import chat_text, is_chat
+from data.chats import chat_column, chat_text
 from data.corpus import read_corpus
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file; a `UserError` if it is missing, empty or not UTF-8."""
+    """The text of a file, a pipe, or what is read from the terminal (`-`); a `UserError` if it is missing, empty or not UTF-8."""
     return "".join(_lines(Path(path))).replace("\r", "\n")
 
 
@@ -45,12 +47,19 @@ def training_rows(args: DataArguments) -> Iterator[Row]:
         yield from _hugging_face(args)
 
 
-def text_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+class Document(NamedTuple):
+    """What a row holds, and the column that it stood in; "" of plain text."""
+
+    text: str
+    column: str = ""
+
+
+def document_of(row: Row, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Document:
     """The document that a row holds, or a `UserError` that says where it is; chats go through the chat template."""
     if not row.is_json:
-        return row.content
+        return Document(row.content)
     try:
-        return _text_of(json.loads(row.content), args, tokenizer)
+        return _document_of(json.loads(row.content), args, tokenizer)
     except json.JSONDecodeError as error:
         raise UserError(f"{row.where}: not JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:
@@ -64,10 +73,10 @@ def _lines(path: Path) -> Iterator[str]:
 
     Only a newline ends one, as JSON strings may hold U+2028 and the like.
     """
-    if not path.is_file():
-        raise UserError(f"text file {path} does not exist")
+    if str(path) != "-" and (path.is_dir() or not path.exists()):
+        raise UserError(f"text file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     is_empty, position = True, 0
-    with path.open("rb") as file:
+    with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
         for line in file:
             try:
                 text = line.decode("utf-8-sig" if position == 0 else "utf-8")
@@ -93,23 +102,26 @@ def _hugging_face(args: DataArguments) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(args.dataset_name, split=args.dataset_split)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise UserError(f"data set {args.dataset_name} ({args.dataset_split}) cannot be loaded: {error}") from error
+        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        hint = "; write one as dataset_config_name" if "onfig name is missing" in str(error) else ""
+        raise UserError(
+            f"data set {args.dataset_name} ({args.dataset_split}) cannot be loaded: {error}{hint}"
+        ) from error
     for number, row in enumerate(rows):
         yield Row(f"{args.dataset_name}, row {number}", json.dumps(row, default=str), is_json=True)
 
 
-def _text_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> str:
+def _document_of(row: Any, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> Document:
     fields = row if isinstance(row, dict) else {}
-    if is_chat(fields):
+    if column := chat_column(fields):
         text = chat_text(fields, tokenizer, assistant_only=args.assistant_only_loss)
     elif isinstance(fields.get("text"), str):
-        text = fields["text"]
+        text, column = fields["text"], "text"
     else:
         raise UserError("needs a field text, messages (role, content) or conversations (from, value)")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"holds half a character at place {error.start}, a lone surrogate") from error
-    return text
+    return Document(text, column)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from configs.load import UserError
 from data.batches import NO_TEXT, DataArguments, tokenize
-from data.sources import Row, text_of, training_rows
+from data.sources import Row, document_of, training_rows
 
 IDS, LENGTHS, ABOUT = "ids.int32", "lengths.npy", "about.json"
 FORMAT_VERSION = 3  # of how rows become tokens: tokens that were made otherwise are made anew
@@ -32,8 +33,9 @@ NAMED = 10  # rows left out that are named one by one
 class Documents(Sequence[np.ndarray]):
     """Token ids of every document, as `tokenize` makes them, in a file that is mapped into memory.
 
-    `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why;
-    `largest_id` is that of all tokens, `sha256` a digest of them and of where documents end.
+    `left_out` counts the rows that are no documents; `first_left_out` says where the first of them are and why; `columns`
+    counts the others by the column that was read, "" of plain text; `largest_id` is that of all tokens; `sha256` is a digest
+    of them and of where documents end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,6 +44,7 @@ class Documents(Sequence[np.ndarray]):
         self.first_left_out: list[str] = about["first_left_out"]
         self.largest_id: int = about["largest_id"]
         self.sha256: str = about["sha256"]
+        self.columns: dict[str, int] = about["columns"]
         lengths = np.load(folder / LENGTHS)
         if (folder / IDS).stat().st_size != 4 * int(lengths.sum()):
             raise ValueError(f"{folder / IDS} is not {4 * int(lengths.sum())} bytes long")
@@ -105,12 +108,13 @@ def _make(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase,
 def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, progress: bool) -> None:
     lengths: list[int] = []
     bad: list[str] = []
+    columns = Counter[str]()
     largest_id, digest = 0, hashlib.sha256()
     rows = iter(tqdm(training_rows(args), desc="tokenizing", unit="row", disable=not progress))
     try:
         with (folder / IDS).open("wb") as ids:
             while part := list(itertools.islice(rows, CHUNK)):
-                texts = _texts(part, args, tokenizer, bad=bad)
+                texts = _texts(part, args, tokenizer, bad=bad, columns=columns)
                 for document in tokenize(texts, tokenizer) if texts else []:
                     lengths.append(len(document))
                     largest_id = max(largest_id, int(np.maximum(document, ~document).max()))
@@ -119,7 +123,7 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
         np.save(folder / LENGTHS, np.array(lengths, dtype=np.int64))
         digest.update(np.array(lengths, dtype=np.int64).tobytes())
         about: dict[str, Any] = {"left_out": len(bad), "first_left_out": bad[:NAMED], "largest_id": largest_id}
-        about["sha256"] = digest.hexdigest()
+        about |= {"sha256": digest.hexdigest(), "columns": columns}
         (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -129,13 +133,20 @@ def _write(folder: Path, args: DataArguments, tokenizer: PreTrainedTokenizerBase
 
 
 def _texts(
-    rows: Sequence[Row], args: DataArguments, tokenizer: PreTrainedTokenizerBase, *, bad: list[str]
+    rows: Sequence[Row],
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bad: list[str],
+    columns: Counter[str],
 ) -> list[str]:
-    """The documents of these rows; messages about rows that hold none are added to `bad`."""
+    """The documents of these rows; messages about rows that hold none are added to `bad`, and columns are counted."""
     texts = []
     for row in rows:
         try:
-            texts.append(text_of(row, args, tokenizer))
+            text, column = document_of(row, args, tokenizer)
+            texts.append(text)
+            columns[column] += 1
         except UserError as error:
             bad.append(str(error))
     return [text for text in texts if text]

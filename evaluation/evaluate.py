@@ -35,7 +35,7 @@ from evaluation.engine.resident import compute_dtype
 from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
-from evaluation.quality import QualityArguments, Scores, differences, run_tasks, summarize
+from evaluation.quality import QualityArguments, Scores, differences, load_tasks, run_tasks, summarize
 from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.lazy_weights import empty_model
@@ -167,6 +167,7 @@ def evaluate(
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
+    load_tasks(args.quality)  # so that a task that cannot be used is named first
     plans, too_small = divide_budgets(model, args)
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(tokenizer, args.routing, args.decode.prompts_per_domain, args.decode.prompt_tokens)

@@ -26,13 +26,15 @@ class Part(BaseModel):
 
 
 class TaskValue(Part):
-    """One task: the mean of its metric over `n` items."""
+    """One task of `n` items, by the harness's own name and aggregation; a standard error where that is a mean."""
 
     metric: str | None
     value: float | None
     stderr: float | None
     n: int | None
     chance: float | None
+    is_rate: bool = True  # a share that is better the larger it is
+    higher_is_better: bool = True
 
 
 class DomainPerplexity(Part):
@@ -70,8 +72,9 @@ class PerplexityDifference(Part):
 class Difference(Part):
     """Tuned against base; the key `MEAN` of `perplexity` is the mean over domains."""
 
-    tasks: dict[str, TaskDifference]
+    tasks: dict[str, TaskDifference]  # of shares
     perplexity: dict[str, PerplexityDifference]
+    other: dict[str, TaskDifference] = Field(default_factory=dict)  # of metrics that are no shares
 
 
 class Routing(Part):

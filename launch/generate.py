@@ -1,5 +1,6 @@
 """`remoe generate`: greedy text from a checkpoint whose experts stay on disk, with everything measured."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from configs.checks import at_least
 from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
@@ -23,6 +25,7 @@ from launch.engine_flags import EngineFlags, router_weights
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
+logger = logging.getLogger(__name__)
 COUNTED = (
     "accesses", "hits", "misses", "first_touches", "hit_rate", "bytes_read", "bytes_read_per_token", "stall_seconds",
     "reading_seconds",
@@ -43,12 +46,17 @@ class Generate:
     model: str  # folder with safetensors weights, or hub name
     engine: EngineFlags
     prompt: str | None = None  # the prompt itself
-    prompt_file: str | None = None  # or a UTF-8 text file that holds it
+    prompt_file: str | None = None  # or a UTF-8 text file that holds it; -: what comes through a pipe
     max_new_tokens: int = 64  # stop after that many tokens
     router_delta: str | None = None  # folder with tuned routers for exactly this model
     output: str | None = None  # JSON file for tokens and measurements
     route_trace: str | None = None  # file for the routing of this run (.safetensors, .npz or .csv), for `remoe replay`
     seed: int = 0  # of torch; greedy decoding itself draws nothing
+
+    def __post_init__(self) -> None:
+        at_least(self, max_new_tokens=1)
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"--seed is {self.seed}; write a number of at most 64 bits")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,15 +70,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_dir = local_folder(command.model)
     torch.manual_seed(command.seed)
     transformers.utils.logging.disable_progress_bar()
-    read_config(model_dir)  # a folder without a model is named before its tokenizer is missed
+    config = read_config(model_dir)  # a folder without a model is named before its tokenizer is missed
     tokenizer = load_tokenizer(model_dir)
     prompt_ids = tokenizer(prompt)["input_ids"]
     if not prompt_ids:
         raise UserError(f"the tokenizer of {command.model} makes no tokens of the prompt; is tokenizer.json there?")
-    context_tokens = len(prompt_ids) + max(1, command.max_new_tokens)
+    context_tokens = len(prompt_ids) + command.max_new_tokens
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and context_tokens > positions:
+        logger.warning(
+            "prompt and answer have %s tokens, the model %s positions: it was not made for more",
+            context_tokens,
+            positions,
+        )
     options = replace(command.engine, context_tokens=context_tokens, record_trace=trace_path is not None)
     with load(model_dir, options, router_delta=router_weights(model_dir, command.router_delta)) as (model, engine):
-        result = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=command.max_new_tokens)
+        numbers = {"prompt_ids": prompt_ids, "max_new_tokens": command.max_new_tokens}
+        result = decode(model, engine, **numbers, tokenizer=tokenizer)
         text = tokenizer.decode(result.token_ids, skip_special_tokens=True)
         report = {**result_json(result, engine), "text": text, "config": _resolved(command, engine, model)}
         if trace_path:

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from configs.checks import whole_numbers, words
+from configs.checks import at_least, whole_numbers, words
 from configs.command import parse
 from configs.files import prepare, write_json
 from configs.load import UserError
@@ -49,6 +49,7 @@ class Replay:
     output: str | None = None  # JSON file for all counts; left out: only the tables
 
     def __post_init__(self) -> None:
+        at_least(self, num_experts=1, top_k=1, expert_bytes=1)
         if self.profile and self.policy and "static" not in words(self.policy):
             raise UserError(f"--profile is for the policy static, and --policy is {self.policy}; add static to it")
         if self.slots is None and (self.policy or self.cache_scope or self.profile):

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs.checks import at_least
 from configs.command import parse
 from configs.files import prepare
 from data.batches import tokenize
@@ -33,6 +34,9 @@ class Trace:
     max_length: int = 512  # tokens of a request: a replay starts cold with each
     dtype: str = "auto"  # precision: auto (as stored), float32 or bfloat16
     device: str = "auto"  # auto (the accelerator if there is one), cpu or cuda
+
+    def __post_init__(self) -> None:
+        at_least(self, max_length=2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

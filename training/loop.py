@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from configs.load import UserError
 from data.batches import Batch
@@ -123,12 +124,25 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         base_outputs_BSX=base_outputs, head=run.head,
     )  # fmt: skip
     if not torch.isfinite(share.loss):
+        if bad := _not_finite(run):
+            raise UserError(
+                f"loss is {share.loss.item()}, because {bad} of the model holds numbers that are not finite"
+            )
         raise UserError(
             f"loss is {share.loss.item()} at step {run.step + 1}, process {run.accelerator.process_index}, micro-batch "
             f"{index}: stopped before the step. Lower learning_rate; resume_from_checkpoint=auto resumes from the last save"
         )
     share.loss.backward()
     return share
+
+
+def _not_finite(run: Run) -> str | None:
+    """The first weight of the model that holds a NaN or an infinity; of a sharded one, this process's part is looked at."""
+    for name, parameter in run.model.named_parameters():
+        part = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+        if not part.isfinite().all():
+            return name
+    return None
 
 
 def outputs_of(run: Run, batch: Batch, alone: OnePerRow | None = None) -> Tensor:

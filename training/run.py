@@ -163,6 +163,8 @@ def _announce(run: Run, size: str, *, layout: str) -> None:
         f"weights {layout}; {n} process{'es' * (n > 1)}, {run.rows_per_step * run.args.max_length:,} tokens a step, "
         f"{run.rows.tokens_per_epoch:,} tokens in the data, {run.args.train_file or run.args.dataset_name}"
     )
+    if columns := [f"{column} ({rows:,} rows)" for column, rows in run.documents.columns.items() if column]:
+        print(f"{run.args.run_name}: documents are read from the columns {', '.join(columns)}")
     if not run.packs:
         print(f"{run.args.run_name}: each document has a row of its own: in one row this model would mix them")
 
@@ -236,9 +238,10 @@ def _save_model(run: Run, folder: Path) -> None:
 def _save_delta(run: Run, folder: Path) -> None:
     base = str(run.args.model_name_or_path)
     digest = router_delta.checkpoint_sha256(loading.local_folder(base), run.trained.keys())
-    lines = (Path(run.args.output_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = Path(run.args.output_dir) / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
     about = {"objective": run.args.objective, "config": asdict(run.args), "code_commit": code_commit()}
-    about["metrics"] = json.loads(lines[-1])
+    about["metrics"] = json.loads(lines[-1]) if lines else {}
     router_delta.save(folder, run.trained, base_model=base, base_sha256=digest, about=about)
 
 

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tyro
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from yaml import YAMLError
 
 from configs.command import parse, run
 from configs.files import write_yaml
@@ -72,6 +74,12 @@ def launch_training(training: TrainArguments, accelerate_config: str | None, **f
         raise UserError(
             f"accelerate config {accelerate_config} does not exist; shipped ones are under configs/accelerate/"
         )
+    try:
+        load_config_from_file(accelerate_config)
+    except (ValueError, TypeError, KeyError, AttributeError, YAMLError) as error:
+        raise UserError(
+            f"accelerate config {accelerate_config} is not understood: {error}; shipped ones are under configs/accelerate/"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         resolved = Path(folder) / "config.yaml"
         write_yaml(resolved, training)

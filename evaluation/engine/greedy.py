@@ -26,10 +26,12 @@ class DecodeResult:
     stats: EngineStats  # of this request alone
 
 
-def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int], max_new_tokens: int) -> DecodeResult:
+def decode(
+    model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int], max_new_tokens: int, tokenizer: Any = None
+) -> DecodeResult:
     """Decode greedily, as `model.generate(do_sample=False)` does; ends early at the model's end-of-text token.
 
-    The cache is emptied and the counters are set to zero first.
+    With a tokenizer it ends at the engine's stop strings too. The cache is emptied and the counters are set to zero first.
 
     Raises:
         UserError: no prompt token, or no token to generate.
@@ -46,13 +48,16 @@ def decode(model: PreTrainedModel, engine: Engine, *, prompt_ids: Sequence[int],
     def note(_: list[int]) -> None:
         token_seconds.append(time.perf_counter() - start)
 
-    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note)
+    stops = {"stop_strings": list(engine.stop_strings), "tokenizer": tokenizer}
+    options = stops if engine.stop_strings and tokenizer is not None else {}
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note, **options)
     return DecodeResult(token_ids, Timing(token_seconds), engine.stats())
 
 
 def greedy(
-    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, on_tokens: Listener | None = None
-) -> list[int]:
+    model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, on_tokens: Listener | None = None,
+    **options: Any,
+) -> list[int]:  # fmt: skip
     """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
     generate: Any = model.generate
@@ -63,6 +68,7 @@ def greedy(
         do_sample=False,
         num_beams=1,
         streamer=on_tokens and _NewTokens(on_tokens),
+        **options,
     )
     return output_BT[0, len(prompt_ids) :].tolist()
 

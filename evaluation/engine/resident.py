@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
 from evaluation.engine.device import Device
 from evaluation.engine.store.experts import ExpertStore
-from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, lazy_slices, load_slices
+from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, lazy_slices, load_slices, stored_dtype
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
-    """The precision to compute in, or `UserError`; `auto`: what the config states, else what experts are stored in."""
+    """The precision to compute in, or `UserError`; `auto`: as transformers decides."""
     if dtype == "auto":
-        dtype = config.dtype if config.dtype is not None else TORCH_DTYPES[store.format.dtype]
+        dtype = config.dtype if config.dtype is not None else stored_dtype(store.model_dir)
     known = {str(known).removeprefix("torch."): known for known in TORCH_DTYPES.values()}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
@@ -39,8 +39,6 @@ def load_resident(
     slices = {**lazy_slices(store.resident), **later}
     model = load_slices(model_dir, slices, config=config, dtype=dtype)
     _copy_out_of_files(model, device)
-    if (Path(model_dir) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(model_dir)
     return model
 
 

@@ -53,6 +53,7 @@ class Unit:
 COUNT = Unit()
 RATE = Unit(digits=3)
 PLAIN = Unit(digits=2)
+PLAIN_CHANGE = Unit(digits=2, signed=True)
 PERCENT = Unit(scale=100, digits=1, suffix=f"{SPACE}%")
 CHANGE = Unit(scale=100, digits=1, suffix=f"{SPACE}%", signed=True)
 FINE_CHANGE = Unit(scale=100, digits=2, suffix=f"{SPACE}%", signed=True)

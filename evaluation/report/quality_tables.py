@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from evaluation.report import summary
-from evaluation.report.numbers import COUNT, FINE_CHANGE, MISSING, PLAIN, POINTS, RATE, Unit, bytes_text
+from evaluation.report.numbers import COUNT, FINE_CHANGE, MISSING, PLAIN, PLAIN_CHANGE, POINTS, RATE, Unit, bytes_text
 from evaluation.report.summary import Change, Number, seed_mean
 from evaluation.report.tables import Table
 from evaluation.results import MEAN, DomainPerplexity, Results
@@ -31,11 +31,14 @@ def _task_row(results: Results, task: str) -> list[str]:
     about = next((found for of_arm in by_arm for found in of_arm), None)
     row = [task, MISSING, MISSING, MISSING]
     if about:
-        row = [task, about.metric or MISSING, COUNT.text(about.n), RATE.text(about.chance)]
+        metric = about.metric or MISSING
+        named = metric if about.higher_is_better else f"{metric} (lower is better)"
+        row = [task, named, COUNT.text(about.n), RATE.text(about.chance)]
+    unit = RATE if about is None or about.is_rate else PLAIN
     for of_arm in by_arm:
         error = seed_mean(found.stderr for found in of_arm)
-        beside = f" ({RATE.text(error.mean)})" if error else ""
-        row.append(RATE.over_seeds(seed_mean(found.value for found in of_arm)) + beside)
+        beside = f" ({unit.text(error.mean)})" if error else ""
+        row.append(unit.over_seeds(seed_mean(found.value for found in of_arm)) + beside)
     return row
 
 
@@ -55,12 +58,15 @@ def differences_table(results: Results) -> Table:
     arms = summary.tuned_arms(results)
     rows = []
     for task in summary.task_names(results):
-        rows.append(["task", task, *(_starred(summary.task_change(results, arm, task), POINTS) for arm in arms)])
+        found = [summary.task_change(results, arm, task) for arm in arms]
+        other = [summary.task_change(results, arm, task, shares=False) for arm in arms]
+        changes = zip(found, other, strict=True)
+        rows.append(["task", task, *(_starred(a, POINTS) if a else _starred(b, PLAIN_CHANGE) for a, b in changes)])
     for domain in [*summary.domain_names(results), MEAN]:
         found = [summary.perplexity_change(results, arm, domain) for arm in arms]
         name = MEAN_LABEL if domain == MEAN else domain
         rows.append(["perplexity", name, *(_starred(change, FINE_CHANGE) for change in found)])
-    note = "pt: percentage points. A star marks an interval that excludes zero."
+    note = "pt: percentage points; other metrics in their own unit. A star marks an interval that excludes zero."
     return Table("Differences from base", ["kind", "name", *arms], rows if arms else [], note, text_columns=2)
 
 

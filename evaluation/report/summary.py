@@ -218,9 +218,9 @@ def mean_perplexity(results: Results, arm: str) -> SeedMean | None:
     return seed_mean(quality.mean_perplexity for quality in qualities(results, arm))
 
 
-def task_change(results: Results, arm: str, task: str) -> Change | None:
-    """The difference of a task's metric from base."""
-    entries = [found.tasks.get(task) for found in _differences(results, arm)]
+def task_change(results: Results, arm: str, task: str, *, shares: bool = True) -> Change | None:
+    """The difference of a task's metric from base, if it is a share; with `shares=False`, if it is none."""
+    entries = [(found.tasks if shares else found.other).get(task) for found in _differences(results, arm)]
     return _change([(entry.difference, entry.low, entry.high) for entry in entries if entry])
 
 

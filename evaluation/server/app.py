@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from evaluation.engine.engine import Engine
@@ -41,6 +42,7 @@ class Backend:
     metrics: Metrics
     api_key: str | None
     max_request_bytes: int
+    allowed_origins: Sequence[str] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # Unix time
     one_at_a_time: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(1))  # for the tokenizer
 
@@ -50,6 +52,9 @@ def create_app(backend: Backend) -> FastAPI:
     app = FastAPI(title="remoe serve", docs_url=None, redoc_url=None, redirect_slashes=False, responses=ERRORS)
     most = backend.max_request_bytes
     app.add_middleware(Gate, metrics=backend.metrics, api_key=backend.api_key, max_request_bytes=most)
+    if backend.allowed_origins:  # outside of the gate: a browser asks without a key first
+        origins = backend.allowed_origins
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     _add_error_handlers(app)
     _add_status_routes(app, backend)
     _add_generation_routes(app, backend)
@@ -57,12 +62,20 @@ def create_app(backend: Backend) -> FastAPI:
 
 
 def _add_status_routes(app: FastAPI, backend: Backend) -> None:
+    intake = backend.intake
+    about = {"id": intake.served_name, "object": "model", "created": backend.created, "owned_by": "remoe"}
+    about["max_model_len"] = intake.context_tokens
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The one model that is served."""
-        intake = backend.intake
-        model = {"id": intake.served_name, "object": "model", "created": backend.created, "owned_by": "remoe"}
-        return {"object": "list", "data": [{**model, "max_model_len": intake.context_tokens}]}
+        return {"object": "list", "data": [about]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """It alone, by its name."""
+        intake.check_name(name)
+        return about
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -10,12 +10,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import transformers
 import uvicorn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from configs.checks import at_least
+from configs.checks import at_least, words
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from evaluation.engine.engine import Engine
@@ -54,9 +55,11 @@ class ServerOptions:
     max_queue: int = 16  # requests that may wait; more are answered with 429
     max_request_bytes: int = 2**21  # the longest request body
     api_key_env: str | None = None  # environment variable with the key that clients must send
+    allowed_origins: str | None = None  # web pages that browsers may call from (CORS), with commas between; *: any
+    timeout_keep_alive: int = 75  # seconds after which a connection that asks nothing is closed
 
     def __post_init__(self) -> None:
-        at_least(self, max_queue=0, max_request_bytes=1, max_model_len=2, block_tokens=1)
+        at_least(self, max_queue=0, max_request_bytes=1, max_model_len=2, block_tokens=1, timeout_keep_alive=1)
 
 
 def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
@@ -67,7 +70,7 @@ def serve(sock: socket.socket, loaded: Backend, options: ServerOptions) -> None:
     sock.listen()  # who connects as soon as the line below is read must not be refused
     print(f"serving {loaded.intake.served_name} at {_url(sock)}/v1 with {experts}; Ctrl-C stops", flush=True)
     with _signals_only_stop_the_server():
-        HttpServer(loaded).run(sockets=[sock])
+        HttpServer(loaded, timeout_keep_alive=options.timeout_keep_alive).run(sockets=[sock])
 
 
 @contextmanager
@@ -93,14 +96,16 @@ def application(
     with load(model_dir, engine_options, router_delta=router_delta) as (model, engine):
         tokenizer = load_tokenizer(model_dir)
         vocabulary = model.config.get_text_config().vocab_size
-        intake = Intake(tokenizer, served_name=name, context_tokens=context_tokens, vocabulary=vocabulary)
+        names: dict[str, Any] = {"served_name": name, "stop_strings": engine.stop_strings}
+        intake = Intake(tokenizer, context_tokens=context_tokens, vocabulary=vocabulary, **names)
         metrics = Metrics(engine)
         kept = _conversations(model, engine, options) if keeps else ()
         # a copy of the tokenizer each: one thread writes texts, another reads them
         generator = Generator(model, engine, copy.deepcopy(tokenizer), metrics, *kept)
         with Worker(generator.run, recover=engine.reset_cache, max_queue=options.max_queue) as worker:
             metrics.registry.register(worker)
-            yield Backend(intake, worker, engine, metrics, api_key, options.max_request_bytes)
+            origins = words(options.allowed_origins or "")
+            yield Backend(intake, worker, engine, metrics, api_key, options.max_request_bytes, origins)
 
 
 @contextmanager
@@ -123,8 +128,9 @@ def listener(host: str, port: int) -> Iterator[socket.socket]:
 class HttpServer(uvicorn.Server):
     """uvicorn's server. When it stops, requests have `GRACE_SECONDS` to finish; then each is told that it is over."""
 
-    def __init__(self, loaded: Backend) -> None:
+    def __init__(self, loaded: Backend, *, timeout_keep_alive: int = 5) -> None:
         config = uvicorn.Config(create_app(loaded), lifespan="off", ws="none", server_header=False)
+        config.timeout_keep_alive = timeout_keep_alive
         config.timeout_graceful_shutdown = GRACE_SECONDS + 10  # for clients that do not even read the end
         super().__init__(config)
         self._worker = loaded.worker

@@ -25,14 +25,15 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, tokenizer: PreTrainedTokenizerBase, *, work: Work, max_new_tokens: int, end_ids: Set[int]
-    ) -> None:
+        self, index: int, tokenizer: PreTrainedTokenizerBase, *, work: Work, max_new_tokens: int, end_ids: Set[int],
+        begins: int = 0,
+    ) -> None:  # fmt: skip
         self.index, self.tokens = index, 0
         self.finish_reason: str | None = None
         self._tokenizer, self._max_new_tokens, self._end_ids = tokenizer, max_new_tokens, end_ids
         self._top = work.top_logprobs
         self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(work.stops)
-        self._decoded_length = self._shown_length = 0
+        self._decoded_length = self._shown_length = begins  # characters before it
         self._pending: list[TokenLogprob] = []
 
     def push(self, token_id: int, scores_V: torch.Tensor | None) -> Delta | None:
@@ -42,7 +43,9 @@ class Choice:
             return self._finish("", "stop")
         if self._top is not None:
             assert scores_V is not None, "log probabilities need scores"
-            self._pending.append(self._logprob(token_id, scores_V, self._top))
+            self._pending.append(
+                token_logprob(self._tokenizer, token_id, scores_V, self._top, text_offset=self._decoded_length)
+            )
         piece = self._detokenizer.push(token_id)
         self._decoded_length += len(piece)
         text = self._stops.push(piece)
@@ -66,14 +69,18 @@ class Choice:
             return None
         return Delta(self.index, text, certain, self.finish_reason)
 
-    def _logprob(self, token_id: int, scores_V: torch.Tensor, alternatives: int) -> TokenLogprob:
-        logprobs_V = torch.log_softmax(scores_V.float(), dim=-1).clamp_min(LOWEST_LOGPROB)
-        best = torch.topk(logprobs_V, alternatives)
-        top = [(self._token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return TokenLogprob(self._token(token_id), logprobs_V[token_id].item(), top, self._decoded_length)
 
-    def _token(self, token_id: int) -> str:
-        return str(self._tokenizer.decode([token_id]))
+def token_logprob(
+    tokenizer: PreTrainedTokenizerBase, token_id: int, scores_V: torch.Tensor | None, top: int, *, text_offset: int
+) -> TokenLogprob:
+    """The log probability of a token by scores over the vocabulary, and the `top` largest ones; without scores none."""
+    token = str(tokenizer.decode([token_id]))
+    if scores_V is None:
+        return TokenLogprob(token, None, [], text_offset)
+    logprobs_V = torch.log_softmax(scores_V.float(), dim=-1).clamp_min(LOWEST_LOGPROB)
+    best = torch.topk(logprobs_V, top)
+    tops = [(str(tokenizer.decode([i])), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    return TokenLogprob(token, logprobs_V[token_id].item(), tops, text_offset)
 
 
 def utf8(token: str) -> list[int] | None:

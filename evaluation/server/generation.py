@@ -6,13 +6,16 @@ cache, prompts of a single choice are computed in blocks (`prefill_chunk_size`),
 Of threads it knows only that another one may cancel a job, which ends it between tokens or between layers.
 """
 
+import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -22,9 +25,13 @@ from evaluation.engine.pager import PagedLayer
 from evaluation.engine.sessions.controller import MemoryController
 from evaluation.engine.sessions.conversations import Conversations
 from evaluation.engine.stats import EngineStats
-from evaluation.server.choice import Choice
+from evaluation.server.choice import Choice, Detokenizer, token_logprob
 from evaluation.server.metrics import Metrics
 from evaluation.server.work import Cancelled, Delta, Done, Job, Work
+from training.model.loading import plain_head
+
+SCORED_TOGETHER = 64
+"""Positions of a prompt whose logits are made at once: so many rows of a large vocabulary still fit a budget."""
 
 
 @dataclass
@@ -69,8 +76,11 @@ class Generator:
         work, limit = job.work, job.work.max_new_tokens[position]
         rows = range(position * work.n, (position + 1) * work.n)
         end_ids = self._end_ids()
-        choices = [Choice(i, self.tokenizer, work=work, max_new_tokens=limit, end_ids=end_ids) for i in rows]
-        scores = _Scores()
+        prompt = self._echo(job, position, rows) if work.echo else ""
+        if limit == 0:
+            return 0
+        told: dict[str, Any] = {"work": work, "max_new_tokens": limit, "end_ids": end_ids, "begins": len(prompt)}
+        choices, scores = [Choice(i, self.tokenizer, **told) for i in rows], _Scores()
         clock.last = None  # the time until a prompt's first token is no gap between tokens
         watcher = _Watcher(choices, scores, clock, job.send, self._end_if_cancelled)
         torch.manual_seed(secrets.randbits(63) if work.seed is None else work.seed)
@@ -83,6 +93,37 @@ class Generator:
         looks = LogitsProcessorList([scores] if work.top_logprobs is not None else [])
         generate(prompt_BT, **options, logits_processor=looks, **self._sampling(work))
         return sum(choice.tokens for choice in choices)
+
+    def _echo(self, job: Job, position: int, rows: range) -> str:
+        """Send the prompt as the beginning of every choice, with its log probabilities if they are wanted; its text."""
+        work, ids = job.work, job.work.prompts[position]
+        detokenizer, text, items = Detokenizer(self.tokenizer), "", []
+        scores = self._prompt_scores(ids) if work.top_logprobs is not None else itertools.repeat(None)
+        for token_id, scores_V in zip(ids, itertools.chain([None], scores), strict=False):
+            if work.top_logprobs is not None:
+                items.append(
+                    token_logprob(self.tokenizer, token_id, scores_V, work.top_logprobs, text_offset=len(text))
+                )
+            text += detokenizer.push(token_id)
+        text += detokenizer.flush()
+        over = "length" if work.max_new_tokens[position] == 0 else None
+        for index in rows:
+            job.send(Delta(index, text, items, over))
+        return text
+
+    @torch.no_grad()
+    def _prompt_scores(self, ids: list[int]) -> Iterator[torch.Tensor]:
+        """Logits [V] after each token of a prompt, made of the last hidden states some positions at a time."""
+        ids_1T, head = torch.tensor([ids], device=self.model.device), self._head
+        if head is None:
+            yield from self.model(input_ids=ids_1T, use_cache=False).logits[0]
+            return
+        for hidden_TD in self.model.base_model(input_ids=ids_1T, use_cache=False)[0][0].split(SCORED_TOGETHER):
+            yield from head(hidden_TD)
+
+    @cached_property
+    def _head(self) -> nn.Module | None:
+        return plain_head(self.model)
 
     def _sampling(self, work: Work) -> dict[str, Any]:
         """The sampling options for `generate`, which takes what is left out from the model's generation_config."""

@@ -57,7 +57,9 @@ class Completions:
         return {
             "tokens": [item.token for item in items],
             "token_logprobs": [item.logprob for item in items],
-            "top_logprobs": [dict([*item.top, (item.token, item.logprob)]) for item in items],
+            "top_logprobs": [
+                None if item.logprob is None else dict([*item.top, (item.token, item.logprob)]) for item in items
+            ],
             "text_offset": [item.text_offset for item in items],
         }
 
@@ -85,7 +87,7 @@ class ChatCompletions(Completions):
         if not self._wants_logprobs:
             return None
         tops = [[_token(*other) for other in item.top] for item in items]
-        own = [_token(item.token, item.logprob) for item in items]
+        own = [_token(item.token, item.logprob or 0.0) for item in items]
         return {"content": [{**o, "top_logprobs": t} for o, t in zip(own, tops, strict=True)], "refusal": None}
 
 

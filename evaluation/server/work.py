@@ -22,6 +22,7 @@ class Work:
     seed: int | None = None
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None  # alternatives beside each token's own; None: no log probabilities at all
+    echo: bool = False  # whether choices begin with their prompt
 
     @property
     def prompt_tokens(self) -> int:
@@ -33,7 +34,7 @@ class TokenLogprob:
     """A token and its log probability, in the model's distribution before temperature, top_k and top_p."""
 
     token: str
-    logprob: float
+    logprob: float | None  # None of a prompt's first token, which nothing comes before
     top: list[tuple[str, float]]
     text_offset: int  # characters of its choice before it
 

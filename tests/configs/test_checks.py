@@ -1,5 +1,7 @@
 """Lists of words and numbers on a command line: read leniently, refused with what to write."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from configs.checks import at_least, chosen, whole_numbers, words
@@ -37,3 +39,10 @@ def test_a_number_below_its_least_is_refused_by_its_flag() -> None:
     at_least(Options(), other=1)
     with pytest.raises(UserError, match="--some-steps is 0; write at least 1"):
         at_least(Options(), some_steps=1)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
+def test_a_number_that_is_too_small_or_no_finite_number_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match=rf"--cache-prior is {value}; write at least 0"):
+        at_least(SimpleNamespace(cache_prior=value), cache_prior=0)
+    at_least(SimpleNamespace(cache_prior=None), cache_prior=0)

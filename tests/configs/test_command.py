@@ -58,3 +58,12 @@ def test_a_reader_that_leaves_ends_the_command_without_a_word() -> None:
     command = f"{sys.executable} -c {shlex.quote(code)} | head -c 10; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x" * 10, "")
+
+
+def test_output_that_ascii_cannot_say_is_escaped_and_closed_output_goes_nowhere() -> None:
+    program = "from configs.command import run; import sys; sys.exit(run(lambda _: print('caf\u00e9 \u2013')))"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"caf\\xe9 \\u2013\n", b"")
+    closed = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} >&-"
+    assert subprocess.run(closed, shell=True, check=False).returncode == 0

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from configs.load import UserError
 from data.batches import IGNORE_LABEL, Chat, DataArguments, PackedRows, tokenize
 from data.corpus import read_corpus
-from data.sources import read_text, text_of, training_rows
+from data.sources import document_of, read_text, training_rows
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
 
@@ -31,7 +31,7 @@ def texts(path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def texts_of(args: DataArguments, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [text_of(row, args, tokenizer) for row in training_rows(args)]
+    return [document_of(row, args, tokenizer).text for row in training_rows(args)]
 
 
 def test_the_shipped_corpus_is_read_by_split_and_domain(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -303,3 +303,35 @@ def test_a_tokenizer_that_does_not_tell_where_tokens_come_from_is_refused(
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda _: False))
     with pytest.raises(UserError, match="does not tell which characters its tokens come from"):
         tokenize([Chat("ab", [(0, 1)])], tokenizer)
+
+
+def test_a_configuration_of_a_data_set_can_be_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for name in ("one", "two"):
+        write_lines(tmp_path / "set" / f"{name}.jsonl", [{"text": name}])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    args = {"dataset_name": str(tmp_path / "set")}
+    assert texts_of(DataArguments(**args, dataset_config_name="two"), tokenizer) == ["two"]
+    with pytest.raises(UserError, match=r"(?s)cannot be loaded: .*write one as dataset_config_name"):
+        texts_of(DataArguments(**args), tokenizer)
+
+
+def test_a_data_set_that_cannot_be_made_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a"}\n{"text": ')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"data set .* cannot be loaded"):
+        texts_of(DataArguments(dataset_name=str(tmp_path / "set")), tokenizer)
+    (tmp_path / "file").write_text("")
+    write_lines(tmp_path / "set" / "train.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "below")
+    with pytest.raises(UserError, match=r"data set .* cannot be loaded"):
+        texts_of(DataArguments(dataset_name=str(tmp_path / "set")), tokenizer)

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from configs.load import UserError
-from evaluation.quality import QualityArguments, TaskScores, TextScores, differences, run_tasks, summarize
+from evaluation.quality import QualityArguments, TaskScores, TextScores, differences, load_tasks, run_tasks, summarize
 from training.model.loading import load_pretrained, load_tokenizer
 
 MakeModelDir = Callable[[str], Path]
@@ -79,7 +79,15 @@ def test_summary_has_perplexity_per_token_and_per_word() -> None:
     )
     assert summary.mean_perplexity == pytest.approx(np.exp((2 + 4) / 2))
     assert dict(summary.tasks["choice"]) == pytest.approx(
-        {"metric": "acc", "value": 0.75, "stderr": 0.25, "n": 4, "chance": 0.25}
+        {
+            "metric": "acc",
+            "value": 0.75,
+            "stderr": 0.25,
+            "n": 4,
+            "chance": 0.25,
+            "is_rate": True,
+            "higher_is_better": True,
+        }
     )
 
 
@@ -119,3 +127,97 @@ def test_unknown_task_is_refused_with_the_known_ones(model_dir: MakeModelDir, ta
     arguments = QualityArguments(include_path=str(task_folder), tasks=["wrods"])
     with pytest.raises(UserError, match=r"'wrods' is not in .*choice, words"):
         run_tasks(load_pretrained(folder), load_tokenizer(folder), arguments)
+
+
+OTHERS = {
+    # choices in the YAML, as boolq has them
+    "boolq_like": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: ['no', 'yes']\ndoc_to_target: label\n"
+    "metric_list: [{metric: acc}]\n",
+    # four choices in an object, as arc and openbookqa have them
+    "object": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: '{{choices.text}}'\ndoc_to_target: label\n"
+    "metric_list: [{metric: acc}]\n",
+    "without_metrics": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: ['no', 'yes']\ndoc_to_target: label\n",
+    "f1_first": "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: ['no', 'yes']\ndoc_to_target: label\n"
+    "metric_list: [{metric: f1, aggregation: f1}, {metric: acc}]\n",
+    "lambada_like": "output_type: loglikelihood\ndoc_to_text: q\ndoc_to_target: answer\n"
+    "metric_list: [{metric: perplexity}, {metric: acc}]\n",
+    "two_filters": "output_type: generate_until\ndoc_to_text: q\ndoc_to_target: answer\n"
+    "generation_kwargs: {until: ['\\n'], max_gen_toks: 4}\nmetric_list: [{metric: exact_match}]\nfilter_list:\n"
+    "  - {name: strict, filter: [{function: take_first}]}\n"
+    "  - {name: loose, filter: [{function: regex, regex_pattern: '(\\w+)'}, {function: take_first}]}\n",
+    "bits": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: q\nmetric_list: [{metric: bits_per_byte}]\n",
+}
+OTHER_ITEMS = [
+    {
+        "q": "we drink",
+        "label": n % 2,
+        "answer": " tea",
+        "choices": {"text": [" tea", " a", " b", " c"], "label": list("ABCD")},
+    }
+    for n in range(5)
+]
+
+
+@pytest.fixture
+def other_tasks(tmp_path: Path) -> Path:
+    """Tasks as others write them, in a file of another name than the task."""
+    data = tmp_path / "items.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in OTHER_ITEMS), encoding="utf-8")
+    for number, (name, how) in enumerate(OTHERS.items()):
+        where = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        (tmp_path / f"{number}.yaml").write_text(f"task: {name}\n{where}{how}", encoding="utf-8")
+    return tmp_path
+
+
+def test_tasks_as_people_write_them_are_reported_by_the_harness_own_names_and_values(
+    model_dir: MakeModelDir, other_tasks: Path
+) -> None:
+    folder = str(model_dir("qwen2_moe"))
+    arguments = QualityArguments(include_path=str(other_tasks), tasks=list(OTHERS))
+    scores = run_tasks(load_pretrained(folder), load_tokenizer(folder), arguments)
+    summary = summarize(scores)
+    about = {name: (task.metric, task.n, task.chance) for name, task in summary.tasks.items()}
+    assert about == {
+        "boolq_like": ("acc", 5, 0.5), "object": ("acc", 5, 0.25), "without_metrics": ("acc", 5, 0.5),
+        "f1_first": ("f1", 5, None), "lambada_like": ("perplexity", 5, None),
+        "two_filters": ("exact_match,strict", 5, None),
+    }  # fmt: skip
+    perplexity = summary.tasks["lambada_like"]
+    assert not perplexity.higher_is_better
+    assert not perplexity.is_rate
+    assert perplexity.stderr is None
+    assert perplexity.value == pytest.approx(np.exp(-scores["lambada_like"].values.mean()))
+    assert summary.perplexity["bits"].word_perplexity is None
+    assert summary.perplexity["bits"].perplexity == pytest.approx(
+        np.exp(-scores["bits"].values.sum() / scores["bits"].tokens.sum())
+    )
+    found = differences(scores, scores)
+    assert set(found.other) == {"lambada_like"}
+    assert dict(found.other["lambada_like"]) == {"difference": 0.0, "low": None, "high": None}
+    assert (found.tasks["f1_first"].low, found.tasks["boolq_like"].low) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("doc_to_choice: options\ndoc_to_target: label\n", r"task 'broken' cannot be used: "),
+        (
+            "doc_to_choice: ['a', 'b']\ndoc_to_target: gold\n",
+            r"'broken' cannot be used: .*'gold', which is none of \['a', 'b'\]",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_used_is_refused_before_a_model_runs(other_tasks: Path, how: str, words: str) -> None:
+    data = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {other_tasks}/items.jsonl}}}}\ntest_split: test\n"
+    )
+    text = f"task: broken\n{data}output_type: multiple_choice\ndoc_to_text: q\n{how}"
+    (other_tasks / "broken.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        load_tasks(QualityArguments(include_path=str(other_tasks), tasks=["broken"]))
+
+
+def test_a_task_without_its_data_is_refused_before_a_model_runs(other_tasks: Path) -> None:
+    (other_tasks / "items.jsonl").unlink()
+    with pytest.raises(UserError, match="task 'bits' cannot be used: "):
+        load_tasks(QualityArguments(include_path=str(other_tasks), tasks=["bits"]))

@@ -1,6 +1,7 @@
 """`remoe generate`: plain transformers' tokens under a small budget, all measured, one message for each mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,7 +111,10 @@ def test_a_router_delta_is_loaded_for_this_model_and_used(
         (["--prompt-file", "{tmp}/latin.txt"], r"latin\.txt is not UTF-8 text \(byte 3: .*\); save it as UTF-8"),
         (["--prompt-file", "{tmp}/empty.txt"], r"empty\.txt is empty; write some text into it"),
         (["--prompt", "x", "--output", "{tmp}"], "is a folder; name a file in it"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0; write at least 1"),
+        (["--prompt", "x", "--seed", str(2**70)], "--seed is .*; write a number of at most 64 bits"),
+        (["--prompt", "x", "--cache-prior", "nan"], "--cache-prior is nan; write at least 0"),
+        (["--prompt", "x", "--output", "/proc/x.json"], "/proc cannot be made or written into"),
         (["--prompt", "x", "--expert-cache", "1KiB"], "too small: .* the smallest that works is 15360 bytes"),
         (["--prompt", "x", "--model", "{tmp}"], "holds no config.json"),
     ],
@@ -121,6 +125,50 @@ def test_mistakes_are_named(checkpoint: Checkpoint, tmp_path: Path, arguments: l
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     with pytest.raises(UserError, match=words):
         main(["--model", str(checkpoint("olmoe")), "--expert-cache", "100%", "--max-new-tokens", "3", *given])
+
+
+def test_a_prompt_may_come_through_a_pipe_and_be_longer_than_the_model_was_made_for(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """With a mark of byte order, as some editors write one, which is no part of it."""
+    tokens = []
+    for number, (source, text) in enumerate([("-", PROMPT), ("/dev/stdin", f"\ufeff{PROMPT}"), ("-", PROMPT * 30)]):
+        output = tmp_path / f"{number}.json"
+        done = subprocess.run(
+            [sys.executable, "-m", "launch.cli", "generate", "--model", str(checkpoint("olmoe")), "--expert-cache", "100%",
+             "--prompt-file", source, "--max-new-tokens", "4", "--output", str(output)],
+            input=text.encode(), capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (b"it was not made for more" in done.stderr) == (number == 2)
+        tokens.append(json.loads(output.read_text())["token_ids"])
+    assert tokens[0] == tokens[1] == plain_tokens(checkpoint("olmoe"), 4)
+
+
+def test_stop_strings_beside_the_model_end_the_text(tmp_path: Path) -> None:
+    """As plain transformers ends it, which is given the tokenizer for them."""
+    folder, output = tmp_path / "m", tmp_path / "o.json"
+    shutil.copytree(Path(__file__).parents[2] / "data" / "embedded" / "model", folder)
+    tokenizer, whole = AutoTokenizer.from_pretrained(folder), plain_tokens(folder, 12)
+    stop = tokenizer.decode(whole[5:6])
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [stop]}))
+    main(
+        [
+            "--model",
+            str(folder),
+            "--expert-cache",
+            "50%",
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            "12",
+            "--output",
+            str(output),
+        ]
+    )
+    found = json.loads(output.read_text())["token_ids"]
+    assert found == whole[: len(found)]
+    assert len(found) <= 6
 
 
 def test_a_model_without_tokenizer_is_named(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every `remoe` command that a README, a script or a configuration shows is understood by the command it names."""
+"""Every `remoe` command that a README or a `--help` shows is understood by the command it names."""
 
 import re
 import shlex
@@ -21,10 +21,15 @@ class Understood(Exception):
 
 
 def shown() -> Iterator[tuple[str, str]]:
-    """File and command line of every `remoe ...` in a code block or in a cell of a table; prose may name parts of one."""
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    """File and command line of every `remoe ...` in a code block, a table's cell or a help's example; prose may name parts."""
+    listed = subprocess.run(["git", "ls-files", "*.md", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
-        for line in (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if name.endswith(".py"):
+            found = re.findall(r"^ {6}(remoe .*)$", text.replace("\\\\\n", " "), re.MULTILINE)
+            yield from ((name, words) for words in found if not name.startswith("tests"))
+            continue
+        for line in text.replace("\\\n", " ").splitlines():
             spans = re.findall(r"`(remoe [^`]+ [^`]+)`", line) if line.startswith("|") else []
             block = re.match(r" {4}(?:\.venv/bin/)?(remoe .*)", line)
             yield from ((name, words) for words in [*spans, *([block[1]] if block else [])] if "COMMAND" not in words)

@@ -57,9 +57,19 @@ def read_config(model_dir: str | Path) -> PretrainedConfig:
     if not (Path(model_dir) / "config.json").is_file():
         raise UserError(f"{model_dir} holds no config.json; give the folder of a saved model")
     try:
-        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"{model_dir}/config.json is not understood: {error}") from error
+    quantised: Any = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if quantised:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"{model_dir} is quantised (quantization_config of config.json: {kind}), which is not supported yet; give the "
+            "unquantised model, or remove that entry if the weights are not"
+        )
+    return config
 
 
 def causal_lm_class(model_dir: str | Path, config: PretrainedConfig) -> Any:
@@ -132,7 +142,7 @@ def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
     config = read_config(folder)
     causal_lm_class(folder, config)
     if dtype == "auto":  # as transformers decides: as config.json says, else as the first tensor in floating point
-        dtype = config.dtype or _stored_dtype(lazy_slices(read_index(folder)))
+        dtype = config.dtype or stored_dtype(folder)
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -220,8 +230,9 @@ def lazy_slices(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
         raise UserError(f"{error}; copy the model again") from error
 
 
-def _stored_dtype(slices: Mapping[str, Any]) -> torch.dtype:
-    names = (part.get_dtype() for part in slices.values())
+def stored_dtype(folder: str | Path) -> torch.dtype:
+    """The precision of the first tensor in floating point, by which transformers goes where config.json names none."""
+    names = (part.get_dtype() for part in lazy_slices(read_index(folder)).values())
     return next((TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES), torch.float32)
 
 

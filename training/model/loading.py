@@ -78,9 +78,11 @@ def load_pretrained(
     """
     folder = local_folder(name_or_path)
     read_index(folder)
+    read_config(folder)
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
     try:
         with sparing_memory():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     except RuntimeError as error:  # how transformers reports shapes that differ
@@ -101,7 +103,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model, or in a folder of its own; a `UserError` if there is none."""
     _check_exists(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
 
@@ -110,7 +112,9 @@ def read_text_config(args: ModelArguments) -> Any:
     """The text model's configuration, without loading any weights."""
     folder = str(args.config_name or local_folder(str(args.model_name_or_path)))
     _check_exists(folder)
-    config = read_config(folder) if Path(folder).is_dir() else AutoConfig.from_pretrained(folder)
+    config = (
+        read_config(folder) if Path(folder).is_dir() else AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    )
     return config.get_text_config()
 
 
@@ -129,7 +133,7 @@ def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint
         assert args.config_name is not None, "ModelArguments checks this"
         _check_exists(args.config_name)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(read_config(args.config_name), dtype=torch.float32)
         find_routers(model)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -17,7 +17,8 @@ from configs.load import UserError, load
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
     "per_device_train_batch_size", "gradient_accumulation_steps",
-    "model_name_or_path", "tokenizer_name", "dataset_name", "dataset_split", "train_file", "domains", "skip_bad_rows",
+    "model_name_or_path", "tokenizer_name", "dataset_name", "dataset_config_name", "dataset_split", "train_file",
+    "domains", "skip_bad_rows",
 }  # fmt: skip
 """Keys that may differ between a run and its continuation: none changes a number. What paths lead to is compared instead."""
 WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt")

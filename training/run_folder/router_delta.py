@@ -67,7 +67,11 @@ def describe(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
-    if (version := description.get("format_version")) != FORMAT_VERSION:
+    needed = ("format_version", "base_model", "base_frozen_sha256", "tensors", "objective", "config", "metrics")
+    if not isinstance(description, dict) or (lacking := [key for key in needed if key not in description]):
+        what = f"lacks {lacking[0]}" if isinstance(description, dict) else "is no JSON object"
+        raise UserError(f"{path} is damaged (it {what}); copy the delta again")
+    if (version := description["format_version"]) != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
     return dict(description)
 

@@ -22,6 +22,11 @@ NVME = "nvme"
 
 def make_accelerator(*, bf16: bool) -> Accelerator:
     """One process or what `accelerate launch` started; gloo where there is no accelerator."""
+    if (asked := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) not in ("no", "bf16"):
+        raise UserError(
+            f"mixed_precision {asked} of accelerate's configuration is not supported; write bf16 or no there, and bf16=true or "
+            "bf16=false in the training config, which decides"
+        )
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if with_deepspeed:
         # or accelerate would leave DeepSpeed out, which needs no telling where it runs

@@ -14,6 +14,7 @@ from configs.load import UserError
 
 TENSORS = ("expert_ids", "phase", "request_id", "call")
 TOGETHER = 1024  # tokens checked in one go
+MOST_EXPERTS = 2**15  # of a layer: counts are kept for each, and one wild number would ask for terabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +81,10 @@ def _problem(trace: RouteTrace) -> str | None:
     for name in ("phase", "request_id", "call"):
         if getattr(trace, name).shape != (tokens,):
             return f"{name} has shape {list(getattr(trace, name).shape)}, expert_ids has {tokens} tokens"
+    if trace.num_experts > MOST_EXPERTS:
+        return f"there would be {trace.num_experts} experts in a layer, more than any model has: that is no expert's number"
+    if trace.expert_bytes is not None and trace.expert_bytes <= 0:
+        return f"an expert of {trace.expert_bytes} bytes"
     if len(trace.layer_ids) != ids.shape[1]:
         return f"{len(trace.layer_ids)} layer ids for {ids.shape[1]} layers"
     if ids.min() < 0 or ids.max() >= trace.num_experts:

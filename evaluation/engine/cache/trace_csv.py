@@ -7,6 +7,7 @@ or by `rank`. Without `token`, rows come as a model computes them: call by call,
 token, heaviest first; a call begins where the layer number falls, and `top_k` is the fewest rows of a layer in any call.
 Tokens of a prompt that the last layer leaves out (llama.cpp computes it for wanted outputs only) are given the experts of
 the token after them: to the event that is no difference.
+Cells may be in quotes, and semicolons or tabs between them, as spreadsheets write them.
 Without `call`, the prefill tokens of a prompt are one call and every other token is one; without `phase`, calls of several
 tokens are prefill. Axes: N rows, G groups of rows (a token in a layer), T tokens, L layers, K experts chosen.
 """
@@ -41,7 +42,7 @@ def read_csv(path: Path, *, num_experts: int | None = None, top_k: int | None = 
         UserError: what is wrong, with file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().splitlines()
+        lines = _plain(path.read_text(encoding="utf-8-sig").rstrip().splitlines())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); a CSV trace is") from error
     try:
@@ -67,6 +68,12 @@ def write_csv(trace: RouteTrace, file: Path | BinaryIO) -> None:
         "expert": trace.expert_ids.ravel(),
     }
     pd.DataFrame(columns).to_csv(file, index=False)
+
+
+def _plain(lines: Sequence[str]) -> list[str]:
+    """Lines as spreadsheets write them too: cells in quotes, and semicolons or tabs between them."""
+    between = next((mark for mark in ";\t" if lines and mark in lines[0] and "," not in lines[0]), ",")
+    return [line.replace('"', "").replace(between, ",") for line in lines]
 
 
 class _LineError(Exception):

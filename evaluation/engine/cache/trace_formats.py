@@ -6,10 +6,12 @@ format, version, num_experts, top_k, layer_ids, expert_bytes ("" if unknown), mo
 `.npy`: one request as [tokens, layers, top_k], heaviest first, which is what vLLM returns as `routed_experts`.
 `.npz`: with an array `expert_ids`, any of `phase`, `request_id`, `call`, `layer_ids`, `num_experts`, `expert_bytes` and
 `model` may lie beside it; without it, every array is one request as in `.npy`, in the file's order.
-Where a file does not say otherwise, every token is a decode call of its own.
+Where a file does not say otherwise, every token is a decode call of its own. Layers in which every token has nothing but
+expert 0 several times are dense ones, as vLLM fills them in: they are left out, by name.
 """
 
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.cache.trace import TENSORS, RouteTrace
 from evaluation.engine.cache.trace_csv import read_csv, write_csv
 
+logger = logging.getLogger(__name__)
 FORMAT, VERSION = "remoe-route-trace", "1"
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -124,6 +127,8 @@ def _of_arrays(path: Path, arrays: Arrays, num_experts: int | None) -> RouteTrac
             )
     if "expert_ids" not in arrays:
         arrays = _joined(path, arrays)
+    arrays = _without_dense_layers(path, arrays)
+    _check_padding(path, arrays["expert_ids"], num_experts or arrays.get("num_experts"))
     unknown = [name for name in arrays if name not in (*TENSORS, *FACTS)]
     if unknown:
         raise UserError(
@@ -133,6 +138,31 @@ def _of_arrays(path: Path, arrays: Arrays, num_experts: int | None) -> RouteTrac
         return RouteTrace(**_defaults(arrays["expert_ids"], num_experts) | _plain(arrays))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _without_dense_layers(path: Path, arrays: Arrays) -> Arrays:
+    """Without the layers that hold only zeros where a token has several experts, which must be distinct; they are named."""
+    ids_TLK = arrays["expert_ids"]
+    dense_L = (ids_TLK == 0).all(axis=(0, 2)) & (ids_TLK.shape[2] > 1)
+    if not dense_L.any() or dense_L.all():
+        return arrays
+    numbers = np.array(_numbers(arrays["layer_ids"]) if "layer_ids" in arrays else range(ids_TLK.shape[1]))
+    if len(numbers) != len(dense_L):
+        return arrays  # which is refused for that
+    left_out = ", ".join(map(str, numbers[dense_L]))
+    logger.warning("%s: layers %s hold no expert but 0, several times: they are dense and left out", path, left_out)
+    return arrays | {"expert_ids": ids_TLK[:, ~dense_L], "layer_ids": numbers[~dense_L]}
+
+
+def _check_padding(path: Path, ids_TLK: npt.NDArray[np.integer], num_experts: Any) -> None:
+    """Refuse tokens that hold -1, or the largest number of an unsigned type, everywhere, unless it is an expert's."""
+    filler = -1 if ids_TLK.min() < 0 else int(np.iinfo(ids_TLK.dtype).max)
+    padded_T = (ids_TLK == filler).all(axis=(1, 2))
+    if padded_T.any() and (filler < 0 or num_experts is None):
+        raise UserError(
+            f"{path}: token {int(padded_T.argmax())} holds {filler} everywhere, as padding does; cut such tokens off"
+            + (f", or say --num-experts {filler + 1} if it is an expert" if filler >= 0 else "")
+        )
 
 
 def _joined(path: Path, requests: Arrays) -> Arrays:

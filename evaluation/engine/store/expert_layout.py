@@ -130,7 +130,8 @@ def _find(tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path) -> t
         role = form.roles.get(match["part"])
         if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != form.axes:
             raise UserError(
-                f"{model_dir}: expert tensor {name} ({tensor.dtype} {list(tensor.shape)}) is not supported; "
+                f"{model_dir}: expert tensor {name} ({tensor.dtype} {list(tensor.shape)}) is not supported"
+                f"{', nor are other quantised experts' if tensor.dtype not in DTYPE_BYTES else ''}; "
                 f"supported are matrices of {', '.join(DTYPE_BYTES)} named {LOOKED_FOR}"
             )
         module_of[name] = match["module"]

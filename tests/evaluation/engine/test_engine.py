@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from configs.load import UserError
@@ -197,6 +198,11 @@ def changed(folder: Path, into: Path, **config: Any) -> Path:
         ({"model_type": "t5"}, "model type 't5' is no causal language model"),
         ({"num_experts_per_tok": "two"}, "config.json is not understood: .*num_experts_per_tok"),
         ({"num_experts_per_tok": None, "model_type": "llama"}, "has no routers"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "is quantised .*gptq.*which is not supported yet",
+        ),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "config.json is not understood"),
         ({"num_hidden_layers": 0}, "config.json has 0 layers, none with experts"),
         ({"vocab_size": 17}, "the weights do not fit config.json"),
         ({"num_hidden_layers": 4}, "the checkpoint lacks model.layers.3.input_layernorm.weight"),
@@ -209,6 +215,33 @@ def test_a_config_that_does_not_fit_is_refused(
     folder = changed(checkpoint("olmoe"), tmp_path / "m", **config)
     with pytest.raises(UserError, match=words), load(folder, EngineOptions("100%")):
         pass
+
+
+@pytest.mark.parametrize("first", ["bfloat16", "float32"])
+def test_without_a_precision_in_the_config_the_first_tensor_decides_as_in_transformers(
+    checkpoint: Checkpoint, tmp_path: Path, first: str
+) -> None:
+    """Of a checkpoint whose tensors differ."""
+    folder = changed(checkpoint("olmoe", "float32"), tmp_path / "m", dtype=None, torch_dtype=None)
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    tensors |= {names[0]: tensors[names[0]].to(getattr(torch, first)), names[1]: tensors[names[1]].bfloat16()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with load(folder, EngineOptions("100%")) as (model, engine):
+        assert engine.dtype == plain.dtype
+        ids = torch.arange(1, 9)[None]
+        assert torch.equal(model(ids).logits, plain.eval()(ids).logits)
+
+
+def test_settings_that_stand_in_the_config_alone_are_those_of_transformers(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = changed(checkpoint("olmoe"), tmp_path / "m", eos_token_id=[5, 6], repetition_penalty=1.7)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with load(folder, EngineOptions("100%")) as (model, _):
+        assert model.generation_config.to_dict() == plain.generation_config.to_dict()
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

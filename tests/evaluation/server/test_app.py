@@ -1,5 +1,7 @@
 """Answers over HTTP, asked for with OpenAI's own client: the tokens of plain `generate`, streamed or not."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -238,9 +240,19 @@ def test_labels_and_values_that_ask_for_nothing_are_accepted(served: Served) -> 
     plainly = served.client.completions.create(model=served.name, prompt="A", max_tokens=4, temperature=0)
     adorned = served.client.completions.create(
         model=served.name, prompt="A", max_tokens=4, temperature=0, user="me", echo=False, best_of=1, suffix=None,
-        frequency_penalty=0, presence_penalty=0.0, logit_bias={}, extra_body={"metadata": {"a": "b"}},
+        frequency_penalty=0, presence_penalty=0.0, logit_bias={}, stream_options={"include_usage": False},
+        extra_body={"metadata": {"a": "b"}, "top_k": -1, "repetition_penalty": 1.0, "min_p": 0},
     )  # fmt: skip
     assert adorned.choices == plainly.choices
+    nearly = served.client.completions.create(model=served.name, prompt="A", max_tokens=4, temperature=1e-8)
+    assert nearly.choices == plainly.choices, "clients mean greedy by that"
+    two = {"model": served.name, "prompt": "A", "max_tokens": 2, "n": 2, "best_of": 2, "temperature": 1.0}
+    assert len(served.client.completions.create(**two).choices) == 2
+    stream = served.client.chat.completions.create(
+        model=served.name, messages=TURNS, max_tokens=1, stream=True,
+        stream_options={"include_usage": True, "include_obfuscation": False},
+    )  # fmt: skip
+    assert list(stream)[-1].usage is not None
     served.client.chat.completions.create(
         model=served.name, messages=TURNS, max_tokens=1, response_format={"type": "text"}, tools=[], store=False
     )
@@ -249,13 +261,13 @@ def test_labels_and_values_that_ask_for_nothing_are_accepted(served: Served) -> 
 @pytest.mark.parametrize(
     ("changed", "words", "param"),
     [
-        ({"echo": True}, "echo is not supported by this server; leave it out", "echo"),
+        ({"suffix": "x"}, "suffix is not supported by this server; leave it out", "suffix"),
         ({"best_of": 2}, "best_of is not supported", "best_of"),
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported", "frequency_penalty"),
         ({"min_p": 0.1}, "min_p is not supported", "min_p"),
         ({"promt": "x"}, "promt is not supported", "promt"),
         ({"stream": True, "stream_options": {"chunk": 1}}, "stream_options.chunk is not supported", "stream_options"),
-        ({"stream_options": {"include_usage": True}}, "stream_options is only for stream=true", None),
+        ({"stream_options": {"include_usage": True}}, "include_usage is only for stream=true", None),
         ({"prompt": None}, "prompt must be a text, a list of texts, a list of token ids", "prompt"),
         ({"prompt": ""}, "the prompt has no tokens", "prompt"),
         ({"prompt": ["a", ""]}, "the prompt has no tokens", "prompt"),
@@ -265,15 +277,17 @@ def test_labels_and_values_that_ask_for_nothing_are_accepted(served: Served) -> 
         ({"prompt": [[1], []]}, "prompt must be", "prompt"),
         ({"prompt": [4096]}, "token id 4096 is not in the vocabulary of 4096", "prompt"),
         ({"prompt": [-1]}, "prompt must be", "prompt"),
-        ({"prompt": [5] * 512}, "512 tokens and 2 are to come; the context of .* holds 512", "prompt"),
-        ({"max_tokens": 512}, "lower max_tokens", "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens: .* greater than or equal to 1", "max_tokens"),
+        ({"prompt": [5] * 512}, r"context length is 512 tokens.*requested 514 tokens \(512 in the prompt, 2 for", "prompt"),
+        ({"max_tokens": 512}, "reduce the length of the prompt or of the completion", "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens is 0, which makes nothing; that is only for echo=true", None),
+        ({"max_tokens": -1}, "max_tokens: .* greater than or equal to 0", "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens: .* valid integer", "max_tokens"),
         ({"temperature": 2.5}, "temperature: .* less than or equal to 2", "temperature"),
-        ({"temperature": 1e-9}, "temperature must be 0 .* or at least 0.01", None),
+        ({"temperature": 1e-3}, "temperature must be 0 .* or at least 0.01", None),
         ({"temperature": True}, "temperature: .* valid number", "temperature"),
         ({"top_p": 1.1}, "top_p: ", "top_p"),
-        ({"top_k": -1}, "top_k: ", "top_k"),
+        ({"top_k": -2}, "top_k: ", "top_k"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty is not supported", "repetition_penalty"),
         ({"n": 2, "temperature": 0}, "n above 1 needs a temperature above 0", None),
         ({"n": 17}, "n: .* less than or equal to 16", "n"),
         ({"seed": 2**63}, "seed: ", "seed"),
@@ -310,6 +324,74 @@ def test_what_is_not_served_is_refused_by_name(
 def test_chats_that_are_not_served_are_refused(served: Served, changed: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         served.client.post("/chat/completions", body={"messages": TURNS, **changed}, cast_to=object)
+
+
+OWN_ANSWERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "the official client": lambda message: message.model_dump(),
+    "its raw JSON": lambda message: json.loads(message.model_dump_json(exclude_unset=True)),
+    "with every null": lambda message: {
+        "role": "assistant", "content": message.content, "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": None, "name": "bot",
+    },
+    "as parts": lambda message: {
+        "role": "assistant", "content": [{"type": "text", "text": message.content, "annotations": None}], "tool_calls": [],
+    },
+}  # fmt: skip
+"""How clients send an answer back with the next turn."""
+
+
+@pytest.mark.parametrize("client", OWN_ANSWERS)
+def test_three_turns_go_round_as_clients_send_them(client: str, served: Served, plain: Plain) -> None:
+    turns: list[Any] = [{"role": "user", "content": "The sea was"}]
+    said: list[dict[str, str]] = [{"role": "user", "content": "The sea was"}]
+    for _ in range(3):
+        answer = served.client.chat.completions.create(
+            model=served.name, messages=turns, max_tokens=5, temperature=0
+        ).choices[0].message  # fmt: skip
+        text = plain.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        ids = plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert answer.content == plain.greedy(ids, 5)
+        turns += [OWN_ANSWERS[client](answer), {"role": "user", "content": "go on", "name": None}]
+        said += [{"role": "assistant", "content": str(answer.content)}, {"role": "user", "content": "go on"}]
+
+
+def test_an_echo_has_the_prompts_own_log_probabilities(served: Served, plain: Plain) -> None:
+    ids = plain.tokenizer("The sea was calm and")["input_ids"]
+    answer = served.client.completions.create(
+        model=served.name, prompt=[ids], max_tokens=2, temperature=0, logprobs=3, echo=True
+    )
+    (choice,) = answer.choices
+    assert choice.text == plain.tokenizer.decode(ids) + plain.greedy(ids, 2)
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    with torch.no_grad():
+        expected_TV = plain.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.top_logprobs[0] is None
+    expected = [float(expected_TV[place, token]) for place, token in enumerate(ids[1:])]
+    assert logprobs.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    for place, top in enumerate(logprobs.top_logprobs[1 : len(ids)]):
+        assert max(top.values()) == pytest.approx(float(expected_TV[place].max()), abs=1e-4)
+    assert len(logprobs.tokens) == len(ids) + 2 == len(logprobs.text_offset)
+    begins = logprobs.text_offset
+    assert all(choice.text[begin:].startswith(token) for begin, token in zip(begins, logprobs.tokens, strict=True))
+
+
+def test_an_echo_of_nothing_more_scores_the_prompt_alone(served: Served) -> None:
+    body = {"model": served.name, "prompt": ["The sea", "A"], "max_tokens": 0, "echo": True, "logprobs": 0}
+    answer = served.client.completions.create(**body)
+    assert [choice.text for choice in answer.choices] == ["The sea", "A"]
+    assert {choice.finish_reason for choice in answer.choices} == {"length"}
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 0
+    streamed = served.client.completions.create(**body, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices[0].index == 0) == "The sea"
+
+
+def test_the_served_model_can_be_asked_for_by_its_name(served: Served) -> None:
+    assert served.client.models.retrieve(served.name).id == served.name
+    with pytest.raises(openai.NotFoundError, match="'gpt-4' is not served here"):
+        served.client.models.retrieve("gpt-4")
 
 
 def test_another_models_name_and_another_path_are_not_found(served: Served) -> None:

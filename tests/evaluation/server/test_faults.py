@@ -16,6 +16,7 @@ import httpx2
 import openai
 import pytest
 
+from configs.load import UserError
 from evaluation.server.work import Job
 from evaluation.server.worker import Worker
 from tests.evaluation.server.running import Plain, Served, our_threads, serve
@@ -242,6 +243,77 @@ def test_a_shorter_context_may_be_asked_for(chat_model: Path) -> None:
         answer = served.client.completions.create(model="tiny", prompt=[5] * 15, temperature=0)
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 5, "what is left of the context"
-        with pytest.raises(openai.BadRequestError, match="the context of tiny holds 20") as refused:
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 20 tokens") as refused:
             served.client.completions.create(model="tiny", prompt=[5] * 15, max_tokens=6)
         assert refused.value.code == "context_length_exceeded"
+
+
+def test_pages_of_allowed_origins_may_call(chat_model: Path) -> None:
+    asking = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    with serve(chat_model, "--allowed-origins", "https://chat.example,https://other.example") as served:
+        allowed = httpx2.options(f"{served.url}/v1/chat/completions", headers=asking)
+        assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
+        refused = httpx2.options(
+            f"{served.url}/v1/chat/completions", headers={**asking, "Origin": "https://evil.example"}
+        )
+        assert "access-control-allow-origin" not in refused.headers
+    with serve(chat_model) as served:
+        assert "access-control-allow-origin" not in httpx2.get(f"{served.url}/health", headers=asking).headers
+
+
+def test_a_template_that_wants_parts_is_given_parts(chat_model: Path, tmp_path: Path) -> None:
+    """As those of models that read pictures too: plain text would be lost."""
+    folder = Path(shutil.copytree(chat_model, tmp_path / "m"))
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        " {{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    )
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    with serve(folder) as served:
+        answers = [
+            served.client.chat.completions.create(
+                model=served.name, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0
+            )
+            for content in ("The sea was", [{"type": "text", "text": "The sea was"}], "Another thing")
+        ]  # fmt: skip
+        tokens = [answer.usage.prompt_tokens if answer.usage else 0 for answer in answers]
+        assert tokens[0] == tokens[1] > 4
+        assert answers[0].choices[0].message == answers[1].choices[0].message
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ({"stop_strings": ["e"]}, None), ({"return_dict_in_generate": True, "output_scores": True}, "whole"),
+        ({"do_sample": True, "num_return_sequences": 3, "cache_implementation": "static"}, "whole"),
+    ],
+)  # fmt: skip
+def test_settings_beside_the_model_do_not_break_answers(
+    written: dict[str, Any], text: str | None, chat_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(chat_model, tmp_path / "m"))
+    path = folder / "generation_config.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**known, **written}))
+    whole = Plain(chat_model).greedy("The sea was", 8)
+    with serve(folder) as served:
+        answer = served.client.completions.create(model=served.name, prompt="The sea was", max_tokens=8, temperature=0)
+        assert answer.choices[0].text == (whole if text else whole.split("e")[0])
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("", "cannot be used"),
+        ("{", "cannot be used"),
+        ('{"token_healing": true}', "token_healing=True is not supported; remove it"),
+    ],
+)
+def test_settings_that_cannot_be_served_are_refused_at_loading(
+    written: str, words: str, chat_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(chat_model, tmp_path / "m"))
+    (folder / "generation_config.json").write_text(written)
+    with pytest.raises(UserError, match=words), serve(folder):
+        pass

@@ -155,3 +155,47 @@ def test_a_full_disk_is_told_as_one_and_keeps_the_trace_that_was_there(extension
     assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(path))
     assert path.read_bytes() == before
     assert list(full_disk.iterdir()) == [path]
+
+
+def test_dense_layers_of_vllm_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A model whose first layer is dense: vLLM's `routed_experts` has zeros there."""
+    trace = fixed_trace(8)
+    ids = np.concatenate([np.zeros_like(trace.expert_ids[:, :1]), trace.expert_ids], axis=1).astype(np.int32)
+    np.save(tmp_path / "t.npy", ids)
+    found = read_trace(tmp_path / "t.npy")
+    assert np.array_equal(found.expert_ids, trace.expert_ids)
+    assert found.layer_ids == tuple(range(1, trace.layers + 1))
+    assert "layers 0 hold no expert but 0" in caplog.text
+
+
+@pytest.mark.parametrize(("filler", "dtype"), [(255, np.uint8), (-1, np.int16), (65535, np.uint16)])
+def test_padding_is_no_expert(filler: int, dtype: Any, tmp_path: Path) -> None:
+    ids = np.array([[[1], [2]], [[3], [1]], [[filler], [filler]]], dtype=dtype)
+    np.save(tmp_path / "t.npy", ids)
+    with pytest.raises(UserError, match=rf"token 2 holds {filler} everywhere, as padding does; cut such tokens off"):
+        read_trace(tmp_path / "t.npy")
+    np.save(tmp_path / "t.npy", ids[:2])
+    assert read_trace(tmp_path / "t.npy").num_experts == 4
+
+
+def test_256_experts_of_which_the_last_is_chosen_are_read_if_that_is_said(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.array([[[1], [2]], [[255], [255]]], dtype=np.uint8))
+    assert read_trace(tmp_path / "t.npy", num_experts=256).expert_ids.max() == 255
+
+
+def test_one_wild_number_is_no_expert(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", np.array([[[1, 2]], [[3, 2**40]]]))
+    with pytest.raises(UserError, match=r"more than any model has: that is no expert's number"):
+        read_trace(tmp_path / "t.npy")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufefflayer,expert\n0,1\n0,2\n1,1\n1,2\n", '"layer","expert"\r\n"0","1"\r\n"0","2"\r\n"1","1"\r\n"1","2"\r\n',
+        "layer;expert\n0;1\n0;2\n1;1\n1;2\n", "layer\texpert\n0\t1\n0\t2\n1\t1\n1\t2\n",
+    ],
+)  # fmt: skip
+def test_a_csv_that_a_spreadsheet_has_written_is_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
+    assert read_trace(tmp_path / "t.csv").expert_ids.tolist() == [[[1, 2], [1, 2]]]

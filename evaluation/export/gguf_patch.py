@@ -1,16 +1,15 @@
-"""Tuned routers in a copy of an existing GGUF file: `ffn_gate_inp` is float32 also where experts are quantised.
+"""Tuned routers in a copy of an existing GGUF file; they are float32 there, whatever they were and experts are.
 
 The copy has a few more text fields, which say what was done; every tensor but the routers keeps its bytes. Layout:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (header, fields, tensor infos, padding, data; a tensor's offset
-counts from the start of the data, so more fields move none of them).
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (header, fields, tensor infos, padding, data; infos end with a
+tensor's type and its offset from the start of the data, where one follows the other, each on a boundary).
 """
 
 import hashlib
-import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import gguf
 import numpy as np
@@ -23,6 +22,8 @@ from configs.load import UserError
 from training.model.shards import StoredTensor
 
 COUNT_OF_FIELDS_AT = 16  # after magic, version and the number of tensors
+TYPE_AND_OFFSET, F32 = "<IQ", gguf.GGMLQuantizationType.F32
+COPIED_BYTES = 2**22
 OURS = "remoe."  # what names of the fields begin with that say what was done
 MADE_FROM = "give a GGUF that was made from the base the delta was trained on"
 Routers = Mapping[str, Tensor]
@@ -54,17 +55,37 @@ def patch_gguf(
         for start, end in sorted(map(_extent, before), reverse=True):
             del head[start:end]
         struct.pack_into("<Q", head, COUNT_OF_FIELDS_AT, count + len(fields) - len(before))
-        infos = source.read(_extent(reader.tensors[-1].field)[1] - fields_end)
+        infos = bytearray(source.read(_extent(reader.tensors[-1].field)[1] - fields_end))
+        routed = {str(tensor.name): routers[name] for name, tensor in places.items()}
+        alignment, end = int(reader.alignment), 0
+        for tensor in reader.tensors:
+            kind = F32 if tensor.name in routed else tensor.tensor_type
+            struct.pack_into(TYPE_AND_OFFSET, infos, _extent(tensor.field)[1] - fields_end - 12, kind, end)
+            end += _padded(4 * int(tensor.n_elements) if tensor.name in routed else int(tensor.n_bytes), alignment)
         target.write(head + b"".join(fields) + infos)
-        target.write(bytes(-target.tell() % int(reader.alignment)))
-        data_start = target.tell()
-        source.seek(reader.data_offset)
-        shutil.copyfileobj(source, target, 2**22)
-        for name, tensor in places.items():
-            target.seek(data_start + int(tensor.data_offset) - reader.data_offset)
-            target.write(routers[name].float().contiguous().numpy().astype("<f4").tobytes())
+        for tensor in reader.tensors:
+            target.write(bytes(-target.tell() % alignment))
+            if tensor.name in routed:
+                target.write(routed[tensor.name].float().contiguous().numpy().astype("<f4").tobytes())
+            else:
+                source.seek(int(tensor.data_offset))
+                _copy(source, target, int(tensor.n_bytes))
+        target.write(bytes(-target.tell() % alignment))
         target.flush()
-        _read_back(aside, {str(tensor.name): routers[name] for name, tensor in places.items()})
+        _read_back(aside, routed)
+
+
+def _padded(length: int, alignment: int) -> int:
+    return -(-length // alignment) * alignment
+
+
+def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
+    while length:
+        part = source.read(min(length, COPIED_BYTES))
+        if not part:
+            raise UserError("the GGUF is truncated; copy it again")
+        target.write(part)
+        length -= len(part)
 
 
 def _read_back(path: Path, routers: Routers) -> None:
@@ -87,7 +108,20 @@ def _read(path: Path) -> gguf.GGUFReader:
 
 def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The file's tensor of each router, by its name in the loaded model; all of them have the base's values."""
-    architecture = str(reader.fields["general.architecture"].contents())
+    said = {
+        name: reader.fields[f"general.{name}"].contents()
+        for name in ("architecture", "type")
+        if f"general.{name}" in reader.fields
+    }
+    if said.get("type", "model") != "model" or said.get("architecture") in (None, "clip"):
+        kind = said.get("type") or said.get("architecture") or "no architecture"
+        raise UserError(f"{path} is not this model's GGUF but one of another kind ({kind}); {MADE_FROM}")
+    if "split.count" in reader.fields and int(reader.fields["split.count"].contents()) > 1:
+        raise UserError(
+            f"{path} is one of {reader.fields['split.count'].contents()} parts; merge them first, with llama.cpp's "
+            f"`llama-gguf-split --merge {path} merged.gguf`"
+        )
+    architecture = str(said["architecture"])
     known = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         raise UserError(f"{path} is of architecture {architecture!r}, which this gguf does not know; {MADE_FROM}")
@@ -104,20 +138,29 @@ def _places(reader: gguf.GGUFReader, path: Path, stored: Mapping[str, StoredTens
                 f"{path} ({architecture}) has {in_file} of shape {shape} where the base has its router {place.name} of "
                 f"shape {list(place.shape)}; {MADE_FROM}"
             )
-        if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            raise UserError(
-                f"{path} stores {in_file} as {tensor.tensor_type.name}, routers must be F32; convert it anew"
-            )
         with safe_open(place.shard, framework="pt") as shard:
             values = shard.get_tensor(place.name)
-        # a file that was tuned once holds float32, of which a folder that was tuned with it holds what it stores
-        if not torch.equal(torch.from_numpy(np.array(tensor.data)).view(values.shape).to(values.dtype), values):
+        if not _holds(tensor, values):
             raise UserError(f"{path} has other values in {in_file} than the base in {place.shard}; {MADE_FROM}")
         found[name] = tensor
-    missing = [t for t in tensors if ".ffn_gate_inp." in t and t not in {tensor.name for tensor in found.values()}]
+    ahead = reader.fields.get(f"{architecture}.nextn_predict_layers")  # layers at the end that predict further tokens
+    own = layers - (int(ahead.contents()) if ahead else 0)
+    blocks = {t: int(t.split(".")[1]) for t in tensors if ".ffn_gate_inp." in t}
+    missing = [t for t, block in blocks.items() if block < own and t not in {tensor.name for tensor in found.values()}]
     if missing:
         raise UserError(f"{path} has a router {missing[0]} that the delta does not hold; {MADE_FROM}")
     return found
+
+
+def _holds(tensor: gguf.ReaderTensor, values: Tensor) -> bool:
+    """Whether a tensor of a file holds these values, in the precision of whichever is coarser."""
+    if tensor.tensor_type == F32:  # also of a file that was tuned once, whose base holds what its own precision can
+        return torch.equal(torch.from_numpy(np.array(tensor.data)).view(values.shape).to(values.dtype), values)
+    try:
+        quantised = gguf.quants.quantize(values.float().numpy(), tensor.tensor_type)
+    except NotImplementedError:
+        return False
+    return np.array_equal(quantised.view(np.uint8).ravel(), np.ascontiguousarray(tensor.data).view(np.uint8).ravel())
 
 
 def _extent(field: gguf.ReaderField) -> tuple[int, int]:

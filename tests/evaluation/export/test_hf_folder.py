@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -174,24 +175,27 @@ def test_a_full_disk_leaves_nothing_behind(model_dir: ModelDir, tmp_path: Path, 
 
 
 def rewritten(
-    source: Path, target: Path, *, quantised: Sequence[str] = (), changed: dict[str, float] | None = None
-) -> None:
-    """A copy by PyPI's gguf: tensors whose name has one of `quantised` in Q8_0, a number added to those in `changed`."""
+    source: Path, target: Path, *, quantised: Sequence[str] = (), changed: dict[str, float] | None = None,
+    kind: str = "Q8_0", fields: Mapping[str, Any] = MappingProxyType({}), added: Mapping[str, Any] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """A copy by PyPI's gguf: tensors whose name has one of `quantised` in that kind, a number added to those in `changed`."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kind = field.types[0]
-            writer.add_key_value(
-                name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            )
+        if not name.startswith("GGUF.") and name not in ("general.architecture", *fields):
+            array = field.types[0] == gguf.GGUFValueType.ARRAY
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if array else None)
+    for name, value in fields.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
     for tensor in reader.tensors:
         data: Any = np.asarray(tensor.data) + np.float32((changed or {}).get(tensor.name, 0))
         if any(part in tensor.name for part in quantised):
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(tensor.name, gguf.quants.quantize(data, q8), raw_dtype=q8)
+            coarse = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(tensor.name, gguf.quants.quantize(data, coarse), raw_dtype=coarse)
         else:
             writer.add_tensor(tensor.name, data)
+    for name, data in added.items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -227,6 +231,39 @@ def test_in_a_gguf_only_the_routers_change(quantised: tuple[str, ...], shipped_g
     assert more["remoe.objective"] == "cache_miss"
     same = [name for name in old.fields if not name.startswith("GGUF.")]
     assert all(old.fields[name].contents() == new.fields[name].contents() for name in same)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_routers_that_are_stored_coarsely_become_float32(kind: str, shipped_gguf: Path, tmp_path: Path) -> None:
+    """What lies behind them moves, and is what it was."""
+    base = tmp_path / "q.gguf"
+    rewritten(shipped_gguf, base, quantised=["ffn_gate_inp.weight"], kind=kind)
+    moved = perturbed(EMBEDDED / "model", tmp_path / "delta")
+    export(EMBEDDED / "model", tmp_path / "delta", tmp_path / "out.gguf", "--format", "gguf", "--gguf", str(base))
+    old, new = (gguf.GGUFReader(path) for path in (base, tmp_path / "out.gguf"))
+    for before, after in zip(old.tensors, new.tensors, strict=True):
+        if before.name.endswith("ffn_gate_inp.weight"):
+            assert (before.tensor_type.name, after.tensor_type.name) == (kind, "F32")
+            layer = before.name.split(".")[1]
+            np.testing.assert_array_equal(
+                np.asarray(after.data), moved[f"model.layers.{layer}.mlp.gate.weight"].numpy()
+            )
+        else:
+            assert before.tensor_type == after.tensor_type
+            np.testing.assert_array_equal(np.asarray(after.data), np.asarray(before.data))
+
+
+def test_routers_of_layers_that_predict_ahead_stay(shipped_gguf: Path, tmp_path: Path) -> None:
+    """As GLM-4.5's GGUFs have one more block than the model has layers."""
+    blocks = int(gguf.GGUFReader(shipped_gguf).fields["qwen2moe.block_count"].contents())
+    fields = {"qwen2moe.block_count": blocks + 1, "qwen2moe.nextn_predict_layers": 1}
+    name, ahead = f"blk.{blocks}.ffn_gate_inp.weight", np.ones((4, 8), np.float32)
+    rewritten(shipped_gguf, tmp_path / "more.gguf", fields=fields, added={name: ahead})
+    perturbed(EMBEDDED / "model", tmp_path / "delta")
+    more = ("--format", "gguf", "--gguf", str(tmp_path / "more.gguf"))
+    export(EMBEDDED / "model", tmp_path / "delta", tmp_path / "out.gguf", *more)
+    (found,) = (tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors if tensor.name == name)
+    np.testing.assert_array_equal(np.asarray(found.data), ahead)
 
 
 def test_a_gguf_that_was_tuned_once_is_tuned_again(shipped_gguf: Path, tmp_path: Path) -> None:
@@ -278,8 +315,16 @@ def test_a_gguf_that_names_its_alignment_is_tuned(shipped_gguf: Path, tmp_path: 
             "other values in blk.1.ffn_gate",
         ),
         (
-            lambda base, to: rewritten(base, to, quantised=["ffn_gate_inp.weight"]),
-            "stores blk.0.ffn_gate_inp.weight as Q8_0",
+            lambda base, to: rewritten(base, to, fields={"general.type": "imatrix"}),
+            r"not this model's GGUF .*\(imatrix\)",
+        ),
+        (
+            lambda base, to: rewritten(base, to, fields={"general.type": "mmproj"}),
+            r"not this model's GGUF .*\(mmproj\)",
+        ),
+        (
+            lambda base, to: rewritten(base, to, fields={"split.count": 3}),
+            r"one of 3 parts; merge .*llama-gguf-split --merge",
         ),
         (lambda _, to: to.write_bytes(b"GGUF, or not"), "cannot be read as GGUF"),
     ],

@@ -28,12 +28,14 @@ def prepare(path: str | Path) -> Path:
     return path
 
 
-def prepare_folder(path: str | Path) -> Path:
-    """Make a folder that results are to be written into; a `UserError` if it cannot be made or written into."""
+def prepare_folder(path: str | Path, *, make: bool = True) -> Path:
+    """Make a folder that results are to be written into, or only see whether that can be done; a `UserError` if it cannot."""
     path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there):
             return path
     except OSError as error:
         raise UserError(f"folder {path} cannot be made or written into: {error}; name an output elsewhere") from error

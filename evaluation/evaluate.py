@@ -115,7 +115,7 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
     """
     model_dir, candidates = local_folder(model), []
     for folder in deltas:
-        about = router_delta.describe(folder)
+        about = router_delta.describe(folder, needed=("objective", "config"))
         routers = router_delta.load_for(model_dir, folder)
         candidates.append(Candidate(routers, about["config"]["seed"], _history(folder.parent)))
     settings = [field.name for field in fields(ObjectiveArguments) if field.name != "objective"]

@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"output {output} exists already; name a new one, or remove it first")
     prepare_folder(output.parent)
     model_dir = Path(local_folder(command.model))
-    routers, about = load_for(model_dir, command.router_delta), describe(command.router_delta)
+    routers = load_for(model_dir, command.router_delta)
+    about = describe(command.router_delta, needed=("objective", "config", "metrics", "code_commit"))
     stored = stored_tensors(model_dir, routers)
     if command.gguf is not None:
         patch_gguf(Path(command.gguf), output, routers, stored=stored, about=about)

@@ -124,7 +124,7 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         base_outputs_BSX=base_outputs, head=run.head,
     )  # fmt: skip
     if not torch.isfinite(share.loss):
-        if bad := _not_finite(run):
+        if (bad := _not_finite(run)) and bad not in run.trained:
             raise UserError(
                 f"loss is {share.loss.item()}, because {bad} of the model holds numbers that are not finite"
             )

@@ -76,7 +76,7 @@ def build(args: TrainArguments) -> Run:
         advice = "with trainable=all use configs/accelerate/multi_gpu.yaml"
         raise UserError(f"{layout} here shards what does not train; {advice}")
     check_memory(args, accelerator, layout=layout)
-    prepare_folder(args.output_dir)
+    prepare_folder(args.output_dir, make=False)
     tokenizer = loading.load_tokenizer(str(args.tokenizer_name or args.model_name_or_path or args.config_name))
     documents = _read(args, tokenizer, accelerator)
     torch.manual_seed(args.seed)

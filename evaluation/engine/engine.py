@@ -38,7 +38,6 @@ class Engine:
         cache: slots and who is in them.
         is_exact: whether outputs are those of the resident model; False with a cache prior.
         division: what a memory budget is divided into; None if only experts have one.
-        stop_strings: at which an answer ends, as generation_config.json says; for whoever has the tokenizer.
         kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
     """
 
@@ -57,7 +56,6 @@ class Engine:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
         self.is_exact = options.cache_prior is None
         self.kept: PrefixCache | None = None
-        self.stop_strings: tuple[str, ...] = ()
         self._store, self._reader, self._call = store, reader, Call()
         modules = experts_modules(model, store)
         self._layer_ids = tuple(layer for layer, _ in modules)

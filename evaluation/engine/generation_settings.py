@@ -2,9 +2,9 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from configs.load import UserError
 
@@ -23,17 +23,16 @@ REFUSED = (
 logger = logging.getLogger(__name__)
 
 
-def read_generation_config(model_dir: str | Path) -> tuple[GenerationConfig | None, tuple[str, ...]]:
-    """The settings in a model's folder, None if there are none, and the strings at which an answer ends.
+def read_generation_config(model_dir: str | Path) -> GenerationConfig:
+    """The settings in a model's folder; without a file of their own those in config.json, as transformers has it.
 
     Raises:
         UserError: the file is damaged, or asks for a way to decode that is not supported.
     """
     path = Path(model_dir) / NAME
-    if not path.is_file():
-        return None, ()
+    where: dict[str, Any] = {} if path.is_file() else {"config_file_name": "config.json", "_from_model_config": True}
     try:
-        config: Any = GenerationConfig.from_pretrained(model_dir)
+        config: Any = GenerationConfig.from_pretrained(model_dir, **where)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be used: {error}; mend it, or remove it") from error
     for name in REFUSED:
@@ -44,6 +43,11 @@ def read_generation_config(model_dir: str | Path) -> tuple[GenerationConfig | No
         if (found := getattr(config, name, None)) not in (None, value):
             logger.warning("%s: %s=%s is not used", path, name, found)
             setattr(config, name, value)
-    stops = config.stop_strings or ()
-    config.stop_strings = None  # generate would need the tokenizer for them; who has it passes both
-    return config, (stops,) if isinstance(stops, str) else tuple(stops)
+    return cast(GenerationConfig, config)
+
+
+def take_stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
+    """The strings at which answers of this model end; `generate` knows them no more, which needs a tokenizer for them."""
+    config: Any = model.generation_config
+    stops, config.stop_strings = config.stop_strings or (), None
+    return (stops,) if isinstance(stops, str) else tuple(stops)

@@ -1,5 +1,6 @@
 """Greedy decoding of one prompt on a paged model, with everything measured; `generate` itself is transformers' own."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ def decode(
 ) -> DecodeResult:
     """Decode greedily, as `model.generate(do_sample=False)` does; ends early at the model's end-of-text token.
 
-    With a tokenizer it ends at the engine's stop strings too. The cache is emptied and the counters are set to zero first.
+    With a tokenizer it ends at the model's own stop strings too. The cache is emptied and the counters are set to zero first.
 
     Raises:
         UserError: no prompt token, or no token to generate.
@@ -48,18 +49,19 @@ def decode(
     def note(_: list[int]) -> None:
         token_seconds.append(time.perf_counter() - start)
 
-    stops = {"stop_strings": list(engine.stop_strings), "tokenizer": tokenizer}
-    options = stops if engine.stop_strings and tokenizer is not None else {}
-    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note, **options)
+    token_ids = greedy(model, prompt_ids, max_new_tokens=max_new_tokens, on_tokens=note, tokenizer=tokenizer)
     return DecodeResult(token_ids, Timing(token_seconds), engine.stats())
 
 
 def greedy(
     model: PreTrainedModel, prompt_ids: Sequence[int], *, max_new_tokens: int, on_tokens: Listener | None = None,
-    **options: Any,
+    tokenizer: Any = None,
 ) -> list[int]:  # fmt: skip
     """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
+    config: Any = copy.copy(model.generation_config)
+    if tokenizer is None:
+        config.stop_strings = None
     generate: Any = model.generate
     output_BT = generate(
         input_ids=prompt_BT,
@@ -68,7 +70,8 @@ def greedy(
         do_sample=False,
         num_beams=1,
         streamer=on_tokens and _NewTokens(on_tokens),
-        **options,
+        generation_config=config,
+        tokenizer=tokenizer,
     )
     return output_BT[0, len(prompt_ids) :].tolist()
 

@@ -55,15 +55,14 @@ def load(
     if options.memory_budget is not None:
         bound_kernel_caches()
     config, store = read_config(model_dir), ExpertStore(model_dir)
-    generation_config, stop_strings = read_generation_config(model_dir)
+    generation_config = read_generation_config(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     demand = _demand(store, config=config, dtype=dtype)
     slots = _slots_of_cache(options, demand)  # before anything is loaded, so that too few are refused at once
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
-        if generation_config is not None:
-            model.generation_config = generation_config
+        model.generation_config = generation_config
         if router_delta:
             copy_into_routers(model, router_delta)
         division = _division(options, model, store, reader, demand=demand, itemsize=dtype.itemsize)
@@ -75,7 +74,6 @@ def load(
         engine = Engine(
             model, options, store=store, reader=reader, cache=cache, demand=demand, device=device, division=division
         )
-        engine.stop_strings = stop_strings
         yield model, engine
 
 

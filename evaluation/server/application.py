@@ -20,6 +20,7 @@ from configs.checks import at_least, words
 from configs.load import UserError
 from configs.sizes import parse_size, readable
 from evaluation.engine.engine import Engine
+from evaluation.engine.generation_settings import take_stop_strings
 from evaluation.engine.loading import load
 from evaluation.engine.memory.process import total_memory_bytes
 from evaluation.engine.options import CONTEXT_TOKENS, EngineOptions
@@ -96,7 +97,7 @@ def application(
     with load(model_dir, engine_options, router_delta=router_delta) as (model, engine):
         tokenizer = load_tokenizer(model_dir)
         vocabulary = model.config.get_text_config().vocab_size
-        names: dict[str, Any] = {"served_name": name, "stop_strings": engine.stop_strings}
+        names: dict[str, Any] = {"served_name": name, "stop_strings": take_stop_strings(model)}
         intake = Intake(tokenizer, context_tokens=context_tokens, vocabulary=vocabulary, **names)
         metrics = Metrics(engine)
         kept = _conversations(model, engine, options) if keeps else ()

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from configs.load import UserError
 from evaluation.benchmark.families import make_tiny
+from evaluation.engine.generation_settings import take_stop_strings
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from launch import export
@@ -203,14 +204,22 @@ PROMPT = torch.randint(1, 256, (1, 6), generator=torch.Generator().manual_seed(3
 OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "num_beams": 1}
 
 
-def plain(path: Path) -> tuple[Any, Tensor] | None:
-    """transformers' model and its tokens; None where it fails, or fills in what is missing."""
+def plain(path: Path) -> Any:
+    """transformers' model; None where it fails, or fills in what is missing."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
-        if info["missing_keys"] or info["mismatched_keys"]:
-            return None
-        options = {**OPTIONS, "attention_mask": torch.ones_like(PROMPT), "return_dict_in_generate": False}
-        return model, model.eval().generate(PROMPT, **options, num_return_sequences=1, cache_implementation=None)
+        return None if info["missing_keys"] or info["mismatched_keys"] else model.eval()
+    except Exception:
+        return None
+
+
+def plain_tokens(path: Path) -> Tensor | None:
+    """What that model decodes; None where it fails."""
+    options = {**OPTIONS, "attention_mask": torch.ones_like(PROMPT), "return_dict_in_generate": False}
+    try:
+        model = plain(path)
+        take_stop_strings(model)
+        return model.generate(PROMPT, **options, num_return_sequences=1, cache_implementation=None)
     except Exception:
         return None
 
@@ -218,6 +227,7 @@ def plain(path: Path) -> tuple[Any, Tensor] | None:
 def decoded(path: Path) -> Tensor | None:
     try:
         with load(path, EngineOptions("60%", warn=False)) as (model, _):
+            take_stop_strings(model)  # as the server does, which has the tokenizer for them
             tokens: Tensor = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **OPTIONS)
             return tokens
     except UserError:
@@ -257,18 +267,20 @@ def test_every_folder_ends_as_in_transformers_or_with_a_message(
         except Exception as error:
             wrong.append(f"{what}: {type(error).__name__}: {error}")
             continue
-        expected = plain(path)
         if tokens is not None:
             ran += 1
-            if expected is None or not torch.equal(tokens, expected[1]):
-                wrong.append(f"{what}: decoded {tokens.tolist()}, transformers {expected and expected[1].tolist()}")
+            if (expected := plain_tokens(path)) is None or not torch.equal(tokens, expected):
+                wrong.append(f"{what}: decoded {tokens.tolist()}, transformers {expected}")
         if routers is not None:
-            found = plain(tmp_path / f"{seed}-out" / "exported")
-            state = found[0].state_dict() if found else {}
-            if any(
-                name not in state or not torch.equal(state[name], t.to(state[name].dtype))
-                for name, t in routers.items()
-            ):
-                wrong.append(f"{what}: the exported routers are not the tuned ones")
+            found = plain(exported := tmp_path / f"{seed}-out" / "exported")
+            state = found.state_dict() if found is not None else {}
+            files = [load_file(file) for file in exported.glob("*.safetensors")]
+            dtypes = {
+                name.split("layers.")[-1]: t.dtype for tensors in files for name, t in tensors.items()
+            }  # as stored
+            for name, tensor in routers.items():
+                expected = tensor.to(dtypes[name.split("layers.")[-1]])
+                if name not in state or not torch.equal(state[name], expected.to(state[name].dtype)):
+                    wrong.append(f"{what}: the exported router {name} is not the tuned one")
     assert not wrong, "\n".join(wrong)
     assert ran > TOGETHER // 8, "most folders are refused: that is no test"

@@ -6,13 +6,13 @@ keys at a time, so names, precisions, tied weights, stacked experts and even the
 `from_pretrained` would have made.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -28,7 +28,7 @@ from configs.load import UserError
 from training.model import transformers_internals as internals
 from training.model.host_memory import spare_memory
 from training.model.routers import find_routers
-from training.model.shards import StoredTensor, read_index
+from training.model.shards import INDEX_NAME, StoredTensor, read_index
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions in which weights can be computed with, by the names that safetensors has for them."""
@@ -58,12 +58,13 @@ def read_config(model_dir: str | Path) -> PretrainedConfig:
         raise UserError(f"{model_dir} holds no config.json; give the folder of a saved model")
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        text_config = config.get_text_config()
+        assert isinstance(text_config, PretrainedConfig), "its text_config is none of a model that is known"
+    except Exception as error:  # whatever transformers raises where values are none that it expects
         raise UserError(f"{model_dir}/config.json is not understood: {error}") from error
-    quantised: Any = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(), "quantization_config", None
-    )
-    if quantised:
+    parts = (getattr(part, "quantization_config", None) for part in (config, text_config))
+    quantised: Any = next((part for part in parts if part is not None), None)
+    if quantised is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(
             f"{model_dir} is quantised (quantization_config of config.json: {kind}), which is not supported yet; give the "
@@ -98,6 +99,8 @@ def load_slices(
         model, info = model_class.from_pretrained(None, **options, output_loading_info=True)
     except RuntimeError as error:  # how transformers reports shapes that differ, and experts that are missing
         raise UserError(f"{model_dir}: the weights do not fit config.json: {error}") from error
+    except (AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{model_dir}/config.json is that of no model that can be made: {error}") from error
     check_loaded(model_dir, model, info)
     model.config.name_or_path = str(model_dir)
     return cast(PreTrainedModel, model)
@@ -146,8 +149,8 @@ def empty_model(folder: str, *, dtype: str | torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model {folder} cannot be loaded: {error}") from error
+    except Exception as error:  # as above
+        raise UserError(f"{folder}/config.json is that of no model that can be made: {error}") from error
     find_routers(model)
     return model
 
@@ -231,9 +234,17 @@ def lazy_slices(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
 
 
 def stored_dtype(folder: str | Path) -> torch.dtype:
-    """The precision of the first tensor in floating point, by which transformers goes where config.json names none."""
-    names = (part.get_dtype() for part in lazy_slices(read_index(folder)).values())
-    return next((TORCH_DTYPES[name] for name in names if name in TORCH_DTYPES), torch.float32)
+    """The precision by which transformers goes where config.json names none: the index's, or the first tensor's in the first
+    file that is in floating point."""
+    tensors, index_path = read_index(folder), Path(folder) / INDEX_NAME
+    if index_path.is_file():
+        named = json.loads(index_path.read_text(encoding="utf-8")).get("metadata", {}).get("dtype")
+        if isinstance(named, str) and isinstance(getattr(torch, named, None), torch.dtype):
+            return cast(torch.dtype, getattr(torch, named))
+    with safe_open(min(tensor.shard for tensor in tensors.values()), framework="pt") as first:
+        names = [first.get_slice(name).get_dtype() for name in first.keys()]  # noqa: SIM118
+    known = {**TORCH_DTYPES, "F64": torch.float64}
+    return next((known[name] for name in names if name in known), torch.float32)
 
 
 def expert_modules(module: nn.Module) -> list[nn.Module]:

@@ -83,7 +83,7 @@ def load_pretrained(
     try:
         with sparing_memory():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"model {name_or_path} cannot be loaded: {error}") from error
     except RuntimeError as error:  # how transformers reports shapes that differ
         raise UserError(f"model {name_or_path}: the weights do not fit config.json: {error}") from error
@@ -104,8 +104,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     _check_exists(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever files raise that are none of a tokenizer's
+        raise UserError(f"tokenizer {name_or_path} cannot be loaded: {error!r}") from error
 
 
 def read_text_config(args: ModelArguments) -> Any:

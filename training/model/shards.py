@@ -79,6 +79,8 @@ def _read_weight_map(index_path: Path) -> dict[str, str]:
         weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index_path} is not a safetensors index ({error!r}); {AGAIN}") from error
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise UserError(f"{index_path} is not a safetensors index (it names no tensors); {AGAIN}")
     outside = [name for name in weight_map.values() if Path(name).name != name]
     if outside:
         raise UserError(f"{index_path} names {outside[0]!r}, which is not a file of its own folder; {AGAIN}")

@@ -56,8 +56,8 @@ def save(
         (aside / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def describe(folder: str | Path) -> dict[str, Any]:
-    """The JSON of a delta folder; a `UserError` if it is none, or one of a newer version."""
+def describe(folder: str | Path, *, needed: Collection[str] = ("base_model", "base_frozen_sha256")) -> dict[str, Any]:
+    """The JSON of a delta folder, which has these keys; a `UserError` if it is none, or one of a newer version."""
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
         raise UserError(
@@ -67,12 +67,12 @@ def describe(folder: str | Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); copy the delta again") from error
-    needed = ("format_version", "base_model", "base_frozen_sha256", "tensors", "objective", "config", "metrics")
-    if not isinstance(description, dict) or (lacking := [key for key in needed if key not in description]):
-        what = f"lacks {lacking[0]}" if isinstance(description, dict) else "is no JSON object"
-        raise UserError(f"{path} is damaged (it {what}); copy the delta again")
-    if (version := description["format_version"]) != FORMAT_VERSION:
+    if not isinstance(description, dict):
+        raise UserError(f"{path} is damaged (it is no JSON object); copy the delta again")
+    if (version := description.get("format_version")) != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}")
+    if lacking := [key for key in needed if key not in description]:
+        raise UserError(f"{path} is damaged (it lacks {lacking[0]}); copy the delta again")
     return dict(description)
 
 

@@ -179,3 +179,12 @@ def test_a_failed_write_leaves_the_old_delta(
         router_delta.save(delta, routers, base_model="x", base_sha256="y", about={})
     assert router_delta.load_for(base, delta).keys() == routers.keys()
     assert sorted(path.name for path in delta.parent.iterdir()) == ["base", "delta"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("[]", "is no JSON object"), ('{"format_version": 1}', "lacks base_model"), ("{", "is damaged")]
+)
+def test_a_damaged_description_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / router_delta.DESCRIPTION).write_text(text)
+    with pytest.raises(UserError, match=words):
+        router_delta.describe(tmp_path)

@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_the_old_delta(
 @pytest.mark.parametrize(
     ("text", "words"), [("[]", "is no JSON object"), ('{"format_version": 1}', "lacks base_model"), ("{", "is damaged")]
 )
-def test_a_damaged_description_is_refused(text: str, words: str, tmp_path: Path) -> None:
+def test_a_description_that_lacks_something_is_refused(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / router_delta.DESCRIPTION).write_text(text)
     with pytest.raises(UserError, match=words):
         router_delta.describe(tmp_path)

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configs.load import UserError
 from evaluation import results
 
-CHOSEN = ("acc", "acc_norm", "acc_bytes", "exact_match")
-"""Metrics that a choice by chance has a level of."""
+CHOSEN = ("acc", "exact_match")
+"""How metrics begin that a choice by chance has a level of."""
 PERPLEXITY = "perplexity_"  # prefix of the tasks that measure a domain's perplexity
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -170,9 +170,10 @@ def _scores(
         return TaskScores(label, np.zeros(len(numbers)), None, total, higher)
     values = np.array(numbers, dtype=float)
     is_mean = value is None or abs(float(value) - values.mean()) < 1e-9
-    chance = None
-    if is_mean and metric in CHOSEN and task.OUTPUT_TYPE == "multiple_choice":
-        chance = float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
+    chance = 0.0 if is_mean else None
+    if is_mean and task.OUTPUT_TYPE == "multiple_choice":
+        level = float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))
+        chance = level if metric.startswith(CHOSEN) else None
     return TaskScores(label, values, chance, None if is_mean else _number(value), higher)
 
 

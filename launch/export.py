@@ -9,7 +9,8 @@ from configs.command import parse
 from configs.files import prepare_folder
 from configs.load import UserError
 from evaluation.export.gguf_patch import patch_gguf
-from evaluation.export.hf_folder import stored_tensors, write_folder
+from evaluation.export.hf_folder import write_folder
+from training.model.lazy_weights import stored_tensors
 from training.model.loading import local_folder
 from training.run_folder.router_delta import describe, load_for
 

@@ -17,7 +17,7 @@ from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
 from training.model import loading
-from training.model.lazy_weights import LayerwiseCheckpoint
+from training.model.lazy_weights import LayerwiseCheckpoint, stored_tensors
 from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver, task_reaches_routers
 from training.objective.terms import TERMS
@@ -87,6 +87,8 @@ def build(args: TrainArguments) -> Run:
     move_whole_tensors(model, accelerator.device, layout=layout)
     observer, proof_step = _observe(args, model), _proof_step(args, model)
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
+    if args.trainable == "routers":  # what could not be exported in the end is not begun
+        stored_tensors(loading.local_folder(base), trained)
     optimizer, scheduler = _optimizer(args, trained)
     rows, digest = PackedRows(documents, max_length=args.max_length, seed=args.seed), proof.combined(digest_of)
     with accelerator.autocast():
@@ -253,7 +255,7 @@ def _resume(run: Run, path: Path) -> None:
         "data_sha256": (run.documents.sha256, "the data or the tokenizer"),
     }
     for key, (now, what) in whats.items():
-        if state.get(key) != now:
+        if state.get(key, now if key == "data_sha256" else None) != now:  # which checkpoints had not before it was kept
             raise UserError(
                 f"{path} was written with {key}={state.get(key)}, this run has {now}: {what} changed, and the result would not "
                 "be that of one run. Restore it, or start afresh in another output_dir, without resume_from_checkpoint"

@@ -34,10 +34,11 @@ from configs.load import UserError
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.stats import EngineStats
-from evaluation.export.hf_folder import stored_tensors, write_folder
+from evaluation.export.hf_folder import write_folder
 from evaluation.tracing import teacher_forced_trace
 from training.arguments import TrainArguments
 from training.loop import outputs_of, train_step
+from training.model.lazy_weights import stored_tensors
 from training.model.loading import load_pretrained
 from training.model.packing import one_per_row
 from training.model.routers import router_parameters

@@ -21,29 +21,12 @@ from yaml import YAMLError
 from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
-from training.model.lazy_weights import TORCH_DTYPES, empty_model, lazy_slices, names_in_model
+from training.model.lazy_weights import TORCH_DTYPES, lazy_slices
 from training.model.shards import StoredTensor, read_index
 
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder beside a model's files that transformers reads
 Routers = Mapping[str, Tensor]
 logger = logging.getLogger(__name__)
-
-
-def stored_tensors(model_dir: Path, routers: Routers) -> dict[str, StoredTensor]:
-    """The place of each router tensor in the checkpoint, by its name in the loaded model; a `UserError` if it has none."""
-    index, found = read_index(model_dir), {}
-    stored_as: dict[str, list[str]] = {}
-    for stored, name in names_in_model(empty_model(str(model_dir), dtype="auto"), index).items():
-        stored_as.setdefault(name, []).append(stored)
-    for name, tensor in routers.items():
-        places = [index[stored] for stored in stored_as.get(name, [])]
-        if len(places) != 1 or places[0].shape != tuple(tensor.shape):
-            raise UserError(
-                f"{model_dir} holds no tensor of shape {list(tensor.shape)} that becomes the router {name} when transformers "
-                "loads it; save the model with save_pretrained and train on that folder"
-            )
-        found[name] = places[0]
-    return found
 
 
 def write_folder(

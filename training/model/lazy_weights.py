@@ -164,6 +164,23 @@ def names_in_model(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, s
     return {name: internals.rename_source_key(name, *rest)[0] for name in stored}
 
 
+def stored_tensors(model_dir: str | Path, routers: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    """The place of each router tensor in the checkpoint, by its name in the loaded model; a `UserError` if it has none."""
+    index, found = read_index(model_dir), {}
+    stored_as: dict[str, list[str]] = {}
+    for stored, name in names_in_model(empty_model(str(model_dir), dtype="auto"), index).items():
+        stored_as.setdefault(name, []).append(stored)
+    for name, tensor in routers.items():
+        places = [index[stored] for stored in stored_as.get(name, [])]
+        if len(places) != 1 or places[0].shape != tuple(tensor.shape):
+            raise UserError(
+                f"{model_dir} holds no tensor of shape {list(tensor.shape)} that becomes the router {name} when transformers "
+                "loads it; save the model with save_pretrained and train on that folder"
+            )
+        found[name] = places[0]
+    return found
+
+
 def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> decoder layer: the children of the list in which the routers are; a `UserError` if there is no one list."""
     lists = {name.split(".layers.")[0] + ".layers" for name in find_routers(model) if ".layers." in name}

@@ -44,7 +44,7 @@ def keeps_documents_apart(model: PreTrainedModel, row_tokens: int, *, sharded: b
     The gradient tells it without a threshold: what attention masks out has a gradient of exactly 0. A sharded model can only
     be called as a whole; of another one the logits of so many positions are spared.
     """
-    split, leaves = row_tokens // 2 + 1, []
+    split, leaves = min(row_tokens // 2 + 1, row_tokens - 1), []
 
     def as_leaf(_: Any, __: Any, embeddings_BSD: Tensor) -> Tensor:
         leaves.append(embeddings_BSD.detach().requires_grad_())
@@ -60,8 +60,7 @@ def keeps_documents_apart(model: PreTrainedModel, row_tokens: int, *, sharded: b
     finally:
         handle.remove()
     second = outputs_BSX[:, split:].float()
-    weights = torch.linspace(-1, 1, second.numel(), device=device).view_as(
-        second
-    )  # a plain sum of normed states is flat
+    # a plain sum of normed states is flat
+    weights = torch.linspace(-1, 1, second.numel(), device=device).view_as(second)
     (gradient_BSD,) = torch.autograd.grad((second * weights).sum(), leaves[0])
     return not bool(gradient_BSD[:, :split].any())

@@ -25,7 +25,7 @@ from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.routers import ask_routers
+from training.model.routers import ask_routers, find_routers
 from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
 
@@ -57,6 +57,8 @@ class Engine:
         self.is_exact = options.cache_prior is None
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
+        if options.prefetch or options.cache_prior is not None:
+            _check_every_layer_has_a_router(model, demand.layers)
         modules = experts_modules(model, store)
         self._layer_ids = tuple(layer for layer, _ in modules)
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
@@ -196,3 +198,12 @@ class Engine:
         """Give slots to a growing KV cache, or take back what a finished request leaves."""
         for slot in self.cache.resize(slots):
             self._memory.release(slot)
+
+
+def _check_every_layer_has_a_router(model: PreTrainedModel, layers: int) -> None:
+    """Refuse what asks the router of a layer by its place, if some layers choose experts in another way."""
+    if (found := len(find_routers(model))) != layers:
+        raise UserError(
+            f"{found} of {layers} layers with experts have a router that is known (others choose by token ids, as "
+            "DeepSeek-V4's first layers do): --prefetch and --cache-prior cannot tell whose it is; leave them out"
+        )

@@ -1,5 +1,6 @@
 """The `remoe` command: every sub-command is a module, has help with an example, and tells mistakes in one message."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -34,6 +35,18 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "unknown command 'trian'; write one of train, run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux only")
+@pytest.mark.parametrize(("given", "spins"), [({}, 10_000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)])
+def test_threads_that_wait_sleep_soon(given: dict[str, str], spins: int) -> None:
+    """What torch's OpenMP itself says that it reads: the setting came before torch was loaded, and a user's own is kept."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "plan", "--help"],
+        env=environment | {"OMP_DISPLAY_ENV": "VERBOSE"} | given, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{spins}'" in ended.stderr
 
 
 def test_console_script_is_this_main() -> None:

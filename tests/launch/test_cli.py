@@ -38,7 +38,9 @@ def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU's OpenMP on Linux only")
-@pytest.mark.parametrize(("given", "spins"), [({}, 10_000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)])
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, 10_000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)]
+)
 def test_threads_that_wait_sleep_soon(given: dict[str, str], spins: int) -> None:
     """What torch's OpenMP itself says that it reads: the setting came before torch was loaded, and a user's own is kept."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -1,6 +1,7 @@
-"""The decode part of the evaluation: real prompts on the paged engine at several expert-cache budgets.
+"""The decode part of the evaluation: real prompts on the paged engine at several budgets.
 
-Budgets are multiples of one token's demand (layers x K experts), because below one demand a global LRU hits nothing.
+Unless a device's budget is given they are multiples of one token's demand (layers x K experts), because below one demand a
+global LRU hits nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,8 @@ class DecodeArguments:
     """What is decoded, and under which budgets."""
 
     demands: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])  # cache sizes in one token's demands
+    # memory for everything in place of `demands`, as [4GiB, 8GiB]; not given: the evaluation's own budget, if it has one
+    memory_budgets: list[str] = field(default_factory=list)
     prompts_per_domain: int = 2  # of routing.split
     prompt_tokens: int = 64
     max_new_tokens: int = 32
@@ -46,6 +49,8 @@ class DecodeArguments:
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"repeats is {self.repeats}; write 1 or more, best an even number")
+        for budget in self.memory_budgets:
+            EngineOptions(memory_budget=budget)  # refuses what is no size
 
 
 def decode_in_turns(
@@ -56,6 +61,7 @@ def decode_in_turns(
     *,
     token_demand_bytes: int,
     device: torch.device,
+    budgets: tuple[str | None, str | None] | None = None,
 ) -> Iterator[list[Decode]]:
     """Decode every prompt greedily, cold, at every budget; after each of them what was measured of each side.
 
@@ -66,15 +72,16 @@ def decode_in_turns(
     Args:
         sides: the routers of each; empty for the base's own.
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
+        budgets: the evaluation's memory for everything and for experts, one of them; None: the whole model fits.
     """
-    references = _resident_tokens(model_dir, sides, prompts, args, device)
+    references = _resident_tokens(model_dir, sides, prompts, args, device) if budgets is None else None
     chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope}
+    sizes = _sizes(args, token_demand_bytes, budgets)
     progress = tqdm(
-        total=len(args.demands) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt", leave=False
+        total=len(sizes) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt", leave=False
     )
-    for demands in args.demands:
-        cache_bytes, where = int(demands * token_demand_bytes), str(device)
-        options = EngineOptions(cache_bytes, **chosen, dtype=args.dtype, device=where, warn=False)  # the report warns
+    for demands, size in sizes:
+        options = EngineOptions(**size, **chosen, dtype=args.dtype, device=str(device), warn=False)  # the report warns
         with load(model_dir, options) as (model, engine):
 
             def answer(prompt_ids: list[int]) -> DecodeResult:
@@ -83,13 +90,29 @@ def decode_in_turns(
 
             decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
             settings = chosen | {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "repeats": args.repeats}
+        settings |= {"memory_budget": size.get("memory_budget"), "token_demand_bytes": token_demand_bytes}
         rows = []
-        for results, reference in zip(decoded, references, strict=True):
-            equal = [result.token_ids for result in results] == reference * args.repeats
-            settings |= {"token_demand_bytes": token_demand_bytes, "tokens_equal_resident": equal}
+        for number, results in enumerate(decoded):
+            tokens = [result.token_ids for result in results]
+            settings["tokens_equal_resident"] = (
+                None if references is None else tokens == references[number] * args.repeats
+            )
             rows.append(Decode(**settings, **_measured(results, n_prompts=len(prompts))))
         yield rows
     progress.close()
+
+
+def _sizes(
+    args: DecodeArguments, token_demand_bytes: int, budgets: tuple[str | None, str | None] | None
+) -> list[tuple[float | None, dict[str, Any]]]:
+    """Every size that is decoded with: how many tokens' experts it holds, if it is chosen so, and the engine's options."""
+    memory_budget, expert_cache = budgets or (None, None)
+    if expert_cache is not None and not args.memory_budgets:
+        return [(None, {"expert_cache": expert_cache})]
+    if of_everything := args.memory_budgets or ([] if memory_budget is None else [memory_budget]):
+        tokens = args.prompt_tokens + args.max_new_tokens
+        return [(None, {"memory_budget": size, "context_tokens": tokens}) for size in of_everything]
+    return [(demands, {"expert_cache": int(demands * token_demand_bytes)}) for demands in args.demands]
 
 
 def _resident_tokens(

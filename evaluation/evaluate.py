@@ -9,6 +9,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,13 +30,18 @@ from evaluation.engine.cache.replay import lru_per_layer, replay, requests_of, r
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.device import find_device
+from evaluation.engine.engine import Engine
+from evaluation.engine.loading import load as load_paged
 from evaluation.engine.memory.demand import budget_bytes
 from evaluation.engine.memory.division import BudgetTooSmall
+from evaluation.engine.options import EngineOptions
 from evaluation.engine.resident import compute_dtype
 from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
-from evaluation.quality import QualityArguments, Scores, differences, load_tasks, run_tasks, summarize
+from evaluation.quality.differences import differences, summarize
+from evaluation.quality.scores import Scores, run_tasks
+from evaluation.quality.tasks import LoadedTasks, QualityArguments, load_tasks
 from evaluation.results import BASE, naming_the_place
 from evaluation.tracing import teacher_forced_trace
 from training.model.lazy_weights import empty_model
@@ -80,6 +86,10 @@ class PlanArguments:
 class EvaluationArguments:
     """`remoe evaluate`: what is measured."""
 
+    # memory for everything: experts are paged from disk for quality, trace and decode alike, and the process never holds
+    # the model; 8GiB, or as `remoe plan` takes it. null, and no expert_cache: quality and trace hold it in memory whole
+    memory_budget: str | None = None
+    expert_cache: str | None = None  # the same with memory for experts alone: 2GiB, or 25% of all experts
     dtype: str = "auto"  # precision of quality and trace: as stored, or float32 or bfloat16
     device: str = "auto"  # of quality, trace and decode: the accelerator if there is one, or cpu, or cuda
     quality: QualityArguments = field(default_factory=QualityArguments)
@@ -87,6 +97,18 @@ class EvaluationArguments:
     replay: ReplayArguments = field(default_factory=ReplayArguments)
     decode: DecodeArguments = field(default_factory=DecodeArguments)
     plan: PlanArguments = field(default_factory=PlanArguments)
+
+    def __post_init__(self) -> None:
+        self.engine_options(dtype=self.dtype)  # refuses what no engine could do
+
+    def engine_options(self, *, dtype: str, device: str = "cpu") -> EngineOptions | None:
+        """How quality and trace run on the engine; None: on the model in memory."""
+        if self.memory_budget is None and self.expert_cache is None:
+            return None
+        tokens = self.decode.prompt_tokens + self.decode.max_new_tokens
+        return EngineOptions(
+            self.expert_cache, self.memory_budget, context_tokens=tokens, dtype=dtype, device=device, warn=False
+        )
 
 
 @dataclass
@@ -167,7 +189,7 @@ def evaluate(
     model_dir = local_folder(model)
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
-    load_tasks(args.quality)  # so that a task that cannot be used is named first
+    tasks = load_tasks(args.quality)  # so that a task that cannot be used is named first
     plans, too_small = divide_budgets(model, args)
     tokenizer = load_tokenizer(model_dir)
     prompts = _pieces_of_text(tokenizer, args.routing, args.decode.prompts_per_domain, args.decode.prompt_tokens)
@@ -175,16 +197,21 @@ def evaluate(
     with naming_the_place("what was measured"):
         facts = _model_facts(model, model_dir, args)
         untouched, base_scores, sides = Arm("", {}, [Candidate({}, None, [])]), None, []
+        measure = partial(_measure_arm, tokenizer=tokenizer, tasks=tasks, args=args)
+        loaded = _Loaded(model_dir, args, device, is_kept=isinstance(arms, Sequence))
         for name, arm in itertools.chain([(BASE, untouched)], arms):
-            with naming_the_place(name):
-                runs, scores = _measure_arm(model_dir, arm, tokenizer, args, base_scores, found=partial(found, name))
+            with naming_the_place(name), loaded as (model_, engine):
+                runs, scores = measure(model_, engine, arm, base_scores=base_scores, found=partial(found, name))
             base_scores = base_scores or scores
             objective, settings = arm.objective or None, arm.coefficients
             measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)
             sides += [candidate.routers for candidate in arm.candidates]
+        loaded.close()
         before, demand_bytes = processor_times(), facts.token_demand_bytes or 0
         every = [(name, run) for name, of_arm in measured.items() for run in of_arm.runs]
-        sizes = decode_in_turns(model_dir, sides, prompts, args.decode, token_demand_bytes=demand_bytes, device=device)
+        budgets = None if args.engine_options(dtype=args.dtype) is None else (args.memory_budget, args.expert_cache)
+        how: Any = {"token_demand_bytes": demand_bytes, "device": device, "budgets": budgets}
+        sizes = decode_in_turns(model_dir, sides, prompts, args.decode, **how)
         for rows in sizes:
             for (_, run), row in zip(every, rows, strict=True):
                 run.decode = [*(run.decode or []), row]
@@ -203,22 +230,53 @@ def assemble(
     return results.Results(created=created, reproduce=made, **dict(measured))
 
 
+class _Loaded:
+    """The model that arms are measured with, in memory or paged; loaded when it is asked for.
+
+    Args:
+        is_kept: from arm to arm, as only routers differ. If not it is gone after each: the next may have to be trained.
+    """
+
+    def __init__(self, model_dir: str, args: EvaluationArguments, device: torch.device, *, is_kept: bool) -> None:
+        self._model_dir, self._args, self._device, self._is_kept = model_dir, args, device, is_kept
+        self._open = ExitStack()
+        self._found: tuple[PreTrainedModel, Engine | None] | None = None
+
+    def __enter__(self) -> tuple[PreTrainedModel, Engine | None]:
+        if self._found is None:
+            options = self._args.engine_options(dtype=self._args.dtype, device=str(self._device))
+            if options is None:
+                self._found = load_pretrained(self._model_dir, dtype=self._args.dtype, device=self._device), None
+            else:
+                self._found = self._open.enter_context(load_paged(self._model_dir, options))
+        return self._found
+
+    def __exit__(self, *_: object) -> None:
+        if not self._is_kept:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._found = None
+        self._open.close()
+
+
 def _measure_arm(
-    model_dir: str, arm: Arm, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments,
-    base_scores: Scores | None, *, found: Callable[[results.Run], None],
+    model: PreTrainedModel, engine: Engine | None, arm: Arm, *, tokenizer: PreTrainedTokenizerBase, tasks: LoadedTasks,
+    args: EvaluationArguments, base_scores: Scores | None, found: Callable[[results.Run], None],
 ) -> tuple[list[results.Run], Scores]:  # fmt: skip
-    """All but the decode. The model is held no longer than this takes: the next arm may have to be trained first.
+    """All but the decode.
 
     Returns:
         The runs, and what each item of each task was worth to the last of them.
     """
-    model, runs = load_pretrained(model_dir, dtype=args.dtype, device=find_device(args.device)), []
+    runs = []
     for candidate in arm.candidates:
         if candidate.routers:
             copy_into_routers(model, candidate.routers)
-        run = _routed(model, tokenizer, args, candidate)
+        run = _routed(model, engine, tokenizer, args, candidate)
         found(run)
-        scores = run_tasks(model, tokenizer, args.quality)
+        scores = run_tasks(model, tokenizer, args.quality, tasks=tasks, engine=engine)
         run.quality = summarize(scores)
         if base_scores is not None:
             run.difference = differences(base_scores, scores)
@@ -228,12 +286,13 @@ def _measure_arm(
 
 
 def _routed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, candidate: Candidate
-) -> results.Run:
+    model: PreTrainedModel, engine: Engine | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments,
+    candidate: Candidate,
+) -> results.Run:  # fmt: skip
     """Routing and replay of one model; its quality is not known yet."""
     routing = args.routing
     pieces = _pieces_of_text(tokenizer, routing, routing.requests_per_domain, routing.max_length)
-    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace")
+    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace", engine=engine)
     curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
     return results.Run(
         seed=candidate.seed,

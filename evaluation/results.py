@@ -54,11 +54,12 @@ class Quality(Part):
 
 
 class TaskDifference(Part):
-    """Tuned minus base in the task's metric, with its paired 95 % interval."""
+    """Tuned minus base in the task's metric, with its paired 95 % interval and the p-value of no difference."""
 
     difference: float | None
     low: float | None
     high: float | None
+    p: float | None = None
 
 
 class PerplexityDifference(Part):
@@ -133,6 +134,7 @@ class Decode(Part):
     cache_policy: str | None = None
     cache_scope: str | None = None
     demands: float | None  # how many tokens' experts the cache holds
+    memory_budget: str | None = None  # for everything, as it was asked for, if the cache is what that left
     token_demand_bytes: int | None = None
     hit_rate: HitRate
     bytes_read_per_token: float | None

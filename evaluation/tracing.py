@@ -1,31 +1,34 @@
 """The routing of given text, teacher-forced: what a model chooses when every token is the text's own.
 
 Traces of decoding are the engine's (`record_trace`); what a cache makes of either is worked out in `engine/cache/`.
-Letters: B batch, S sequence, T tokens, L layers, K chosen, V vocabulary.
+Letters: B batch, S sequence, T tokens, L layers, K chosen.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from data.batches import IGNORE_LABEL
 from evaluation.engine.cache.trace import RouteTrace
+from evaluation.engine.engine import Engine
+from evaluation.engine.memory.division import Call
+from evaluation.scoring import batches_that_fit, log_probabilities
 from training.model.routers import RouterObserver
-from training.objective.token_loss import token_sums
 
 
 @torch.no_grad()
 def teacher_forced_trace(
     model: PreTrainedModel, documents: Sequence[np.ndarray], *, max_length: int, batch_size: int = 8,
-    expert_bytes: int | None = None, progress: str | None = None,
+    expert_bytes: int | None = None, progress: str | None = None, engine: Engine | None = None,
 ) -> tuple[RouteTrace, float]:  # fmt: skip
     """Routing of every token of `documents` (token ids), each cut into requests of at most `max_length` tokens.
+
+    Args:
+        engine: pages the experts of `model`: then a batch may be smaller, so that it fits the memory budget.
 
     Returns:
         The trace, and the mean cross entropy in nats per predicted token.
@@ -40,16 +43,24 @@ def teacher_forced_trace(
             f"no text of two tokens to trace among {len(documents)}; give more text or a larger --max-length"
         )
     observer, chosen_TLK, nll, predicted = RouterObserver(model), [], 0.0, 0
-    shown = {"desc": progress, "disable": progress is None, "unit": "batch", "leave": False}
-    for start in tqdm(range(0, len(requests), batch_size), **shown):
-        batch = requests[start : start + batch_size]
-        ids_BS, labels_BS = _padded(batch)
+    bar = tqdm(total=len(requests), desc=progress, disable=progress is None, unit="request", leave=False)
+    longest = max(map(len, requests))
+
+    def call_of(batch: int, _: np.ndarray) -> Call:
+        return Call(batch, batch * longest, longest, keeps=False)
+
+    for batch in batches_that_fit(requests, call_of, engine=engine, most=batch_size):
+        ids_BS = pad_sequence([torch.from_numpy(request.astype(np.int64)) for request in batch], batch_first=True)
+        starts = range(0, ids_BS.numel(), ids_BS.shape[1])
+        spots = [torch.arange(start, start + len(row) - 1) for start, row in zip(starts, batch, strict=True)]
+        targets = torch.from_numpy(np.concatenate([request[1:] for request in batch]).astype(np.int64))
         with observer.recording(*ids_BS.shape) as routings:
-            logits_BSV = model(input_ids=ids_BS.to(model.device), use_cache=False).logits
-        nll += float(token_sums(logits_BSV, labels_BS.to(model.device)).cross_entropy)
-        predicted += int((labels_BS != IGNORE_LABEL).sum())
+            nll -= float(log_probabilities(model, ids_BS, torch.cat(spots), targets)[0].sum())
+        predicted += len(targets)
         ids_BSLK = torch.stack([routing.ids_BSK for routing in routings], dim=2).to("cpu", torch.int16).numpy()
         chosen_TLK += [ids_BSLK[row, : len(request)] for row, request in enumerate(batch)]
+        bar.update(len(batch))
+    bar.close()
     observer.close()
     expert_ids = np.concatenate(chosen_TLK)
     trace = RouteTrace(
@@ -63,13 +74,6 @@ def teacher_forced_trace(
         model=str(model.name_or_path),
     )
     return trace, nll / predicted
-
-
-def _padded(requests: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and what each is to predict, [B, S]; padding on the right is invisible to causal attention."""
-    ids = [torch.from_numpy(request.astype(np.int64)) for request in requests]
-    labels_BS = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_LABEL)
-    return pad_sequence(ids, batch_first=True), pad(labels_BS, (0, 1), value=IGNORE_LABEL)
 
 
 def _layer_number(router_name: str) -> int:

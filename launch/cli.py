@@ -15,6 +15,7 @@ GROUPS = {
     },
     "evaluate": {
         "evaluate": ("launch.evaluate", "quality, routing, cache replay and decode of a model and a router delta"),
+        "lm-eval": ("launch.lm_eval", "lm-evaluation-harness's own command, with experts paged from disk"),
         "trace": ("launch.trace", "which experts every token of a text chooses"),
         "replay": ("launch.replay", "what a cache of each size and policy would miss on a trace"),
         "report": ("launch.report", "the report of a results.json again"),

@@ -20,22 +20,31 @@ from launch.narration import Narration, say_the_end
 class Evaluate:
     """Measure a base model, and a router delta against it: quality, routing, cache replay and decode.
 
-    example:
+    With a memory budget or an expert cache everything runs with experts paged from disk, and the model is never held whole.
+
+    examples:
       remoe evaluate --model data/embedded/model --router-delta runs/tiny/router_delta \\
           --config configs/evaluation/tiny.yaml --output runs/tiny/evaluation
+      remoe evaluate --model DIR --memory-budget 8GiB --config configs/evaluation/tiny.yaml --output runs/mine \\
+          quality.tasks=[arc_easy,hellaswag] quality.limit=200
     """
 
     model: str  # folder or hub name of the base model
     config: str  # a YAML that says what is measured; see configs/evaluation/
     output: str  # folder for results.json, report.md and report.html
     router_delta: str | None = None  # folder that training wrote; left out: the base alone is measured
+    memory_budget: str | None = None  # overrides the config's memory_budget
+    expert_cache: str | None = None  # overrides the config's expert_cache
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()  # key=value: overrides a key of the config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the results and both reports."""
     command = parse(Evaluate, argv, prog="remoe evaluate", epilog=keys_help(EvaluationArguments))
-    config, output = load(EvaluationArguments, command.config, command.overrides), prepare_folder(command.output)
+    budgets = {"memory_budget": command.memory_budget, "expert_cache": command.expert_cache}
+    given = [f"{key}={value}" for key, value in budgets.items() if value is not None]
+    config = load(EvaluationArguments, command.config, [*given, *command.overrides])
+    output = prepare_folder(command.output)
     arms = [trained_arm(command.model, [Path(command.router_delta)])] if command.router_delta else []
     started = time.perf_counter()
     told = Narration()

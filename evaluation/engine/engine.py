@@ -15,7 +15,7 @@ from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
 from evaluation.engine.cache_prior import attach_cache_prior
 from evaluation.engine.device import Device
 from evaluation.engine.memory.demand import Demand
-from evaluation.engine.memory.division import Call, Division, passing_slots
+from evaluation.engine.memory.division import Call, ContextTooLong, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
@@ -117,6 +117,13 @@ class Engine:
         """Memory for experts on top of the pool: the slots of those that do not stay."""
         return self._memory.passing_bytes
 
+    def has_room(self, call: Call) -> bool:
+        """Whether a memory budget allows such a call; if experts alone have a budget, any call."""
+        try:
+            return self.division is None or self.division.spare_bytes(call) >= 0
+        except ContextTooLong:
+            return False
+
     def changed_shards(self) -> list[Path]:
         """Files of the checkpoint that were changed in place since loading; whatever needs them fails."""
         return self._reader.changed_shards()
@@ -171,7 +178,7 @@ class Engine:
         past = kwargs.get("past_key_values")
         is_decode = tokens == 1 and past is not None and past.get_seq_length() > 0
         context_tokens = tokens + (0 if past is None else past.get_seq_length())
-        self._call = Call(batch, batch * tokens, context_tokens)
+        self._call = Call(batch, batch * tokens, context_tokens, keeps=kwargs.get("use_cache") is not False)
         self._make_room()
         self._pager.begin_call(rows=batch * tokens, is_decode=is_decode)
 

@@ -116,7 +116,8 @@ class _Records:
         self._dtype, self._record = dtype, store.record(dtype.itemsize)
         self.record_bytes = self._record.total_bytes
         self.total_bytes = slots * self.record_bytes
-        self._raw, self._release = allocate(self.total_bytes)
+        with torch.inference_mode(False):  # or nothing could be written outside of it, see `matrix`
+            self._raw, self._release = allocate(self.total_bytes)
         self.leads = [NO_LEADS] * slots
         self._place = list(range(slots))  # of each slot
         self._matrices: dict[tuple[int, str, Leads], torch.Tensor] = {}  # views, which take longer to make than to use
@@ -131,8 +132,9 @@ class _Records:
         if where not in self._matrices:
             start, length = self._record.place(role, self.leads[slot])
             start += self._place[slot] * self.record_bytes
-            matrix = self._raw[start : start + length].view(self._dtype).view(self._record.format.shape(role))
-            self._matrices[where] = matrix if self._record.format.transposed else matrix.T
+            with torch.inference_mode(False):
+                matrix = self._raw[start : start + length].view(self._dtype).view(self._record.format.shape(role))
+                self._matrices[where] = matrix if self._record.format.transposed else matrix.T
         return self._matrices[where]
 
     def swap(self, one: int, other: int) -> None:

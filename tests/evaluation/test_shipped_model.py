@@ -14,7 +14,8 @@ from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.store.bandwidth import DEPTHS
 from evaluation.evaluate import EvaluationArguments
-from evaluation.quality import QualityArguments, TaskScores, run_tasks
+from evaluation.quality.scores import TaskScores, run_tasks
+from evaluation.quality.tasks import QualityArguments
 from evaluation.tracing import teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer
 

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     batch: int = 1
     rows: int = 1
     context_tokens: int = 1
+    keeps: bool = True  # keys and values, for tokens that follow
 
 
 def passing_slots(slots: int, reads_in_flight: int) -> int:
@@ -72,8 +73,8 @@ class Division:
 
     def spare_bytes(self, call: Call) -> int:
         """What a call leaves above the fewest slots; raises `ContextTooLong` if that is negative, before computing."""
-        batch, rows, context_tokens = call
-        needed_bytes = self.needs.kv_bytes(batch * context_tokens)
+        batch, rows, context_tokens, keeps = call
+        needed_bytes = self.needs.kv_bytes(batch * context_tokens) if keeps else self.needs.layer_kv_bytes(rows)
         needed_bytes += self.needs.activation_bytes(rows=rows, context_tokens=context_tokens)
         lacking_bytes = max(0, needed_bytes - self.kv_bytes - self.activation_bytes)
         spare_bytes = self.shared_bytes - lacking_bytes

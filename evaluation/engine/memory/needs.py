@@ -27,7 +27,11 @@ class Needs:
 
     def kv_bytes(self, tokens: int) -> int:
         """Keys and values of this many tokens, over all sequences; while one layer grows it is there twice."""
-        return tokens * (self.kv_bytes_per_token + self.kv_bytes_per_token // self.layers)
+        return tokens * self.kv_bytes_per_token + self.layer_kv_bytes(tokens)
+
+    def layer_kv_bytes(self, tokens: int) -> int:
+        """Keys and values of this many tokens in one layer."""
+        return tokens * (self.kv_bytes_per_token // self.layers)
 
     def activation_bytes(self, *, rows: int, context_tokens: int) -> int:
         """Intermediate tensors of a call over `rows` tokens that attend to `context_tokens` each."""

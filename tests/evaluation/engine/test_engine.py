@@ -93,6 +93,21 @@ def test_a_one_token_prompt_is_prefill_and_what_follows_is_decode(checkpoint: Ch
         assert engine.stats().tokens == {"prefill": 1, "decode": 3}
 
 
+@pytest.mark.parametrize("loaded_inside", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_inference_mode_and_no_grad_may_take_turns(checkpoint: Checkpoint, dtype: str, loaded_inside: bool) -> None:
+    options, ids_BT = EngineOptions("50%", dtype=dtype, warn=False), torch.arange(2, 20)[None]
+    with torch.inference_mode(loaded_inside), load(checkpoint(), options) as (model, _):
+        with torch.inference_mode(False), torch.no_grad():
+            before = model(input_ids=ids_BT).logits
+        with torch.inference_mode():
+            inside = model(input_ids=ids_BT).logits
+        with torch.inference_mode(False), torch.no_grad():
+            after = model(input_ids=ids_BT).logits
+    assert torch.equal(before, inside)
+    assert torch.equal(before, after)
+
+
 def test_the_checkpoint_is_not_touched_and_no_expert_is_resident(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2_moe", "float32")
     before = digest(folder)

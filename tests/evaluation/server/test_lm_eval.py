@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from evaluation.quality import QualityArguments, run_tasks
+from evaluation.quality.scores import run_tasks
+from evaluation.quality.tasks import QualityArguments
 from tests.evaluation.server.running import Served
 from training.model.loading import load_pretrained, load_tokenizer
 

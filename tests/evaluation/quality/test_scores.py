@@ -10,7 +10,10 @@ import torch
 from scipy import stats
 
 from configs.load import UserError
-from evaluation.quality import QualityArguments, TaskScores, TextScores, differences, load_tasks, run_tasks, summarize
+from evaluation.quality.differences import differences, summarize
+from evaluation.quality.scores import TaskScores, TextScores, run_tasks
+from evaluation.quality.tasks import QualityArguments, load_tasks
+from evaluation.results import TaskDifference
 from training.model.loading import load_pretrained, load_tokenizer
 
 MakeModelDir = Callable[[str], Path]
@@ -98,14 +101,79 @@ def test_one_item_has_a_value_and_no_error_or_interval() -> None:
     assert (found.difference, found.low, found.high) == (0.0, None, None)
 
 
-def test_task_difference_is_paired() -> None:
-    before, after = np.array([1.0, 0, 1, 0, 1, 0, 0, 1]), np.array([1.0, 0, 1, 1, 1, 0, 1, 1])
-    base, tuned = ({"t": TaskScores("acc", values, 0.0)} for values in (before, after))
-    found = differences(base, tuned).tasks["t"]
-    interval = stats.ttest_rel(after, before).confidence_interval(0.95)
-    assert dict(found) == pytest.approx({"difference": 0.25, "low": interval.low, "high": interval.high})
+def paired(before: list[float], after: list[float]) -> TaskDifference:
+    base, tuned = ({"t": TaskScores("f1", np.array(values), 0.0)} for values in (before, after))
+    return differences(base, tuned).tasks["t"]
+
+
+def test_difference_of_means_is_paired() -> None:
+    before, after = [0.9, 0.1, 0.8, 0.2, 0.7, 0.3], [0.9, 0.2, 0.9, 0.4, 0.7, 0.3]
+    found, test = paired(before, after), stats.ttest_rel(after, before)
+    interval = test.confidence_interval(0.95)
+    assert (found.low, found.high, found.p) == pytest.approx((interval.low, interval.high, test.pvalue))
     unpaired = stats.ttest_ind(after, before).confidence_interval(0.95)
     assert found.high - found.low < unpaired.high - unpaired.low
+
+
+def test_difference_of_answers_has_the_interval_of_bonett_and_price_and_mcnemars_p() -> None:
+    before, after = [1.0] * 20 + [0.0] * 20, [1.0] * 19 + [0.0] + [1.0] * 5 + [0.0] * 15
+    found = paired(before, after)
+    up, down = 6 / 42, 2 / 42  # 5 gained, 1 lost, one added to each, two items
+    half = 1.959964 * np.sqrt((up + down - (up - down) ** 2) / 42)
+    assert found.difference == pytest.approx(4 / 40)
+    assert (found.low, found.high) == pytest.approx((up - down - half, up - down + half))
+    assert found.p == pytest.approx(2 * sum(stats.binom.pmf(k, 6, 0.5) for k in (0, 1)))
+
+
+def test_answers_that_all_stay_leave_room_for_a_change() -> None:
+    few, many = (paired([1.0] * n, [1.0] * n) for n in (10, 1000))
+    assert (few.difference, few.p) == (0.0, 1.0)
+    assert few.low < many.low < 0 < many.high < few.high
+
+
+def test_interval_of_answers_covers_the_truth_as_often_as_it_says() -> None:
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(1000):
+        kind = draw.choice(4, size=100, p=[0.05, 0.02, 0.5, 0.43])  # gained, lost, right, wrong
+        before, after = np.isin(kind, (1, 2)).astype(float), np.isin(kind, (0, 2)).astype(float)
+        found = paired(before.tolist(), after.tolist())
+        covered += found.low <= 0.03 <= found.high
+    assert 0.93 <= covered / 1000 <= 0.985
+
+
+def test_group_is_weighed_by_task_and_its_error_is_that_of_its_tasks() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.random(50), draw.random(200)
+    values, weights = np.concatenate([a, b]), (0.5, 0.5)
+    group = TaskScores("f1", values, 0.0, sizes=(50, 200), weights=weights)
+    shift = np.concatenate([draw.normal(0.1, 0.1, 50), draw.normal(0.2, 0.1, 200)])
+    shifted = TaskScores("f1", values + shift, 0.0, sizes=(50, 200), weights=weights)
+    value = summarize({"g": group}).tasks["g"]
+    assert value.value == pytest.approx((a.mean() + b.mean()) / 2)
+    assert value.stderr == pytest.approx(np.hypot(stats.sem(a), stats.sem(b)) / 2)
+    found = differences({"g": group}, {"g": shifted})
+    (change,) = [*found.tasks.values(), *found.other.values()]
+    assert change.difference == pytest.approx((shift[:50].mean() + shift[50:].mean()) / 2)
+    error = np.hypot(stats.sem(shift[:50]), stats.sem(shift[50:])) / 2
+    assert change.high - change.low == pytest.approx(2 * error * stats.t.ppf(0.975, 248))
+
+
+def test_metric_that_is_no_mean_has_a_paired_bootstrap() -> None:
+    draw = np.random.default_rng(0)
+    before = draw.normal(-3, 1, 200)
+    after = before - 0.1 + draw.normal(0, 0.01, 200)
+
+    def perplexity(items: list[float]) -> float:
+        return float(np.exp(-np.mean(items)))
+
+    base, tuned = (
+        {"t": TaskScores("perplexity", values, None, perplexity(values), False, list(values), perplexity)}
+        for values in (before, after)
+    )
+    found = differences(base, tuned).other["t"]
+    assert found.low < found.difference < found.high
+    assert found.difference == pytest.approx(perplexity(after) - perplexity(before))
+    assert found.high - found.low < 0.4 * found.difference  # the spread between items cancels
 
 
 def test_perplexity_difference_covers_a_known_shift() -> None:
@@ -125,7 +193,7 @@ def test_perplexity_difference_covers_a_known_shift() -> None:
 def test_unknown_task_is_refused_with_the_known_ones(model_dir: MakeModelDir, task_folder: Path) -> None:
     folder = str(model_dir("qwen2_moe"))
     arguments = QualityArguments(include_path=str(task_folder), tasks=["wrods"])
-    with pytest.raises(UserError, match=r"'wrods' is not in .*choice, words"):
+    with pytest.raises(UserError, match=r"'wrods' is neither in .*choice, words, nor among the \d+ of"):
         run_tasks(load_pretrained(folder), load_tokenizer(folder), arguments)
 
 
@@ -179,8 +247,10 @@ def test_tasks_as_people_write_them_are_reported_by_the_harness_own_names_and_va
     about = {name: (task.metric, task.n, task.chance) for name, task in summary.tasks.items()}
     assert about == {
         "boolq_like": ("acc", 5, 0.5), "object": ("acc", 5, 0.25), "without_metrics": ("acc", 5, 0.5),
-        "f1_first": ("f1", 5, None), "lambada_like": ("perplexity", 5, None),
-        "two_filters": ("exact_match,strict", 5, 0.0),
+        "without_metrics (acc_norm)": ("acc_norm", 5, 0.5),
+        "f1_first": ("f1", 5, None), "f1_first (acc)": ("acc", 5, 0.5),
+        "lambada_like": ("perplexity", 5, None), "lambada_like (acc)": ("acc", 5, 0.0),
+        "two_filters": ("exact_match,strict", 5, 0.0), "two_filters (exact_match,loose)": ("exact_match,loose", 5, 0.0),
     }  # fmt: skip
     perplexity = summary.tasks["lambada_like"]
     assert not perplexity.higher_is_better
@@ -193,8 +263,9 @@ def test_tasks_as_people_write_them_are_reported_by_the_harness_own_names_and_va
     )
     found = differences(scores, scores)
     assert set(found.other) == {"lambada_like"}
-    assert dict(found.other["lambada_like"]) == {"difference": 0.0, "low": None, "high": None}
-    assert (found.tasks["f1_first"].low, found.tasks["boolq_like"].low) == (None, 0.0)
+    unchanged = {"difference": 0.0, "low": 0.0, "high": 0.0, "p": None}
+    assert dict(found.other["lambada_like"]) == dict(found.tasks["f1_first"]) == unchanged
+    assert found.tasks["boolq_like"].low < 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""Models as lm-evaluation-harness asks them, resident or paged: its Hugging Face model with batches that fit.
+
+The harness's own class makes the logits of every position of a batch and takes as many requests at once as it is told.
+Here logits are made of scored positions only, some at a time, and a batch is as large as memory allows.
+Letters: B requests, S positions of the longest.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from typing import Any, TypeVar
+from weakref import finalize
+
+import torch
+from accelerate import Accelerator
+from lm_eval.api.instance import Instance  # type: ignore[import-untyped, unused-ignore]
+from lm_eval.api.registry import register_model  # type: ignore[import-untyped, unused-ignore]
+from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
+from lm_eval.models.utils import normalize_gen_kwargs  # type: ignore[import-untyped, unused-ignore]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # type: ignore[import-untyped, unused-ignore]
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.load import UserError
+from evaluation.engine.engine import Engine
+from evaluation.engine.loading import load
+from evaluation.engine.memory.division import Call
+from evaluation.engine.options import EngineOptions
+from evaluation.scoring import batches_that_fit, log_probabilities
+from training.model.loading import load_tokenizer, local_folder
+from training.run_folder.router_delta import load_for
+
+HARNESS_KEYS = (
+    "add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token", "truncation",
+)  # fmt: skip
+Tokens = tuple[int, ...]
+T = TypeVar("T")
+
+
+class BatchedLM(HFLM):
+    """A loaded model, its requests in batches of at most `batch_size`; None: as many as memory allows.
+
+    Args:
+        engine: pages the experts of `model`; None if all of them are in memory.
+        harness: other arguments of the harness's class, such as `max_length` and `chat_template_args`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, engine: Engine | None = None,
+        batch_size: int | None = None, **harness: Any,
+    ) -> None:  # fmt: skip
+        length = int(model.config.get_text_config().max_position_embeddings)
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        level, logger.level = logger.level, logging.ERROR  # it warns of models that are loaded already
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, **{"max_length": length, **harness})
+        logger.level = level
+        self._engine, self._most = engine, batch_size
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts in nats, in disjoint windows, the windows of all texts in common batches."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids, prefix = self.tok_encode(request.args[0]), self.prefix_token_id
+            for window in get_rolling_token_windows(ids, prefix, max_seq_len=self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(owner)
+        sums = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            sums[owner] += log_likelihood
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (texts, context, continuation): log-likelihood of the continuation, and whether greedy decoding says it.
+
+        Requests that differ in their last token only, as choices of one letter do, are one row of a batch.
+        """
+        rows: dict[Tokens, list[int]] = {}
+        for number, (_texts, context, continuation) in enumerate(requests):
+            rows.setdefault(tuple([*context, *continuation][-self.max_length - 1 : -1]), []).append(number)
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        longest_first = sorted(rows, key=lambda row: (-len(row), row))
+        bar = tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm, leave=False)
+        for batch in self._batches(longest_first, _scoring_call):
+            continuations = [[requests[number][2] for number in rows[row]] for row in batch]
+            for number, answer in zip(
+                itertools.chain.from_iterable(rows[row] for row in batch),
+                self._scored(batch, continuations),
+                strict=True,
+            ):
+                answers[number] = answer
+                if (texts := requests[number][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
+            bar.update(sum(map(len, continuations)))
+        bar.close()
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The texts that the harness's class generates, its batches as large as memory allows."""
+        texts: dict[int, str] = {}
+        bar = tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm, leave=False)
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        in_order = sorted(
+            range(len(requests)), key=lambda n: (str(requests[n].args[1]), -lengths[n], requests[n].args[0])
+        )
+        for _settings, alike in itertools.groupby(in_order, key=lambda n: str(requests[n].args[1])):
+            numbers = list(alike)
+            new_tokens = int(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)["max_gen_toks"])
+            longest = self.max_length - new_tokens
+
+            def call_of(batch: int, first: int) -> Call:
+                prompt_tokens = min(lengths[first], longest)  # noqa: B023
+                return Call(batch, batch * prompt_tokens, prompt_tokens + new_tokens)  # noqa: B023
+
+            for batch in self._batches(numbers, call_of):
+                self.batch_size_per_gpu = len(batch)
+                answered = super().generate_until([requests[number] for number in batch], disable_tqdm=True)
+                texts |= dict(zip(batch, answered, strict=True))
+                bar.update(len(batch))
+        bar.close()
+        return [texts[number] for number in range(len(requests))]
+
+    def _batches(self, longest_first: Sequence[T], call_of: Callable[[int, T], Call]) -> Iterator[Sequence[T]]:
+        for batch in batches_that_fit(longest_first, call_of, engine=self._engine, most=self._most):
+            self.batch_sizes["largest"] = max(len(batch), self.batch_sizes.get("largest", 0))
+            yield batch
+
+    def _scored(self, rows: Sequence[Tokens], continuations: list[list[list[int]]]) -> list[tuple[float, bool]]:
+        """One forward call: for each row its continuations' answers, one after the other."""
+        ids_BS = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        spots: list[int] = []
+        tokens: list[int] = []
+        owners: list[int] = []
+        count = 0
+        for number, (row, of_row) in enumerate(zip(rows, continuations, strict=True)):
+            for continuation in of_row:
+                end = number * ids_BS.shape[1] + len(row)
+                spots += range(end - len(continuation), end)
+                tokens += continuation
+                owners += [count] * len(continuation)
+                count += 1
+        log_p, is_best = log_probabilities(self.model, ids_BS, torch.tensor(spots), torch.tensor(tokens))
+        owner_of = torch.tensor(owners)
+        sums = torch.zeros(count, dtype=torch.float32).index_add_(0, owner_of, log_p)
+        missed = torch.zeros(count).index_add_(0, owner_of, (~is_best).float())
+        return list(zip(sums.tolist(), (missed == 0).tolist(), strict=True))
+
+
+def _scoring_call(batch: int, row: Tokens) -> Call:
+    return Call(batch, batch * len(row), len(row), keeps=False)
+
+
+@register_model("remoe")
+class PagedLM(BatchedLM):
+    """`--model remoe`: a checkpoint whose experts stay on disk, within a budget of bytes.
+
+    `batch_size` is found; a number above 1, or `max_batch_size`, bounds it. Under `accelerate launch` every process has an
+    engine of its own and a share of the requests.
+
+    Args:
+        pretrained: folder of the checkpoint, or its hub name.
+        router_delta: folder with tuned routers for exactly this model.
+        options: fields of `EngineOptions`, such as `memory_budget=8GiB`, and arguments of the harness's class.
+
+    Raises:
+        UserError: see `EngineOptions` and `load`.
+    """
+
+    def __init__(
+        self, pretrained: str, router_delta: str | None = None, batch_size: int | str | None = None,
+        max_batch_size: int | None = None, device: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        engine_keys = {field.name for field in fields(EngineOptions)} - {"record_trace", "warn", "prompt_tokens"}
+        if unknown := sorted(set(options) - engine_keys - set(HARNESS_KEYS)):
+            raise UserError(
+                f"--model_args {unknown[0]} is not known; the engine takes {', '.join(sorted(engine_keys))}, the harness "
+                f"{', '.join(HARNESS_KEYS)}"
+            )
+        engine_options = {key: options.pop(key) for key in engine_keys & set(options)}
+        if device in (None, "cuda", "cuda:0"):  # what the harness says of itself
+            device = "cpu" if "memory_budget" in engine_options else "auto"
+        model_dir = local_folder(pretrained)
+        routers = load_for(model_dir, router_delta) if router_delta else None
+        self._open = ExitStack()
+        paged = load(model_dir, EngineOptions(**{"device": device, **engine_options}, warn=False), router_delta=routers)
+        model, engine = self._open.enter_context(paged)
+        finalize(self, self._open.close)
+        bounds = [int(size) for size in (batch_size, max_batch_size) if size is not None and str(size).isdigit()]
+        if bounds and bounds[0] == 1 and batch_size is not None:  # what the harness says of itself
+            del bounds[0]
+        super().__init__(
+            model, load_tokenizer(model_dir), engine=engine, batch_size=min(bounds, default=None), **options
+        )
+        if (accelerator := Accelerator(cpu=str(model.device) == "cpu")).num_processes > 1:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness's results say of the model: its budget, and what the experts cost so far."""
+        engine = self._engine
+        assert engine is not None, "made with one"
+        stats, division = engine.stats(), engine.division
+        return {
+            "model_dtype": str(self.model.dtype),
+            "memory_budget": division and division.budget_bytes,
+            "expert_cache_bytes": engine.pool_bytes,
+            "token_demand_bytes": engine.token_demand_bytes,
+            "is_exact": engine.is_exact,
+            "largest_batch": self.batch_sizes.get("largest"),
+            "hit_rate": stats.hit_rate,
+            "bytes_read": stats.bytes_read_by_phase,
+            "tokens": stats.tokens,
+        }

@@ -89,6 +89,7 @@ def decode_in_turns(
                 return decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=args.max_new_tokens)
 
             decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
+            demands = demands or engine.pool_bytes / engine.token_demand_bytes
             settings = chosen | {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "repeats": args.repeats}
         settings |= {"memory_budget": size.get("memory_budget"), "token_demand_bytes": token_demand_bytes}
         rows = []

@@ -45,7 +45,8 @@ class Narration:
             of_seeds = (row.bytes_read_per_token for name, row in others if name == arm)
             change = seed_mean(relative_change(read, base.bytes_read_per_token) for read in of_seeds)
             parts.append(f"{arm} {CHANGE.over_seeds(change)}")
-        say(f"decoded with a cache of {demands_text(base.demands)} what a token uses: {'; '.join(parts)}")
+        within = f" within {base.memory_budget}" if base.memory_budget else ""
+        say(f"decoded{within} with a cache of {demands_text(base.demands)} what a token uses: {'; '.join(parts)}")
 
     def _routing(self, run: Run) -> str:
         base = self._base

@@ -8,6 +8,7 @@ from evaluation.report.summary import Change, Number, seed_mean
 from evaluation.report.tables import Table
 from evaluation.results import MEAN, DomainPerplexity, Results
 
+STAR = " *"
 MEAN_LABEL = "mean over domains"
 
 
@@ -57,21 +58,29 @@ def differences_table(results: Results) -> Table:
     """Tuned minus base, one column per tuned arm."""
     arms = summary.tuned_arms(results)
     rows = []
+    found = {arm: summary.task_changes(results, arm) for arm in arms}
+    certain = {arm: summary.certain(changes) for arm, changes in found.items()}
     for task in summary.task_names(results):
-        found = [summary.task_change(results, arm, task) for arm in arms]
-        other = [summary.task_change(results, arm, task, shares=False) for arm in arms]
-        changes = zip(found, other, strict=True)
-        rows.append(["task", task, *(_starred(a, POINTS) if a else _starred(b, PLAIN_CHANGE) for a, b in changes)])
+        row = ["task", task]
+        for arm in arms:
+            if change := found[arm].get(task):
+                row.append(POINTS.change(change) + STAR * (task in certain[arm]))
+            else:
+                row.append(_starred(summary.task_change(results, arm, task, shares=False), PLAIN_CHANGE))
+        rows.append(row)
     for domain in [*summary.domain_names(results), MEAN]:
-        found = [summary.perplexity_change(results, arm, domain) for arm in arms]
+        of_arms = [summary.perplexity_change(results, arm, domain) for arm in arms]
         name = MEAN_LABEL if domain == MEAN else domain
-        rows.append(["perplexity", name, *(_starred(change, FINE_CHANGE) for change in found)])
-    note = "pt: percentage points; other metrics in their own unit. A star marks an interval that excludes zero."
+        rows.append(["perplexity", name, *(_starred(change, FINE_CHANGE) for change in of_arms)])
+    note = (
+        "pt: percentage points; other metrics in their own unit. A star marks a difference of a share that is more than "
+        "chance although so many tasks were looked at (Holm's correction), and any other interval that excludes zero."
+    )
     return Table("Differences from base", ["kind", "name", *arms], rows if arms else [], note, text_columns=2)
 
 
 def _starred(found: Change | None, unit: Unit) -> str:
-    return unit.change(found) + (" *" if found is not None and found.excludes_zero else "")
+    return unit.change(found) + STAR * (found is not None and found.excludes_zero)
 
 
 def frontier_table(results: Results) -> Table:

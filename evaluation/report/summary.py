@@ -4,15 +4,17 @@ What was not measured is None throughout and never counts as a number.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal, NamedTuple
 
-from evaluation.results import BASE, MEAN, Decode, Difference, Quality, Replay, Results, Routing, Run
+from evaluation.results import BASE, MEAN, Decode, Difference, Quality, Replay, Results, Routing, Run, TaskDifference
 from evaluation.turns import PairedRatio, paired_ratio
 
 PERPLEXITY_LIMIT = 0.01  # the best arm may cost at most this much mean perplexity, relative to base
+CONFIDENCE = 0.95
+NORMAL_95 = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 BUSY_SHARE = 0.1  # of the processors' time: if others take more of it, times say little
 Number = float | None
 Time = Literal["ttft_ms", "tpot_ms"]
@@ -38,6 +40,7 @@ class Change:
     value: SeedMean
     low: Number
     high: Number
+    p: Number = None  # of no difference: twice the mean over seeds, which holds however they depend on each other
 
     @property
     def excludes_zero(self) -> bool:
@@ -221,7 +224,29 @@ def mean_perplexity(results: Results, arm: str) -> SeedMean | None:
 def task_change(results: Results, arm: str, task: str, *, shares: bool = True) -> Change | None:
     """The difference of a task's metric from base, if it is a share; with `shares=False`, if it is none."""
     entries = [(found.tasks if shares else found.other).get(task) for found in _differences(results, arm)]
-    return _change([(entry.difference, entry.low, entry.high) for entry in entries if entry])
+    known = [entry for entry in entries if entry]
+    p_values = [_p_value(entry) for entry in known]
+    return _change([(entry.difference, entry.low, entry.high) for entry in known], p_values)
+
+
+def _p_value(found: TaskDifference) -> Number:
+    """As measured, or that of a normal distribution with this interval."""
+    if found.p is not None or None in (found.difference, found.low, found.high):
+        return found.p
+    half = (found.high - found.low) / 2  # type: ignore[operator]
+    return 2 * statistics.NormalDist().cdf(-abs(found.difference) / half * NORMAL_95) if half else None  # type: ignore[arg-type]
+
+
+def task_changes(results: Results, arm: str) -> dict[str, Change]:
+    """The differences of all tasks that are shares and were compared."""
+    return {task: found for task in task_names(results) if (found := task_change(results, arm, task))}
+
+
+def certain(changes: Mapping[str, Change]) -> list[str]:
+    """Those that differ from zero although so many were looked at: by Holm's correction (1979) of their p-values, at 5 %."""
+    known = sorted((found.p, name) for name, found in changes.items() if found.p is not None)
+    holds = [p * (len(known) - place) < 1 - CONFIDENCE for place, (p, _) in enumerate(known)]
+    return [name for place, (_, name) in enumerate(known) if all(holds[: place + 1])]
 
 
 def perplexity_change(results: Results, arm: str, domain: str = MEAN) -> Change | None:
@@ -242,19 +267,20 @@ def domain_names(results: Results) -> list[str]:
 
 def worst_task(results: Results, arm: str) -> tuple[str, Change] | None:
     """The task that falls most (mean over seeds)."""
-    found = [(task, change) for task in task_names(results) if (change := task_change(results, arm, task))]
-    return min(found, key=lambda pair: pair[1].value.mean, default=None)
+    return min(task_changes(results, arm).items(), key=lambda pair: pair[1].value.mean, default=None)
 
 
 def _differences(results: Results, arm: str) -> list[Difference]:
     return [run.difference for run in results.arms[arm].runs if run.difference]
 
 
-def _change(entries: Sequence[tuple[Number, Number, Number]]) -> Change | None:
+def _change(entries: Sequence[tuple[Number, Number, Number]], p_values: Sequence[Number] = ()) -> Change | None:
     middle, low, high = (seed_mean(entry[part] for entry in entries) for part in range(3))
     if middle is None:
         return None
-    return Change(middle, None if low is None else low.mean, None if high is None else high.mean)
+    p = seed_mean(p_values)
+    of_seeds = None if p is None else p.mean if p.n == 1 else min(1.0, 2 * p.mean)
+    return Change(middle, None if low is None else low.mean, None if high is None else high.mean, of_seeds)
 
 
 def _names(results: Results, part_of: Callable[[Quality | Difference], Iterable[str]]) -> list[str]:

@@ -47,14 +47,18 @@ def _praise(results: Results, arm: str, cost: SeedMean) -> str:
 
 
 def _tasks(results: Results, arm: str) -> str:
-    names = summary.task_names(results)
-    measured = {task: found for task in names if (found := summary.task_change(results, arm, task))}
+    measured = summary.task_changes(results, arm)
     if not measured:
         return "no task was compared"
-    falls = {task: found.value for task, found in measured.items() if found.excludes_zero and found.value.mean < 0}
-    if not falls:
-        return "no task falls by more than its 95 % interval allows for"
-    return "but " + ", ".join(f"{task} falls by {_size(fall, POINTS)}" for task, fall in falls.items())
+    falls = {task: measured[task].value for task in summary.certain(measured) if measured[task].value.mean < 0}
+    if falls:
+        return "but " + ", ".join(f"{task} falls by {_size(fall, POINTS)}" for task, fall in falls.items())
+    lows = {task: found.low for task, found in measured.items() if found.low is not None}
+    if not lows:
+        return "no task falls as far as can be seen: none has an interval"
+    widest = min(lows, key=lambda task: lows[task])
+    hidden = replace(POINTS, signed=False).text(max(0.0, -lows[widest]))
+    return f"no task falls beyond chance, and no loss larger than {hidden} ({widest}) can be hidden in so few items"
 
 
 def _size(value: SeedMean, unit: Unit) -> str:

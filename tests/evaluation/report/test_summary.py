@@ -3,8 +3,10 @@
 import pytest
 
 from evaluation.report.summary import (
+    Change,
     SeedMean,
     best_arm,
+    certain,
     decode_budgets,
     headline_budget,
     headline_sizes,
@@ -17,6 +19,7 @@ from evaluation.report.summary import (
     place_means,
     relative_change,
     seed_mean,
+    task_change,
     time_ratio,
     turn_times,
     worst_task,
@@ -104,6 +107,25 @@ def test_the_interval_over_seeds_is_the_mean_of_theirs() -> None:
     found = perplexity_change(results, "cache")
     assert found is not None
     assert found.excludes_zero
+
+
+def test_a_change_is_certain_by_holms_correction() -> None:
+    def change(p: float | None) -> Change:
+        return Change(SeedMean(-0.1, None, 1), -0.2, -0.01, p)
+
+    found = {"a": change(0.011), "b": change(0.04), "c": change(0.016), "d": change(0.3), "e": change(None)}
+    assert certain(found) == ["a", "c"]  # 4 x 0.011 and 3 x 0.016 are below 0.05, 2 x 0.04 is not
+    assert certain({"a": change(0.02), "b": change(0.001), "c": change(0.03)}) == ["b", "a", "c"]
+    assert certain({"a": change(0.03), "b": change(0.03)}) == []
+
+
+def test_without_a_p_value_the_interval_gives_one() -> None:
+    results = made_results()
+    task = results.arms["remoe"].runs[0].difference.tasks["letters"]
+    task.difference, task.low, task.high, task.p = -0.0196, -0.0392, 0.0, None
+    found = task_change(results, "remoe", "letters")
+    assert found is not None
+    assert found.p == pytest.approx(0.05, abs=1e-4)
 
 
 def test_worst_task_is_the_one_that_falls_most() -> None:

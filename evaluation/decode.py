@@ -7,7 +7,7 @@ global LRU hits nothing.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.greedy import DecodeResult, decode, greedy
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.results import Decode, HitRate
+from evaluation.results import Decode, GroupDecode, HitRate
 from evaluation.turns import in_turn
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers, router_parameters
@@ -56,7 +56,7 @@ class DecodeArguments:
 def decode_in_turns(
     model_dir: str,
     sides: Sequence[Routers],
-    prompts: Sequence[np.ndarray],
+    prompts_of: Mapping[str, Sequence[np.ndarray]],
     args: DecodeArguments,
     *,
     token_demand_bytes: int,
@@ -71,9 +71,12 @@ def decode_in_turns(
 
     Args:
         sides: the routers of each; empty for the base's own.
+        prompts_of: of each group of text, as token ids.
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
         budgets: the evaluation's memory for everything and for experts, one of them; None: the whole model fits.
     """
+    prompts = list(chain.from_iterable(prompts_of.values()))
+    group_of = [name for name, of_group in prompts_of.items() for _ in of_group] * args.repeats
     references = _resident_tokens(model_dir, sides, prompts, args, device) if budgets is None else None
     chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope}
     sizes = _sizes(args, token_demand_bytes, budgets)
@@ -98,7 +101,14 @@ def decode_in_turns(
             settings["tokens_equal_resident"] = (
                 None if references is None else tokens == references[number] * args.repeats
             )
-            rows.append(Decode(**settings, **_measured(results, n_prompts=len(prompts))))
+            groups = {
+                name: GroupDecode.model_validate(
+                    _kept(_measured(of_group, n_prompts=len(prompts_of[name])), GroupDecode)
+                )
+                for name in prompts_of
+                if (of_group := [one for one, group in zip(results, group_of, strict=True) if group == name])
+            }
+            rows.append(Decode(**settings, groups=groups, **_measured(results, n_prompts=len(prompts))))
         yield rows
     progress.close()
 
@@ -146,10 +156,12 @@ def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, A
         misses = sum(s.misses_by_phase[phase] for s in stats)
         hits[phase] = (accesses - misses) / accesses if accesses else None
     read_bytes = sum(s.bytes_read_by_phase["decode"] for s in stats)
+    read = sum(s.misses_by_phase["decode"] for s in stats)
     tokens = sum(s.tokens["decode"] for s in stats)
     times = {name: [getattr(r.timing, name) for r in results] for name in ("ttft_ms", "tpot_ms")}
     return {
         "hit_rate": HitRate(**hits),
+        "experts_read_per_token": read / tokens if tokens else None,
         "bytes_read_per_token": read_bytes / tokens if tokens else None,
         **times,
         **{f"mean_{name}": _mean(values) for name, values in times.items()},
@@ -157,6 +169,10 @@ def _measured(results: Sequence[DecodeResult], *, n_prompts: int) -> dict[str, A
         "n_prompts": n_prompts,
         "n_tokens": sum(len(result.token_ids) for result in results[:n_prompts]),
     }
+
+
+def _kept(measured: dict[str, Any], part: type[GroupDecode]) -> dict[str, Any]:
+    return {key: value for key, value in measured.items() if key in part.model_fields}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

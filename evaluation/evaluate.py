@@ -21,6 +21,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.corpus import DOMAINS
+from data.groups import Pieces, own_pieces, source_of
 from data.pieces import document_beginnings, spread_pieces
 from evaluation import results
 from evaluation.decode import DecodeArguments, decode_in_turns
@@ -40,6 +41,7 @@ from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.quality.differences import differences, summarize
+from evaluation.quality.prompts import task_pieces
 from evaluation.quality.scores import Scores, run_tasks
 from evaluation.quality.tasks import LoadedTasks, QualityArguments, load_tasks
 from evaluation.results import BASE, naming_the_place
@@ -51,15 +53,30 @@ from training.objective.terms import ObjectiveArguments
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
 
+SOURCES = ("corpus", "tasks")
+
 
 @dataclass
 class RoutingArguments:
-    """The text whose routing is traced, teacher-forced; the prompts that are decoded are from the same split."""
+    """The text whose routing is traced, teacher-forced; the prompts that are decoded are of the same text."""
 
+    # corpus: what ships; tasks: the prompts of the tasks that are asked, each task a group. See `groups` for other text
+    source: str = "corpus"
+    # own text in the place of both: {name: file.txt, name: chats.jsonl, name: data set, name: {dataset_name: NAME,
+    # dataset_split: SPLIT}}
+    groups: dict[str, Any] = field(default_factory=dict)
     split: str = "test"  # of the shipped corpus
-    domains: list[str] = field(default_factory=lambda: list(DOMAINS))
-    requests_per_domain: int = 24
+    domains: list[str] = field(default_factory=lambda: list(DOMAINS))  # of the shipped corpus
+    requests_per_domain: int = 24  # or of each group
     max_length: int = 256  # tokens of a request; the replay starts cold with each
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(
+                f"source is {self.source!r}; write one of {', '.join(SOURCES)}, or name own text in groups"
+            )
+        for name, given in self.groups.items():
+            source_of(name, given)
 
 
 @dataclass
@@ -192,12 +209,15 @@ def evaluate(
     tasks = load_tasks(args.quality)  # so that a task that cannot be used is named first
     plans, too_small = divide_budgets(model, args)
     tokenizer = load_tokenizer(model_dir)
-    prompts = _pieces_of_text(tokenizer, args.routing, args.decode.prompts_per_domain, args.decode.prompt_tokens)
+    tokens, per_group = args.decode.prompt_tokens, args.decode.prompts_per_domain
+    prompts = _pieces_of_text(tokenizer, args, tasks, per_group=per_group, tokens=tokens, with_answers=False)
+    tokens, per_group = args.routing.max_length, args.routing.requests_per_domain
+    texts = _pieces_of_text(tokenizer, args, tasks, per_group=per_group, tokens=tokens, with_answers=True)
     measured: dict[str, results.ArmResults] = {}
     with naming_the_place("what was measured"):
         facts = _model_facts(model, model_dir, args)
         untouched, base_scores, sides = Arm("", {}, [Candidate({}, None, [])]), None, []
-        measure = partial(_measure_arm, tokenizer=tokenizer, tasks=tasks, args=args)
+        measure = partial(_measure_arm, tokenizer=tokenizer, tasks=tasks, texts=texts, args=args)
         loaded = _Loaded(model_dir, args, device, is_kept=isinstance(arms, Sequence))
         for name, arm in itertools.chain([(BASE, untouched)], arms):
             with naming_the_place(name), loaded as (model_, engine):
@@ -263,7 +283,7 @@ class _Loaded:
 
 def _measure_arm(
     model: PreTrainedModel, engine: Engine | None, arm: Arm, *, tokenizer: PreTrainedTokenizerBase, tasks: LoadedTasks,
-    args: EvaluationArguments, base_scores: Scores | None, found: Callable[[results.Run], None],
+    texts: Pieces, args: EvaluationArguments, base_scores: Scores | None, found: Callable[[results.Run], None],
 ) -> tuple[list[results.Run], Scores]:  # fmt: skip
     """All but the decode.
 
@@ -274,7 +294,7 @@ def _measure_arm(
     for candidate in arm.candidates:
         if candidate.routers:
             copy_into_routers(model, candidate.routers)
-        run = _routed(model, engine, tokenizer, args, candidate)
+        run = _routed(model, engine, texts, args, candidate)
         found(run)
         scores = run_tasks(model, tokenizer, args.quality, tasks=tasks, engine=engine)
         run.quality = summarize(scores)
@@ -286,24 +306,42 @@ def _measure_arm(
 
 
 def _routed(
-    model: PreTrainedModel, engine: Engine | None, tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments,
-    candidate: Candidate,
-) -> results.Run:  # fmt: skip
+    model: PreTrainedModel, engine: Engine | None, texts: Pieces, args: EvaluationArguments, candidate: Candidate
+) -> results.Run:
     """Routing and replay of one model; its quality is not known yet."""
-    routing = args.routing
-    pieces = _pieces_of_text(tokenizer, routing, routing.requests_per_domain, routing.max_length)
-    trace, nll = teacher_forced_trace(model, pieces, max_length=routing.max_length, progress="trace", engine=engine)
+    requests = [piece for of_group in texts.values() for piece in of_group]
+    trace, nll = teacher_forced_trace(
+        model, requests, max_length=args.routing.max_length, progress="trace", engine=engine
+    )
     curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
     return results.Run(
         seed=candidate.seed,
         history=candidate.history,
         quality=None,
         difference=None,
-        routing=results.Routing(**routing_summary(trace), nll=nll),
+        routing=results.Routing(**routing_summary(trace), nll=nll, groups=_of_groups(trace, texts, args.replay.slots)),
         replay=_replays(trace, curves["per_layer"], args.replay),
         lru_curves=results.LruCurves(**{scope: _at_every_size(curve) for scope, curve in curves.items()}),
         decode=None,
     )
+
+
+def _of_groups(trace: RouteTrace, texts: Pieces, sizes: Sequence[int]) -> dict[str, results.GroupRouting]:
+    """The routing of each group's requests, which follow each other in the trace; those of one token are not in it."""
+    counts = [sum(len(piece) > 1 for piece in of_group) for of_group in texts.values()]
+    ends = np.cumsum([0, *counts])
+    found = {}
+    for name, first, end in zip(texts, ends, ends[1:], strict=False):
+        if first == end:
+            continue
+        own = trace.where((trace.request_id >= first) & (trace.request_id < end))
+        curve = lru_curve(own, cache_scope="per_layer")
+        misses, accesses = curve.misses.sum(axis=(0, 1)), int(curve.accesses.sum())
+        found[name] = results.GroupRouting(
+            n_requests=int(end - first), n_tokens=own.tokens, reuse_rate_mean=routing_summary(own)["reuse_rate_mean"],
+            lru_miss_rates={str(size): float(misses[size]) / accesses for size in sizes if own.top_k <= size < len(misses)},
+        )  # fmt: skip
+    return found
 
 
 def _replays(trace: RouteTrace, curve: LruCurve, args: ReplayArguments) -> list[results.Replay]:
@@ -326,11 +364,22 @@ def _at_every_size(curve: LruCurve) -> results.LruCurve:
 
 
 def _pieces_of_text(
-    tokenizer: PreTrainedTokenizerBase, routing: RoutingArguments, per_domain: int, tokens: int
-) -> list[np.ndarray]:
-    """Pieces of `tokens` tokens, `per_domain` of each domain, evenly over the split and far apart in long documents."""
+    tokenizer: PreTrainedTokenizerBase, args: EvaluationArguments, tasks: LoadedTasks, *, per_group: int, tokens: int,
+    with_answers: bool,
+) -> Pieces:  # fmt: skip
+    """Pieces of at most `tokens` tokens of every group of text that is measured: domains of the corpus, tasks, or own text.
+
+    Of the corpus they are evenly over the split and far apart in long documents.
+    """
+    routing = args.routing
+    if routing.groups:
+        return own_pieces(tokenizer, routing.groups, tokens=tokens, per_group=per_group)
+    if routing.source == "tasks":
+        asked: Any = {"tokens": tokens, "per_task": per_group, "with_answers": with_answers}
+        return task_pieces(tasks, args.quality, tokenizer, **asked)
     apart = {"tokens": tokens, "at_least": tokens + 1, "every": 4 * tokens}
-    return spread_pieces(tokenizer, routing.split, routing.domains, per_domain=per_domain, **apart)
+    pieces = spread_pieces(tokenizer, routing.split, routing.domains, per_domain=per_group, **apart)
+    return {name: pieces[at * per_group : (at + 1) * per_group] for at, name in enumerate(routing.domains)}
 
 
 def _model_facts(name: str, model_dir: str, args: EvaluationArguments) -> results.ModelFacts:

@@ -78,6 +78,15 @@ class Difference(Part):
     other: dict[str, TaskDifference] = Field(default_factory=dict)  # of metrics that are no shares
 
 
+class GroupRouting(Part):
+    """Which experts one group of the traced text chose: a domain, a task, a file."""
+
+    n_requests: int
+    n_tokens: int
+    reuse_rate_mean: float | None
+    lru_miss_rates: dict[str, float]  # slots of each layer -> misses per access, cold at every request
+
+
 class Routing(Part):
     """Which experts the traced text chose."""
 
@@ -89,6 +98,7 @@ class Routing(Part):
     load_cv_per_layer: list[float | None]
     dead_experts_per_layer: list[int | None]
     nll: float | None  # nats per token
+    groups: dict[str, GroupRouting] = Field(default_factory=dict)
 
 
 class Replay(Part):
@@ -123,6 +133,18 @@ class HitRate(Part):
     decode: float | None
 
 
+class GroupDecode(Part):
+    """The prompts of one group; see `Decode`."""
+
+    hit_rate: HitRate
+    experts_read_per_token: float | None
+    bytes_read_per_token: float | None
+    mean_ttft_ms: float | None
+    mean_tpot_ms: float | None
+    n_prompts: int
+    n_tokens: int
+
+
 class Decode(Part):
     """Real prompts decoded with one size of expert cache.
 
@@ -147,6 +169,8 @@ class Decode(Part):
     n_tokens: int | None
     repeats: int | None = None
     tokens_equal_resident: bool | None = None
+    experts_read_per_token: float | None = None
+    groups: dict[str, GroupDecode] = Field(default_factory=dict)
 
 
 class Run(Part):

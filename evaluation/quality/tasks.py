@@ -83,6 +83,7 @@ def load_tasks(args: QualityArguments) -> LoadedTasks:
         try:
             loaded = manager.load([name])
             for task in loaded["tasks"].values():
+                _set_examples(task, args)
                 _look_at_first_item(task)
         except Exception as error:  # whatever a YAML, its functions and its data set may raise
             raise UserError(f"task {name!r} cannot be used: {type(error).__name__}: {error}{_hint(error)}") from error
@@ -129,6 +130,13 @@ def _hint(error: Exception) -> str:
             "HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, or write quality.offline=false"
         )
     return ""
+
+
+def _set_examples(task: Any, args: QualityArguments) -> None:
+    """As the harness itself does before it asks; a task that has none by its own choice gets none."""
+    if (own := task.get_config("num_fewshot")) is None or (args.num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=args.num_fewshot or 0)
+    task.set_fewshot_seed(seed=args.seed)
 
 
 def _look_at_first_item(task: Any) -> None:

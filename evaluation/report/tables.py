@@ -52,7 +52,7 @@ def headline_table(results: Results) -> Table:
         f"Marked: the arm with the fewest LRU misses among those within {LIMIT_TEXT} mean perplexity."
     )
     if budget is not None:
-        at = f"at {_budget(results, budget)}"
+        at = f"at {budget_text(results, budget)}"
         header += [f"bytes / token\n{at}", f"TPOT\n{at}"]
         note += (
             " TPOT: median, least to most, change. LRU misses are replayed; bytes and times are of real decoding (cache: "
@@ -240,6 +240,7 @@ def _few(count: SeedMean | None) -> str:
     return MISSING if count is None else f"{count.mean:.3g}"
 
 
-def _budget(results: Results, budget: int) -> str:
+def budget_text(results: Results, budget: int) -> str:
+    """A cache size in demands of one token, or in bytes if that is not known."""
     demand = results.model.token_demand_bytes
     return f"{demands_text(budget / demand)} demand" if demand else bytes_text(budget)

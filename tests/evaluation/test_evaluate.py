@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from configs.load import UserError, load
 from evaluation.engine.loading import load as load_paged
 from evaluation.engine.options import EngineOptions
-from evaluation.evaluate import EvaluationArguments, _model_facts, divide_budgets, evaluate
+from evaluation.evaluate import Arm, Candidate, EvaluationArguments, _model_facts, divide_budgets, evaluate
 from evaluation.results import ModelFacts
 from tests.conftest import needs_gpu
 from training.model.loading import load_pretrained
+from training.model.routers import router_parameters
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data" / "embedded" / "model")
@@ -109,3 +110,55 @@ def test_a_gpu_measures_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> No
     assert gpu.routing.nll == pytest.approx(cpu.routing.nll, rel=1e-4)
     assert gpu.routing.reuse_rate_mean == pytest.approx(cpu.routing.reuse_rate_mean, rel=1e-3)
     assert all(row.tokens_equal_resident for row in gpu.decode)
+
+
+OWN = """
+quality: {include_path: data/embedded/tasks, tasks: [letters, headword], limit: 6, batch_size: 4}
+routing: {groups: {readme: README.md.txt}, requests_per_domain: 3, max_length: 48}
+replay: {policies: [lru], slots: [6, 12]}
+decode: {prompts_per_domain: 2, prompt_tokens: 16, max_new_tokens: 4, demands: [1.0], repeats: 1}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
+def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "readme.txt").write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
+    (tmp_path / "own.yaml").write_text(OWN.replace("README.md.txt", f"{tmp_path}/readme.txt"), "utf-8")
+    routers = {name: weight + 0.05 for name, weight in router_parameters(load_pretrained(MODEL)).items()}
+    arms = [("mine", Arm("remoe", {}, [Candidate(routers, 0, [])]))]
+    resident = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml"))
+    monkeypatch.setattr("evaluation.evaluate.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole"))
+    monkeypatch.setattr("evaluation.decode.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole"))
+    budget = ["memory_budget=smallest + 25%", "decode.memory_budgets=[smallest + 10%, smallest + 25%]"]
+    paged = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml", budget))
+    for name in ("base", "mine"):
+        (before,), (after,) = resident.arms[name].runs, paged.arms[name].runs
+        assert after.quality == before.quality
+        assert after.difference == before.difference
+        assert after.routing == before.routing
+        assert set(after.routing.groups) == set(after.decode[0].groups) == {"readme"}
+        assert after.replay == before.replay
+        assert [row.memory_budget for row in after.decode] == ["smallest + 10%", "smallest + 25%"]
+        assert all(row.tokens_equal_resident is None for row in after.decode)
+        small, large = after.decode
+        assert small.bytes_read_per_token > large.bytes_read_per_token
+        assert before.decode[0].tokens_equal_resident
+        assert small.n_tokens == before.decode[0].n_tokens
+    assert paged.arms["mine"].runs[0].routing != paged.arms["base"].runs[0].routing
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("memory_budget=60 potatoes", "memory budget '60 potatoes' is not understood"),
+        ("decode.memory_budgets=[60 potatoes]", "memory budget '60 potatoes' is not understood"),
+        ("routing.source=internet", "source is 'internet'; write one of corpus, tasks"),
+        ("routing.groups={mine: 3}", "group mine is 3"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_as_they_are_read(key: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(EvaluationArguments, None, [key])
+    with pytest.raises(UserError, match="exactly one of expert_cache"):
+        load(EvaluationArguments, None, ["memory_budget=1GiB", "expert_cache=1MiB"])

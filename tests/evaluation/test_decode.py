@@ -33,7 +33,7 @@ def other_routers(folder: str) -> dict[str, torch.Tensor]:
 
 
 def decoded(folder: str, sides: list[Any], args: DecodeArguments) -> list[list[Decode]]:
-    rows = decode_in_turns(folder, sides, PROMPTS, args, token_demand_bytes=demand_bytes(folder), device=CPU)
+    rows = decode_in_turns(folder, sides, {"text": PROMPTS}, args, token_demand_bytes=demand_bytes(folder), device=CPU)
     return [list(of_side) for of_side in zip(*rows, strict=True)]
 
 

@@ -25,17 +25,22 @@ def say(text: str) -> None:
 
 
 class Narration:
-    """Says what was found of every run, beside the base as soon as that is known."""
+    """Says what was found of every run, beside the base as soon as that is known.
 
-    def __init__(self) -> None:
+    Args:
+        is_silent: for a process that is not the first of several.
+    """
+
+    def __init__(self, *, is_silent: bool = False) -> None:
         self._base: Run | None = None
+        self._say = (lambda _: None) if is_silent else say
 
     def found(self, arm: str, run: Run) -> None:
         """Say the routing of a run, or its quality once that was measured."""
         if arm == BASE and self._base is None:
             self._base = run
         seed = "" if run.seed is None else f", seed {run.seed}"
-        say(f"{arm}{seed}: {self._routing(run) if run.quality is None else self._quality(run)}")
+        self._say(f"{arm}{seed}: {self._routing(run) if run.quality is None else self._quality(run)}")
 
     def decoded(self, rows: Sequence[tuple[str, Decode]]) -> None:
         """Say what the base read with one size of cache, and how much more or less every arm did."""
@@ -46,7 +51,7 @@ class Narration:
             change = seed_mean(relative_change(read, base.bytes_read_per_token) for read in of_seeds)
             parts.append(f"{arm} {CHANGE.over_seeds(change)}")
         within = f" within {base.memory_budget}" if base.memory_budget else ""
-        say(f"decoded{within} with a cache of {demands_text(base.demands)} what a token uses: {'; '.join(parts)}")
+        self._say(f"decoded{within} with a cache of {demands_text(base.demands)} what a token uses: {'; '.join(parts)}")
 
     def _routing(self, run: Run) -> str:
         base = self._base

@@ -11,7 +11,9 @@ import tyro
 from configs.command import parse
 from configs.files import prepare_folder, write_yaml
 from configs.load import UserError, keys_help, load
-from evaluation.evaluate import Arm, EvaluationArguments, assemble, evaluate, trained_arm
+from evaluation.arguments import EvaluationArguments
+from evaluation.evaluate import assemble, evaluate, trained_arm
+from evaluation.measurement import Arm
 from evaluation.report.documents import write_results
 from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
@@ -58,7 +60,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     started = time.perf_counter()
     arms = _Training(trainings, model, args.accelerate_config)
     told = Narration()
-    measured = evaluate(model, arms, evaluation, found=told.found, decoded=told.decoded)
+    measured = evaluate(model, arms, evaluation, kept=out / "answers", found=told.found, decoded=told.decoded)
     seconds = {"evaluate": time.perf_counter() - started - arms.seconds}
     if all_new:  # time of a training that was only taken up again says nothing
         seconds["train"] = arms.seconds

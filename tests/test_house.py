@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("configs", "data", "training.model"),
     "training.model": ("configs",),
     "evaluation": ("configs", "data", "training", ENGINE, "evaluation.quality"),
-    "evaluation.quality": ("configs", "training", ENGINE, "evaluation.results", "evaluation.scoring"),
+    "evaluation.quality": ("configs", "training", ENGINE, "evaluation.results"),
     f"{ENGINE}.cache": ("configs",),
     f"{ENGINE}.store": ("configs", "training.model.shards"),
     f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", "training.model.host_memory"),

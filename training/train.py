@@ -70,6 +70,18 @@ def launch_training(training: TrainArguments, accelerate_config: str | None, **f
             raise UserError(f"--{next(iter(flags))} needs --accelerate-config, whose YAML it changes")
         train(training)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        resolved = Path(folder) / "config.yaml"
+        write_yaml(resolved, training)
+        in_processes(accelerate_config, ["training.train", str(resolved)], what="training", **flags)
+
+
+def in_processes(accelerate_config: str, command: Sequence[str], *, what: str, **flags: str) -> None:
+    """Run a module with its arguments in the processes that an accelerate YAML and `flags` of `accelerate launch` describe.
+
+    Raises:
+        UserError: the YAML is missing or not understood, or `what` failed (its own message was printed before).
+    """
     if not Path(accelerate_config).is_file():
         raise UserError(
             f"accelerate config {accelerate_config} does not exist; shipped ones are under configs/accelerate/"
@@ -80,16 +92,12 @@ def launch_training(training: TrainArguments, accelerate_config: str | None, **f
         raise UserError(
             f"accelerate config {accelerate_config} is not understood: {error}; shipped ones are under configs/accelerate/"
         ) from error
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = Path(folder) / "config.yaml"
-        write_yaml(resolved, training)
-        launch = ["--config_file", accelerate_config, *(f"--{flag}={value}" for flag, value in flags.items())]
-        launch += ["-m", "training.train", str(resolved)]
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own
-        try:
-            launch_command(launch_command_parser().parse_args(launch))
-        except (ChildFailedError, subprocess.CalledProcessError) as error:
-            raise UserError(f"training under {accelerate_config} failed; its own message is above") from error
+    launch = ["--config_file", accelerate_config, *(f"--{flag}={value}" for flag, value in flags.items())]
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, "-m", *command]))
+    except (ChildFailedError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{what} under {accelerate_config} failed; its own message is above") from error
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Engine:
     Attributes:
         demand: layers, experts, top_k and the bytes of a slot.
         dtype: the precision that is computed in.
+        options: what the user decided.
         cache: slots and who is in them.
         is_exact: whether outputs are those of the resident model; False with a cache prior.
         division: what a memory budget is divided into; None if only experts have one.
@@ -54,7 +55,7 @@ class Engine:
         division: Division | None,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
-        self.is_exact = options.cache_prior is None
+        self.options, self.is_exact = options, options.cache_prior is None
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
         if options.prefetch or options.cache_prior is not None:

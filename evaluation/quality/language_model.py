@@ -7,14 +7,14 @@ Letters: B requests, S positions of the longest.
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from typing import Any, TypeVar
 from weakref import finalize
 
 import torch
-from accelerate import Accelerator
 from lm_eval.api.instance import Instance  # type: ignore[import-untyped, unused-ignore]
 from lm_eval.api.registry import register_model  # type: ignore[import-untyped, unused-ignore]
 from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
@@ -29,7 +29,8 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.engine.memory.division import Call
 from evaluation.engine.options import EngineOptions
-from evaluation.scoring import batches_that_fit, log_probabilities
+from evaluation.quality.batches import Answers, batches_that_fit
+from evaluation.quality.log_probabilities import log_probabilities
 from training.model.loading import load_tokenizer, local_folder
 from training.run_folder.router_delta import load_for
 
@@ -45,19 +46,20 @@ class BatchedLM(HFLM):
 
     Args:
         engine: pages the experts of `model`; None if all of them are in memory.
+        answers: where they are kept; None: nowhere.
         harness: other arguments of the harness's class, such as `max_length` and `chat_template_args`.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, engine: Engine | None = None,
-        batch_size: int | None = None, **harness: Any,
+        batch_size: int | None = None, answers: Answers | None = None, **harness: Any,
     ) -> None:  # fmt: skip
         length = int(model.config.get_text_config().max_position_embeddings)
         logger = logging.getLogger("lm_eval.models.huggingface")
         level, logger.level = logger.level, logging.ERROR  # it warns of models that are loaded already
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, **{"max_length": length, **harness})
         logger.level = level
-        self._engine, self._most = engine, batch_size
+        self._engine, self._most, self._answers = engine, batch_size, answers or Answers()
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts in nats, in disjoint windows, the windows of all texts in common batches."""
@@ -74,7 +76,6 @@ class BatchedLM(HFLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
@@ -85,62 +86,69 @@ class BatchedLM(HFLM):
         rows: dict[Tokens, list[int]] = {}
         for number, (_texts, context, continuation) in enumerate(requests):
             rows.setdefault(tuple([*context, *continuation][-self.max_length - 1 : -1]), []).append(number)
-        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         longest_first = sorted(rows, key=lambda row: (-len(row), row))
         bar = tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm, leave=False)
-        for batch in self._batches(longest_first, _scoring_call):
-            continuations = [[requests[number][2] for number in rows[row]] for row in batch]
-            for number, answer in zip(
-                itertools.chain.from_iterable(rows[row] for row in batch),
-                self._scored(batch, continuations),
-                strict=True,
-            ):
-                answers[number] = answer
-                if (texts := requests[number][0]) is not None:
-                    self.cache_hook.add_partial("loglikelihood", texts, answer)
-            bar.update(sum(map(len, continuations)))
+        batches = [
+            [(row, [requests[number][2] for number in rows[row]]) for row in batch]
+            for batch in self._batches(longest_first, _scoring_call)
+        ]
+        found = self._answers.of(
+            [["loglikelihood", batch] for batch in batches],
+            lambda place: self._scored(batches[place]),
+            answered=lambda place: bar.update(sum(len(of_row) for _, of_row in batches[place])),
+        )
         bar.close()
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        numbers = itertools.chain.from_iterable(rows[row] for batch in batches for row, _ in batch)
+        for number, (log_likelihood, is_greedy) in zip(numbers, itertools.chain.from_iterable(found), strict=True):
+            answers[number] = log_likelihood, is_greedy
+            if (texts := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answers[number])
         return answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The texts that the harness's class generates, its batches as large as memory allows."""
-        texts: dict[int, str] = {}
         bar = tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm, leave=False)
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
         in_order = sorted(
-            range(len(requests)), key=lambda n: (str(requests[n].args[1]), -lengths[n], requests[n].args[0])
+            range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(prompts[n]), requests[n].args[0])
         )
+        batches: list[Sequence[int]] = []
         for _settings, alike in itertools.groupby(in_order, key=lambda n: str(requests[n].args[1])):
             numbers = list(alike)
             new_tokens = int(normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)["max_gen_toks"])
-            longest = self.max_length - new_tokens
+            lengths = {number: min(len(prompts[number]), self.max_length - new_tokens) for number in numbers}
+            batches += self._batches(numbers, partial(_generating_call, lengths=lengths, new_tokens=new_tokens))
 
-            def call_of(batch: int, first: int) -> Call:
-                prompt_tokens = min(lengths[first], longest)  # noqa: B023
-                return Call(batch, batch * prompt_tokens, prompt_tokens + new_tokens)  # noqa: B023
+        def texts_of(place: int) -> list[str]:
+            self.batch_size_per_gpu = len(batches[place])
+            asked = [requests[number] for number in batches[place]]
+            return list(super(BatchedLM, self).generate_until(asked, disable_tqdm=True))
 
-            for batch in self._batches(numbers, call_of):
-                self.batch_size_per_gpu = len(batch)
-                answered = super().generate_until([requests[number] for number in batch], disable_tqdm=True)
-                texts |= dict(zip(batch, answered, strict=True))
-                bar.update(len(batch))
+        found = self._answers.of(
+            [["generate_until", [(prompts[n], requests[n].args[1]) for n in batch]] for batch in batches],
+            texts_of,
+            answered=lambda place: bar.update(len(batches[place])),
+        )
         bar.close()
-        return [texts[number] for number in range(len(requests))]
+        text_of = dict(zip(itertools.chain.from_iterable(batches), itertools.chain.from_iterable(found), strict=True))
+        return [text_of[number] for number in range(len(requests))]
 
     def _batches(self, longest_first: Sequence[T], call_of: Callable[[int, T], Call]) -> Iterator[Sequence[T]]:
         for batch in batches_that_fit(longest_first, call_of, engine=self._engine, most=self._most):
             self.batch_sizes["largest"] = max(len(batch), self.batch_sizes.get("largest", 0))
             yield batch
 
-    def _scored(self, rows: Sequence[Tokens], continuations: list[list[list[int]]]) -> list[tuple[float, bool]]:
-        """One forward call: for each row its continuations' answers, one after the other."""
-        ids_BS = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    @torch.inference_mode()
+    def _scored(self, batch: Sequence[tuple[Tokens, list[list[int]]]]) -> list[tuple[float, bool]]:
+        """One forward call over rows of tokens: for each its continuations' answers, one after the other."""
+        ids_BS = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True)
         spots: list[int] = []
         tokens: list[int] = []
         owners: list[int] = []
         count = 0
-        for number, (row, of_row) in enumerate(zip(rows, continuations, strict=True)):
-            for continuation in of_row:
+        for number, (row, continuations) in enumerate(batch):
+            for continuation in continuations:
                 end = number * ids_BS.shape[1] + len(row)
                 spots += range(end - len(continuation), end)
                 tokens += continuation
@@ -157,12 +165,16 @@ def _scoring_call(batch: int, row: Tokens) -> Call:
     return Call(batch, batch * len(row), len(row), keeps=False)
 
 
+def _generating_call(batch: int, first: int, *, lengths: Mapping[int, int], new_tokens: int) -> Call:
+    return Call(batch, batch * lengths[first], lengths[first] + new_tokens)
+
+
 @register_model("remoe")
 class PagedLM(BatchedLM):
     """`--model remoe`: a checkpoint whose experts stay on disk, within a budget of bytes.
 
     `batch_size` is found; a number above 1, or `max_batch_size`, bounds it. Under `accelerate launch` every process has an
-    engine of its own and a share of the requests.
+    engine of its own and answers a share of the batches.
 
     Args:
         pretrained: folder of the checkpoint, or its hub name.
@@ -198,9 +210,6 @@ class PagedLM(BatchedLM):
         super().__init__(
             model, load_tokenizer(model_dir), engine=engine, batch_size=min(bounds, default=None), **options
         )
-        if (accelerator := Accelerator(cpu=str(model.device) == "cpu")).num_processes > 1:
-            self.accelerator = accelerator
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model: its budget, and what the experts cost so far."""

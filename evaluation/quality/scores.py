@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError
 from evaluation.engine.engine import Engine
+from evaluation.quality.batches import Answers
 from evaluation.quality.tasks import LoadedTasks, QualityArguments, load_tasks
 
 CHOSEN = ("acc", "exact_match")
@@ -83,13 +84,17 @@ Scores = dict[str, TaskScores | TextScores]
 
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, *,
-    tasks: LoadedTasks | None = None, engine: Engine | None = None,
+    tasks: LoadedTasks | None = None, engine: Engine | None = None, answers: Answers | None = None,
 ) -> Scores:  # fmt: skip
     """Score `model` on every task.
 
     Args:
         tasks: loaded before; left out: they are loaded here.
         engine: pages the experts of `model`; None if all of them are in memory.
+        answers: where they are kept; None: nowhere.
+
+    Returns:
+        None of them in a process that is not the first of its machine: it only answers a share of the requests.
 
     Raises:
         UserError: a task that cannot be loaded, or that the harness fails on; a metric that its task does not have.
@@ -103,7 +108,8 @@ def run_tasks(
 
     for module in (lm_model, lm_task):  # it draws a bar for every task: they go when they are full
         module.tqdm = partial(tqdm, leave=False)
-    lm = BatchedLM(model, tokenizer, engine=engine, batch_size=args.batch_size or (None if engine else RESIDENT_BATCH))
+    most = args.batch_size or (None if engine else RESIDENT_BATCH)
+    lm = BatchedLM(model, tokenizer, engine=engine, batch_size=most, answers=answers)
     how = {
         "limit": args.limit, "num_fewshot": args.num_fewshot, "apply_chat_template": args.apply_chat_template,
         "fewshot_as_multiturn": args.fewshot_as_multiturn and args.apply_chat_template,
@@ -120,6 +126,8 @@ def run_tasks(
             f"lm-evaluation-harness fails on one of the tasks {', '.join(tasks.tasks)}: {type(error).__name__}: {error}"
         ) from error
     scores: Scores = {}
+    if output is None:  # the harness gives results to the first process of a machine only
+        return scores
     for name, task in tasks.tasks.items():
         scores |= _scores(task, output["samples"][name], output["results"][name], tokenizer, args.metrics.get(name))
     for name, group in tasks.groups.items():

@@ -8,7 +8,7 @@ import pytest
 
 from configs.files import write_yaml
 from configs.load import UserError, field_comments, keys_help, load
-from evaluation.evaluate import EvaluationArguments
+from evaluation.arguments import EvaluationArguments
 from training.arguments import TrainArguments
 
 

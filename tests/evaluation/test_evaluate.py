@@ -8,9 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.load import UserError, load
+from evaluation.arguments import EvaluationArguments
 from evaluation.engine.loading import load as load_paged
 from evaluation.engine.options import EngineOptions
-from evaluation.evaluate import Arm, Candidate, EvaluationArguments, _model_facts, divide_budgets, evaluate
+from evaluation.evaluate import _model_facts, divide_budgets, evaluate
+from evaluation.measurement import Arm, Candidate
 from evaluation.results import ModelFacts
 from tests.conftest import needs_gpu
 from training.model.loading import load_pretrained
@@ -41,7 +43,7 @@ def test_a_device_that_cannot_be_had_is_refused_before_anything_is_measured(
 
 
 def test_too_little_text_to_decode_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluation.evaluate.run_tasks", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr("evaluation.measurement.run_tasks", lambda *_: pytest.fail("something was measured"))
     overrides = ["decode.prompts_per_domain=100000", "plan.memory_budgets=[]"]
     args = load(EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", overrides)
     with pytest.raises(UserError, match="100000 were asked for"):
@@ -76,7 +78,7 @@ def test_a_budget_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_facts_of_the_model_need_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluation.evaluate.load_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("evaluation.measurement.load_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     facts = _model_facts("a name", MODEL, load(EvaluationArguments, None, []))
     model = load_pretrained(MODEL)
     with load_paged(MODEL, EngineOptions("100%")) as (_, engine):
@@ -128,7 +130,9 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
     routers = {name: weight + 0.05 for name, weight in router_parameters(load_pretrained(MODEL)).items()}
     arms = [("mine", Arm("remoe", {}, [Candidate(routers, 0, [])]))]
     resident = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml"))
-    monkeypatch.setattr("evaluation.evaluate.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole"))
+    monkeypatch.setattr(
+        "evaluation.measurement.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole")
+    )
     monkeypatch.setattr("evaluation.decode.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole"))
     budget = ["memory_budget=smallest + 25%", "decode.memory_budgets=[smallest + 10%, smallest + 25%]"]
     paged = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml", budget))

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 from configs.load import load as load_config
 from data.batches import tokenize
 from data.corpus import DOMAINS, read_corpus
+from evaluation.arguments import EvaluationArguments
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.greedy import decode
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.store.bandwidth import DEPTHS
-from evaluation.evaluate import EvaluationArguments
 from evaluation.quality.scores import TaskScores, run_tasks
 from evaluation.quality.tasks import QualityArguments
 from evaluation.tracing import teacher_forced_trace

@@ -150,7 +150,7 @@ def test_prompts_of_choices_end_with_the_right_one_and_texts_begin_at_their_begi
     ],
 )
 def test_settings_that_cannot_be_are_refused_at_once(key: str, words: str) -> None:
-    from evaluation.evaluate import EvaluationArguments
+    from evaluation.arguments import EvaluationArguments
 
     with pytest.raises(UserError, match=words):
         load_tasks(load(EvaluationArguments, None, [key]).quality)

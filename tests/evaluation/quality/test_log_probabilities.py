@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import scoring
 from evaluation.benchmark.families import make_tiny
 from evaluation.engine.loading import load
 from evaluation.engine.memory.division import Call
 from evaluation.engine.options import EngineOptions
-from evaluation.scoring import batches_that_fit, log_probabilities
+from evaluation.quality import batches
+from evaluation.quality import log_probabilities as scoring
+from evaluation.quality.batches import batches_that_fit
+from evaluation.quality.log_probabilities import log_probabilities
 from tests.evaluation.test_families import FAMILIES, config_of
 from training.model.loading import load_pretrained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "data" / "embedded" / "model")
 
 
@@ -49,7 +51,7 @@ def sizes(lengths: list[int], **how: Any) -> list[int]:
 
 def test_a_batch_is_bounded_by_number_and_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes([10] * 7, engine=None, most=3) == [3, 3, 1]
-    monkeypatch.setattr(scoring, "MOST_TOKENS", 100)
+    monkeypatch.setattr(batches, "MOST_TOKENS", 100)
     assert sizes([200, 40, 30, 10, 10], engine=None) == [1, 2, 2]
 
 

@@ -1,44 +1,16 @@
-"""Log-probabilities of given tokens, in batches that memory allows; for quality and for teacher-forced traces.
+"""Log-probabilities of given tokens, for quality and for teacher-forced traces.
 
 Letters: B sequences, S positions of the longest, H width, n positions whose logits are made at once, V vocabulary, X H or V.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from evaluation.engine.engine import Engine
-from evaluation.engine.memory.division import Call
-
 LOGIT_BYTES = 24 * 2**20
 """What logits that are made at once and their log-probabilities may take."""
-MOST_TOKENS = 2**14
-"""Positions of a batch at most, padding included: larger ones read hardly less and make the last one wait longer."""
-T = TypeVar("T")
-
-
-def batches_that_fit(
-    longest_first: Sequence[T], call_of: Callable[[int, T], Call], *, engine: Engine | None, most: int | None = None
-) -> Iterator[Sequence[T]]:
-    """Consecutive ones, as many at once as memory allows: a paged model reads an expert once a call at most.
-
-    Args:
-        call_of: the forward call of so many sequences as long as this one.
-        most: at once, whatever memory allows.
-    """
-    start = 0
-    while start < len(longest_first):
-        size, largest = 1, min(len(longest_first) - start, most or len(longest_first))
-        while size < largest:
-            call = call_of(size + 1, longest_first[start])
-            if call.batch * call.context_tokens > MOST_TOKENS or (engine is not None and not engine.has_room(call)):
-                break
-            size += 1
-        yield longest_first[start : start + size]
-        start += size
 
 
 @torch.inference_mode()

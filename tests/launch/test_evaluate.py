@@ -1,0 +1,77 @@
+"""`remoe evaluate` as a command: killed at any moment it goes on to the same numbers, and two processes find them too."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMES = ("seconds", "_ms", "output_throughput", "created", "machine_load", "load_average", "share", "command", "commit")
+CONFIG = """
+dtype: float32
+quality: {tasks: [letters, headword, perplexity_puzzles], limit: 40}
+routing: {source: tasks, requests_per_domain: 8, max_length: 96}
+replay: {policies: [lru, belady], slots: [6, 12]}
+decode: {prompts_per_domain: 1, prompt_tokens: 24, max_new_tokens: 6, demands: [1.0]}
+"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    (folder.parent / "own.yaml").write_text(CONFIG, "utf-8")
+    given = ["--memory-budget", "smallest + 25%", "--config", str(folder.parent / "own.yaml"), "--output", str(folder)]
+    return [sys.executable, "-m", "launch.cli", "evaluate", "--model", "data/embedded/model", *given, *more]
+
+
+def evaluated(folder: Path, *more: str) -> dict[str, Any]:
+    done = subprocess.run(command(folder, *more), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = without_times(json.loads((folder / "results.json").read_text("utf-8")))
+    return found
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not any(part in k for part in TIMES)}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], float]:
+    """The numbers of a run that nobody disturbed, and how long it took in seconds."""
+    started = time.perf_counter()
+    return evaluated(tmp_path_factory.mktemp("whole") / "run"), time.perf_counter() - started
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(
+    tmp_path: Path, whole: tuple[dict[str, Any], float]
+) -> None:
+    expected, seconds = whole
+    draw, kept = random.Random(0), 0
+    for _ in range(5):
+        run = subprocess.Popen(command(tmp_path / "run"), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.4, 0.9) * seconds)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        kept = max(kept, len(list((tmp_path / "run" / "answers").glob("*.jsonl"))))
+    assert kept, "it was always killed before anything was answered: nothing was tried"
+    assert evaluated(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path: Path, whole: tuple[dict[str, Any], float]) -> None:
+    two = evaluated(tmp_path / "run", "--accelerate-config", "configs/accelerate/cpu_2_processes.yaml")
+    assert two["arms"] == whole[0]["arms"]
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "run" / "answers").glob("*.jsonl"))]
+    assert len(sizes) == 2
+    assert min(sizes) > 0.2 * max(sizes), "one of them did nearly everything"
+    shutil.rmtree(tmp_path / "run")

@@ -34,6 +34,7 @@ class TaskValue(Part):
     n: int | None
     chance: float | None
     is_rate: bool = True  # a share that is better the larger it is
+    of_group: str | None = None  # the group that was asked, if this is one of its tasks
     higher_is_better: bool = True
 
 

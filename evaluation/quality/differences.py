@@ -28,7 +28,7 @@ def summarize(scores: Scores) -> results.Quality:
             perplexity[name.removeprefix(PERPLEXITY)] = found
         else:
             about: dict[str, Any] = {
-                key: getattr(items, key) for key in ("metric", "chance", "is_rate", "higher_is_better")
+                key: getattr(items, key) for key in ("metric", "chance", "is_rate", "higher_is_better", "of_group")
             }
             tasks[name] = results.TaskValue(value=items.total, stderr=_standard_error(items), n=n, **about)
     mean = float(np.exp(np.mean(logs))) if logs else None

@@ -1,6 +1,7 @@
 """The tasks' own prompts as text to route, replay and decode: what the model reads when it is asked, examples and chat
 template included."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,27 @@ def task_pieces(
     tasks: LoadedTasks, args: QualityArguments, tokenizer: PreTrainedTokenizerBase, *, tokens: int, per_task: int,
     with_answers: bool,
 ) -> Pieces:  # fmt: skip
-    """At most `per_task` prompts of each task as token ids, evenly over its items, their last `tokens` tokens.
+    """At most `per_task` prompts of each task, or group that was named, as token ids, evenly over its items, their last
+    `tokens` tokens.
 
     Args:
         with_answers: each with its right answer, as text that is read; otherwise without, as a prompt to be answered. Of a
             task that scores whole texts it is these texts in both cases, their first `tokens` tokens.
     """
-    found: Pieces = {}
+    of_group: dict[str, list[Any]] = {}
     for name, task in tasks.tasks.items():
-        count = min(per_task, len(task.eval_docs))
-        items = [place * len(task.eval_docs) // count for place in range(count)]
+        of_group.setdefault(tasks.group_of.get(name, name), []).append(task)
+    found: Pieces = {}
+    for name, members in of_group.items():
+        items = [(task, item) for task in members for item in range(len(task.eval_docs))]
+        count = min(per_task, len(items))
+        chosen = [items[place * len(items) // count] for place in range(count)]
         found[name] = []
-        for prompt, answer in _pairs(task, items, args, tokenizer):
-            ids = tokenizer(prompt + answer * (with_answers or not prompt), verbose=False)["input_ids"]
-            kept = ids[-tokens:] if prompt else ids[:tokens]
-            found[name].append(np.array(kept or [tokenizer.eos_token_id], dtype=np.int32))
+        for task, of_task in itertools.groupby(chosen, key=lambda pair: pair[0]):
+            for prompt, answer in _pairs(task, [item for _, item in of_task], args, tokenizer):
+                ids = tokenizer(prompt + answer * (with_answers or not prompt), verbose=False)["input_ids"]
+                kept = ids[-tokens:] if prompt else ids[:tokens]
+                found[name].append(np.array(kept or [tokenizer.eos_token_id], dtype=np.int32))
     return found
 
 

@@ -5,7 +5,7 @@ Perplexities are per token and, as the harness has it, per word.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class TaskScores:
         values: one for each item; zeros where an item has no number of its own.
         chance: what an item chosen by chance has; None where the metric has no such level, or its task no choices.
         value: what the harness makes of them, if that is not their mean.
+        of_group: the group that was asked, if this is one of its tasks.
         items: what `aggregate` makes `value` of, if it is not the mean of numbers.
         sizes: items of each task of a group; one entry for a task.
         weights: of each task in its group; they add up to 1.
@@ -44,6 +45,7 @@ class TaskScores:
     chance: float | None = None
     value: float | None = None
     higher_is_better: bool = True
+    of_group: str | None = None
     items: Sequence[Any] = ()
     aggregate: Callable[[Sequence[Any]], float] | None = None
     sizes: tuple[int, ...] = ()
@@ -129,9 +131,14 @@ def run_tasks(
     if output is None:  # the harness gives results to the first process of a machine only
         return scores
     for name, task in tasks.tasks.items():
-        scores |= _scores(task, output["samples"][name], output["results"][name], tokenizer, args.metrics.get(name))
+        found = _scores(task, output["samples"][name], output["results"][name], tokenizer, args.metrics.get(name))
+        group = tasks.group_of.get(name)
+        scores |= {
+            key: replace(one, of_group=group) if isinstance(one, TaskScores) else one for key, one in found.items()
+        }
     for name, group in tasks.groups.items():
-        scores |= _of_group(name, group, scores)
+        for key, one in _of_group(name, group, scores).items():
+            scores[key] = replace(one, of_group=tasks.group_of.get(name))
     return scores
 
 
@@ -186,9 +193,9 @@ def _task_scores(task: Any, samples: list[dict[str, Any]], metric: str, label: s
     return TaskScores(label, values, chance, **about)
 
 
-def _of_group(name: str, group: Any, scores: Scores) -> Scores:
+def _of_group(name: str, group: Any, scores: Scores) -> dict[str, TaskScores]:
     """The metrics that a group adds up over its tasks, with the harness's weights."""
-    found: Scores = {}
+    found: dict[str, TaskScores] = {}
     for how in group.aggregate_metric_list or []:
         of_tasks: dict[str, list[TaskScores]] = {}
         for task in group.get_all_tasks():

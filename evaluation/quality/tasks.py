@@ -62,6 +62,19 @@ class LoadedTasks:
     groups: dict[str, Any]
     manager: Any
 
+    names: list[str]
+
+    @property
+    def group_of(self) -> dict[str, str]:
+        """Task or lesser group -> the group that was named, of all that were not named themselves."""
+        found: dict[str, str] = {}
+        for group in (self.groups[name] for name in self.names if name in self.groups):
+            inner = [task.task_name for task in group.get_all_tasks()] + [
+                lesser.name for lesser in group.get_all_groups()
+            ]
+            found |= {name: group.name for name in inner if name not in self.names}
+        return found
+
 
 def load_tasks(args: QualityArguments) -> LoadedTasks:
     """Load everything that `args` names; what a first item lacks is found before any model runs.
@@ -92,7 +105,7 @@ def load_tasks(args: QualityArguments) -> LoadedTasks:
         tasks |= new
         groups |= loaded["groups"]
     _check(args, tasks)
-    return LoadedTasks(chosen, tasks, groups, manager)
+    return LoadedTasks(chosen, tasks, groups, manager, names)
 
 
 def _find(args: QualityArguments) -> tuple[Any, list[str]]:

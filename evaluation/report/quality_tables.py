@@ -27,6 +27,14 @@ def values_table(results: Results) -> Table:
     return Table("Absolute values", ["task or domain", "metric", "items", "chance", *arms], rows, note, text_columns=2)
 
 
+def inner_table(results: Results) -> Table:
+    """The tasks of groups, which are not among what was asked."""
+    asked = summary.task_names(results)
+    inner = [task for task in summary.task_names(results, within_groups=True) if task not in asked]
+    header = ["task", "metric", "items", "chance", *results.arms]
+    return Table("Tasks of groups", header, [_task_row(results, task) for task in inner], text_columns=2)
+
+
 def _task_row(results: Results, task: str) -> list[str]:
     by_arm = [[q.tasks[task] for q in summary.qualities(results, arm) if task in q.tasks] for arm in results.arms]
     about = next((found for of_arm in by_arm for found in of_arm), None)

@@ -14,7 +14,7 @@ from evaluation.report.drawing import TEMPLATES
 from evaluation.report.group_tables import group_table
 from evaluation.report.numbers import COUNT, MISSING, SECONDS, bytes_text
 from evaluation.report.plan_tables import plan_tables
-from evaluation.report.quality_tables import differences_table, frontier_table, values_table
+from evaluation.report.quality_tables import differences_table, frontier_table, inner_table, values_table
 from evaluation.report.tables import Table
 from evaluation.report.wording import decode_policy, headline
 from evaluation.results import Results
@@ -58,7 +58,7 @@ def sections(results: Results) -> list[Section]:
         "quality": {
             "figure": plots.quality_figure,
             "tables": [values_table(results)],
-            "folded": [differences_table(results)],
+            "folded": [differences_table(results), inner_table(results)],
         },
         "groups": {"tables": [group_table(results)]},
         "decode": {"figure": plots.decode_figure, "folded": [tables.decode_table(results)]},

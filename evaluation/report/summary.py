@@ -255,9 +255,12 @@ def perplexity_change(results: Results, arm: str, domain: str = MEAN) -> Change 
     return _change([(entry.relative, entry.low, entry.high) for entry in entries if entry])
 
 
-def task_names(results: Results) -> list[str]:
-    """All tasks of any run, in order of first appearance."""
-    return _names(results, lambda part: part.tasks)
+def task_names(results: Results, *, within_groups: bool = False) -> list[str]:
+    """What was asked of any run, in order of first appearance: tasks, and groups as a whole unless `within_groups`."""
+    inner = {
+        name for arm in results.arms for q in qualities(results, arm) for name, of in q.tasks.items() if of.of_group
+    }
+    return [name for name in _names(results, lambda part: part.tasks) if within_groups or name not in inner]
 
 
 def domain_names(results: Results) -> list[str]:

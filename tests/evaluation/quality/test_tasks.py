@@ -95,6 +95,14 @@ def test_groups_have_a_row_of_their_own_by_the_harness_weights(folder: Path, mod
     assert list(found) == ["chosen", "chosen (acc_norm)", "longer", "both"]
     assert found["both"].n == 12
     assert found["both"].value == pytest.approx((3 * found["chosen"].value + 9 * found["longer"].value) / 12)
+    assert {name: of.of_group for name, of in found.items()} == {
+        "chosen": "both", "chosen (acc_norm)": "both", "longer": "both", "both": None,
+    }  # fmt: skip
+    args = arguments(folder, "both")
+    pieces = task_pieces(load_tasks(args), args, load_tokenizer(model), tokens=50, per_task=4, with_answers=False)
+    assert {name: len(of) for name, of in pieces.items()} == {"both": 4}
+    args = arguments(folder, "both", "longer")
+    assert load_tasks(args).group_of == {"chosen": "both"}, "what is named itself is a row of its own"
 
 
 def test_metrics_and_filters_are_chosen_by_name(folder: Path, model_dir: Any) -> None:

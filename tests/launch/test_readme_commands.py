@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -52,6 +53,18 @@ def test_a_command_that_is_shown_is_understood(name: str, line: str, monkeypatch
     if "|" in line:  # names several commands at once
         return
     assert words[0] in COMMANDS, f"{name} shows {line}"
-    monkeypatch.setattr(import_module(COMMANDS[words[0]]), "parse", only_parse)
+    if words[0] == "lm-eval":  # is parsed by the harness
+        from lm_eval._cli import HarnessCLI  # type: ignore[import-untyped, unused-ignore]
+
+        monkeypatch.setattr(HarnessCLI, "execute", only_look)
+        monkeypatch.setattr(sys, "argv", [])
+    else:
+        monkeypatch.setattr(import_module(COMMANDS[words[0]]), "parse", only_parse)
     with pytest.raises(Understood):
         main(words)
+
+
+def only_look(_: Any, parsed: Any) -> None:
+    assert parsed.model == "remoe"
+    assert {"pretrained"} < set(parsed.model_args)
+    raise Understood

@@ -28,6 +28,7 @@ from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.measurement import Arm, Candidate, LoadedModel, Measurement, pieces_of_text
 from evaluation.quality.batches import process_index
+from evaluation.quality.cost import Cost, costs
 from evaluation.quality.tasks import load_tasks
 from evaluation.results import BASE, naming_the_place
 from training.model.lazy_weights import empty_model
@@ -84,6 +85,7 @@ def evaluate(
     args: EvaluationArguments,
     *,
     kept: Path | None = None,
+    expected: Callable[[Sequence[Cost]], None] = lambda _: None,
     found: Callable[[str, results.Run], None] = lambda *_: None,
     decoded: Callable[[Sequence[tuple[str, results.Decode]]], None] = lambda *_: None,
 ) -> results.Measured:
@@ -91,6 +93,7 @@ def evaluate(
 
     Args:
         kept: a folder where answers are kept as they come, so that an evaluation that was killed goes on; None: nowhere.
+        expected: told what the tasks will cost each model, before the first is asked.
         found: told the arm's name and what is known of a run: first its routing, then its quality too.
         decoded: told what was measured with one size of cache, for every run with its arm's name.
 
@@ -116,6 +119,8 @@ def evaluate(
         loaded = LoadedModel(model_dir, args, device, is_kept=isinstance(arms, Sequence))
         for name, arm in itertools.chain([(BASE, untouched)], arms):
             with naming_the_place(name), loaded as (paged_or_not, engine):
+                if name == BASE and is_first:
+                    expected(costs(tasks, args.quality, tokenizer, engine))
                 runs, scores = measurement.of_arm(
                     paged_or_not, engine, arm, base_scores=base_scores, found=partial(found, name)
                 )

@@ -9,7 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from evaluation.report.numbers import CHANGE, FINE_CHANGE, PERCENT, PLAIN, RATE, bytes_text, demands_text
+from evaluation.quality.cost import Cost
+from evaluation.report.numbers import (
+    CHANGE,
+    COUNT,
+    FINE_CHANGE,
+    PERCENT,
+    PLAIN,
+    RATE,
+    SECONDS,
+    bytes_text,
+    demands_text,
+)
 from evaluation.report.summary import relative_change, seed_mean
 from evaluation.report.tables import headline_table
 from evaluation.results import BASE, Decode, Results, Run
@@ -33,7 +44,24 @@ class Narration:
 
     def __init__(self, *, is_silent: bool = False) -> None:
         self._base: Run | None = None
-        self._say = (lambda _: None) if is_silent else say
+        self._is_silent = is_silent
+
+    def _say(self, text: str) -> None:
+        if not self._is_silent:
+            say(text)
+
+    def expected(self, costs: Sequence[Cost]) -> None:
+        """Show what asking the tasks will cost each model."""
+        if self._is_silent:
+            return
+        columns = ["task", "requests", "tokens read", "written at most", "experts read at most", "at the disk's speed"]
+        has_speed = any(cost.read_seconds is not None for cost in costs)
+        table = Table(*columns[: 6 if has_speed else 5], title="what each model will be asked")
+        for cost in costs:
+            row = [COUNT.text(number) for number in (cost.requests, cost.prompt_tokens, cost.new_tokens)]
+            row = [cost.name, *row, bytes_text(cost.read_bytes), SECONDS.text(cost.read_seconds)]
+            table.add_row(*row[: len(table.columns)])
+        Console(stderr=True).print(table)
 
     def found(self, arm: str, run: Run) -> None:
         """Say the routing of a run, or its quality once that was measured."""

@@ -60,7 +60,8 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     started = time.perf_counter()
     arms = _Training(trainings, model, args.accelerate_config)
     told = Narration()
-    measured = evaluate(model, arms, evaluation, kept=out / "answers", found=told.found, decoded=told.decoded)
+    how: Any = {"kept": out / "answers", "expected": told.expected, "found": told.found, "decoded": told.decoded}
+    measured = evaluate(model, arms, evaluation, **how)
     seconds = {"evaluate": time.perf_counter() - started - arms.seconds}
     if all_new:  # time of a training that was only taken up again says nothing
         seconds["train"] = arms.seconds

@@ -23,6 +23,7 @@ from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.resident import experts_modules
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
+from evaluation.engine.store.bandwidth import calibrated, is_worth_it
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
 from training.model.routers import ask_routers, find_routers
@@ -117,6 +118,11 @@ class Engine:
     def buffer_bytes(self) -> int:
         """Memory for experts on top of the pool: the slots of those that do not stay."""
         return self._memory.passing_bytes
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """How fast the checkpoint's device was read when it was measured; None for one too small to be worth that."""
+        return calibrated(self._store.shards).bytes_per_second if is_worth_it(self._store.shards) else None
 
     def has_room(self, call: Call) -> bool:
         """Whether a memory budget allows such a call; if experts alone have a budget, any call."""

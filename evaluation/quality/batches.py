@@ -25,6 +25,8 @@ from training.run_folder.proof import combined, tensor_sha256
 
 MOST_TOKENS = 2**14
 """Positions of a batch at most, padding included: larger ones read hardly less and make the last one wait longer."""
+MOST_PADDING = 2
+"""How many times as long as any other the longest of a batch may be: what is filled up is computed too."""
 T = TypeVar("T")
 
 
@@ -41,6 +43,8 @@ def batches_that_fit(
     while start < len(longest_first):
         size, largest = 1, min(len(longest_first) - start, most or len(longest_first))
         while size < largest:
+            if MOST_PADDING * call_of(1, longest_first[start + size]).rows < call_of(1, longest_first[start]).rows:
+                break
             call = call_of(size + 1, longest_first[start])
             if call.batch * call.context_tokens > MOST_TOKENS or (engine is not None and not engine.has_room(call)):
                 break

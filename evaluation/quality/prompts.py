@@ -41,22 +41,28 @@ def task_pieces(
     return found
 
 
-def _pairs(
-    task: Any, items: list[int], args: QualityArguments, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[str, str]]:
-    """(prompt, right answer) of these items, as the harness makes them."""
+def build_requests(task: Any, args: QualityArguments, tokenizer: PreTrainedTokenizerBase, **items: Any) -> list[Any]:
+    """The harness's requests for these items (`samples`), or for the first ones (`limit`; None: for all)."""
 
     def rendered(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         how: Any = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return str(tokenizer.apply_chat_template(history, tokenize=False, **how))
 
     task.build_all_requests(
-        samples=items, system_instruction=args.system_instruction, apply_chat_template=args.apply_chat_template,
+        **items, system_instruction=args.system_instruction, apply_chat_template=args.apply_chat_template,
         fewshot_as_multiturn=args.fewshot_as_multiturn and args.apply_chat_template,
         chat_template=rendered if args.apply_chat_template else None,
     )  # fmt: skip
+    return list(task.instances)
+
+
+def _pairs(
+    task: Any, items: list[int], args: QualityArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, str]]:
+    """(prompt, right answer) of these items, as the harness makes them."""
+
     of_item: dict[int, list[Any]] = {}
-    for instance in task.instances:
+    for instance in build_requests(task, args, tokenizer, samples=items):
         of_item.setdefault(instance.doc_id, []).append(instance)
     return [_pair(task, instances) for instances in of_item.values()]
 

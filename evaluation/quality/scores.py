@@ -34,10 +34,10 @@ class TaskScores:
         values: one for each item; zeros where an item has no number of its own.
         chance: what an item chosen by chance has; None where the metric has no such level, or its task no choices.
         value: what the harness makes of them, if that is not their mean.
-        of_group: the group that was asked, if this is one of its tasks.
         items: what `aggregate` makes `value` of, if it is not the mean of numbers.
         sizes: items of each task of a group; one entry for a task.
         weights: of each task in its group; they add up to 1.
+        of_group: the group that was asked, if this is one of its tasks.
     """
 
     metric: str
@@ -45,11 +45,11 @@ class TaskScores:
     chance: float | None = None
     value: float | None = None
     higher_is_better: bool = True
-    of_group: str | None = None
     items: Sequence[Any] = ()
     aggregate: Callable[[Sequence[Any]], float] | None = None
     sizes: tuple[int, ...] = ()
     weights: tuple[float, ...] = (1.0,)
+    of_group: str | None = None
 
     @property
     def total(self) -> float:

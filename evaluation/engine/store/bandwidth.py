@@ -36,9 +36,12 @@ class ReadBandwidth:
 
 def reads_in_flight_for(shards: Sequence[Path]) -> int:
     """How many reads to keep in flight; calibrates the device if that was not done before and is worth it."""
-    if sum(shard.stat().st_size for shard in shards) < WORTH_BYTES:
-        return READS_IN_FLIGHT
-    return calibrated(shards).reads_in_flight
+    return calibrated(shards).reads_in_flight if is_worth_it(shards) else READS_IN_FLIGHT
+
+
+def is_worth_it(shards: Sequence[Path]) -> bool:
+    """Whether there is so much to read that the device's speed matters."""
+    return sum(shard.stat().st_size for shard in shards) >= WORTH_BYTES
 
 
 def calibrated(shards: Sequence[Path]) -> ReadBandwidth:

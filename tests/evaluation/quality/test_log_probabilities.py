@@ -52,7 +52,8 @@ def sizes(lengths: list[int], **how: Any) -> list[int]:
 def test_a_batch_is_bounded_by_number_and_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes([10] * 7, engine=None, most=3) == [3, 3, 1]
     monkeypatch.setattr(batches, "MOST_TOKENS", 100)
-    assert sizes([200, 40, 30, 10, 10], engine=None) == [1, 2, 2]
+    assert sizes([200, 40, 30, 16, 15, 10, 10], engine=None) == [1, 2, 4]
+    assert sizes([40, 20, 19, 1], engine=None) == [2, 1, 1], "what is filled up is at most as much as what is read"
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -90,6 +90,7 @@ def test_summary_has_perplexity_per_token_and_per_word() -> None:
             "chance": 0.25,
             "is_rate": True,
             "higher_is_better": True,
+            "of_group": None,
         }
     )
 

@@ -28,7 +28,7 @@ from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.measurement import Arm, Candidate, LoadedModel, Measurement, pieces_of_text
 from evaluation.quality.batches import process_index
-from evaluation.quality.cost import Cost, costs
+from evaluation.quality.cost import Cost
 from evaluation.quality.tasks import load_tasks
 from evaluation.results import BASE, naming_the_place
 from training.model.lazy_weights import empty_model
@@ -118,12 +118,9 @@ def evaluate(
         measurement = Measurement(model_dir, tokenizer, tasks, texts, args, kept)
         loaded = LoadedModel(model_dir, args, device, is_kept=isinstance(arms, Sequence))
         for name, arm in itertools.chain([(BASE, untouched)], arms):
-            with naming_the_place(name), loaded as (paged_or_not, engine):
-                if name == BASE and is_first:
-                    expected(costs(tasks, args.quality, tokenizer, engine))
-                runs, scores = measurement.of_arm(
-                    paged_or_not, engine, arm, base_scores=base_scores, found=partial(found, name)
-                )
+            told: Any = {"found": partial(found, name), "expected": expected if name == BASE and is_first else None}
+            with naming_the_place(name):
+                runs, scores = measurement.of_arm(loaded, arm, base_scores=base_scores, **told)
             base_scores = base_scores or scores
             objective, settings = arm.objective or None, arm.coefficients
             measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)

@@ -1,5 +1,6 @@
 """What is measured of one model, the base or a candidate, but for its decode: routing, replay and quality."""
 
+import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.quality.batches import Answers, identity_of
+from evaluation.quality.cost import Cost, costs
 from evaluation.quality.differences import differences, summarize
 from evaluation.quality.prompts import task_pieces
 from evaluation.quality.scores import Scores, run_tasks
@@ -77,9 +79,10 @@ class LoadedModel:
             self.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it, at once: what comes next may need the memory."""
         self._found = None
         self._open.close()
+        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -99,24 +102,27 @@ class Measurement:
     kept: Path | None
 
     def of_arm(
-        self, model: PreTrainedModel, engine: Engine | None, arm: Arm, *, base_scores: Scores | None,
-        found: Callable[[results.Run], None],
+        self, loaded: LoadedModel, arm: Arm, *, base_scores: Scores | None, found: Callable[[results.Run], None],
+        expected: Callable[[Sequence[Cost]], None] | None = None,
     ) -> tuple[list[results.Run], Scores]:  # fmt: skip
         """The runs of an arm, and what each item of each task was worth to the last of them."""
         runs = []
-        for candidate in arm.candidates:
-            if candidate.routers:
-                copy_into_routers(model, candidate.routers)
-            with Answers(self.kept, identity_of(model, self.model_dir, engine)) as answers:
-                run = self._routed(model, engine, candidate, answers)
+        with loaded as (model, engine):
+            if expected is not None:
+                expected(costs(self.tasks, self.args.quality, self.tokenizer, engine))
+            for candidate in arm.candidates:
+                if candidate.routers:
+                    copy_into_routers(model, candidate.routers)
+                with Answers(self.kept, identity_of(model, self.model_dir, engine)) as answers:
+                    run = self._routed(model, engine, candidate, answers)
+                    found(run)
+                    how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers}
+                    scores = run_tasks(model, self.tokenizer, self.args.quality, **how)
+                run.quality = summarize(scores)
+                if base_scores is not None:
+                    run.difference = differences(base_scores, scores)
                 found(run)
-                how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers}
-                scores = run_tasks(model, self.tokenizer, self.args.quality, **how)
-            run.quality = summarize(scores)
-            if base_scores is not None:
-                run.difference = differences(base_scores, scores)
-            found(run)
-            runs.append(run)
+                runs.append(run)
         return runs, scores
 
     def _routed(

@@ -29,7 +29,7 @@ from evaluation.machine import machine_facts, machine_load, processor_times
 from evaluation.measurement import Arm, Candidate, LoadedModel, Measurement, pieces_of_text
 from evaluation.quality.batches import process_index
 from evaluation.quality.cost import Cost
-from evaluation.quality.tasks import load_tasks
+from evaluation.quality.tasks import check_chat_template, load_tasks
 from evaluation.results import BASE, naming_the_place
 from training.model.lazy_weights import empty_model
 from training.model.loading import load_tokenizer, local_folder
@@ -104,9 +104,10 @@ def evaluate(
     device = find_device(args.device)  # before anything is measured
     transformers.utils.logging.disable_progress_bar()
     tasks = load_tasks(args.quality)  # so that a task that cannot be used is named first
+    tokenizer = load_tokenizer(model_dir)
+    check_chat_template(args.quality, tokenizer)
     is_first = process_index() == 0  # of several; the others only share the answering
     plans, too_small = divide_budgets(model, args) if is_first else ([], [])
-    tokenizer = load_tokenizer(model_dir)
     tokens, per_group = args.decode.prompt_tokens, args.decode.prompts_per_domain
     prompts = pieces_of_text(tokenizer, args, tasks, per_group=per_group, tokens=tokens, with_answers=False)
     tokens, per_group = args.routing.max_length, args.routing.requests_per_domain

@@ -143,8 +143,8 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def identity_of(model: PreTrainedModel, model_dir: str | Path, engine: Engine | None) -> str:
     """Of what computes: the checkpoint's files by size and date, the routers as they are, precision, kernels, levers."""
     folder = Path(model_dir)
-    names = sorted({*shard_names(folder), "config.json"})
-    files = [(name, (stat := (folder / name).stat()).st_size, stat.st_mtime_ns) for name in names]
+    names = [*shard_names(folder), *(path.name for pattern in ("*.json", "*.model") for path in folder.glob(pattern))]
+    files = [(name, (stat := (folder / name).stat()).st_size, stat.st_mtime_ns) for name in sorted(set(names))]
     routers = combined({name: tensor_sha256(weight) for name, weight in router_parameters(model).items()})
     lever = None if engine is None or engine.is_exact else repr(engine.options)
     facts = [str(folder.resolve()), files, routers, str(model.dtype), str(model.device), torch.get_num_threads(), lever]

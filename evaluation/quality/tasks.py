@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from configs.checks import at_least
 from configs.load import UserError
 
@@ -106,6 +108,15 @@ def load_tasks(args: QualityArguments) -> LoadedTasks:
         groups |= loaded["groups"]
     _check(args, tasks)
     return LoadedTasks(chosen, tasks, groups, manager, names)
+
+
+def check_chat_template(args: QualityArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to render chats with a tokenizer that does not say how."""
+    if args.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            f"quality.apply_chat_template=true, and the tokenizer of {tokenizer.name_or_path} has no chat template; write "
+            "false, or add its chat_template.jinja to the folder"
+        )
 
 
 def _find(args: QualityArguments) -> tuple[Any, list[str]]:

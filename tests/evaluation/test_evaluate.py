@@ -50,6 +50,18 @@ def test_too_little_text_to_decode_is_refused_before_anything_is_measured(monkey
         evaluate(MODEL, {}, args)
 
 
+def test_a_tokenizer_without_chat_template_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("evaluation.evaluate.plan", lambda *_, **__: pytest.fail("something was measured"))
+    args = load(
+        EvaluationArguments, ROOT / "configs" / "evaluation" / "smoke.yaml", ["quality.apply_chat_template=true"]
+    )
+    with pytest.raises(UserError, match="has no chat template; write false"):
+        evaluate(MODEL, {}, args)
+
+
 def test_a_scope_of_the_replay_is_no_longer_a_choice(tmp_path: Path) -> None:
     (tmp_path / "old.yaml").write_text("replay: {cache_scope: per_layer}", encoding="utf-8")
     with pytest.raises(UserError, match=r"cache_scope.*policies, slots"):

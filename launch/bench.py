@@ -9,7 +9,7 @@ import tyro
 
 from configs.command import parse
 from configs.load import UserError
-from evaluation.benchmark import curve, decode, families, memory, policies, scaling, sessions, training
+from evaluation.benchmark import curve, decode, families, memory, policies, quality, scaling, sessions, training
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ SUBJECTS = {
     "curve": Subject(curve.CurveBenchmark, curve.benchmark, "how fast misses at all sizes are counted"),
     "policies": Subject(policies.PoliciesBenchmark, policies.benchmark, "cache policies beside the optimum"),
     "families": Subject(families.FamiliesBenchmark, families.benchmark, "what works with which family of models"),
+    "quality": Subject(quality.QualityBenchmark, quality.benchmark, "tasks on the engine beside the model in memory"),
     "training": Subject(Training, training.benchmark, "training beside transformers' own Trainer"),
     "scaling": Subject(Scaling, scaling.benchmark, "several training processes beside one"),
 }

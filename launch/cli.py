@@ -32,7 +32,7 @@ GROUPS = {
         "make-model": ("launch.make_model", "a checkpoint with realistic routing, to measure paging with"),
     },
     "benchmarks": {
-        "bench": ("launch.bench", "decode, memory, sessions, curve, policies, families, training or scaling"),
+        "bench": ("launch.bench", "decode, quality, memory, sessions, curve, policies, families, training or scaling"),
     },
 }  # fmt: skip
 COMMANDS = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation.export": ("configs", f"{ENGINE}.store", "training"),
     "evaluation.benchmark": (
         "configs", "data", "training", ENGINE, "evaluation.report", "evaluation.export", "evaluation.machine",
-        "evaluation.tracing", "evaluation.turns",
+        "evaluation.quality", "evaluation.tracing", "evaluation.turns",
     ),
     "launch": EVERYTHING,
 }  # fmt: skip

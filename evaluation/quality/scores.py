@@ -101,17 +101,21 @@ def run_tasks(
     Raises:
         UserError: a task that cannot be loaded, or that the harness fails on; a metric that its task does not have.
     """
-    tasks = tasks or load_tasks(args)
+    from evaluation.quality.language_model import BatchedLM
+
+    most = args.batch_size or (None if engine else RESIDENT_BATCH)
+    lm = BatchedLM(model, tokenizer, engine=engine, batch_size=most, answers=answers)
+    return scores_of(lm, tokenizer, args, tasks or load_tasks(args))
+
+
+def scores_of(lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, tasks: LoadedTasks) -> Scores:
+    """What any model of the harness scores; see `run_tasks`."""
     from lm_eval import simple_evaluate  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.api import model as lm_model
     from lm_eval.api import task as lm_task
 
-    from evaluation.quality.language_model import BatchedLM
-
     for module in (lm_model, lm_task):  # it draws a bar for every task: they go when they are full
         module.tqdm = partial(tqdm, leave=False)
-    most = args.batch_size or (None if engine else RESIDENT_BATCH)
-    lm = BatchedLM(model, tokenizer, engine=engine, batch_size=most, answers=answers)
     how = {
         "limit": args.limit, "num_fewshot": args.num_fewshot, "apply_chat_template": args.apply_chat_template,
         "fewshot_as_multiturn": args.fewshot_as_multiturn and args.apply_chat_template,

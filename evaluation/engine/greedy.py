@@ -59,16 +59,14 @@ def greedy(
 ) -> list[int]:  # fmt: skip
     """The new tokens of any transformers model, paged or resident; `on_tokens` is told of each when it comes."""
     prompt_BT = torch.tensor([list(prompt_ids)], device=model.device)
-    config: Any = copy.copy(model.generation_config)
+    config: Any = copy.copy(model.generation_config)  # arguments beside it are deprecated (transformers 5.23)
+    config.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     if tokenizer is None:
         config.stop_strings = None
     generate: Any = model.generate
     output_BT = generate(
         input_ids=prompt_BT,
         attention_mask=torch.ones_like(prompt_BT),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
         streamer=on_tokens and _NewTokens(on_tokens),
         generation_config=config,
         tokenizer=tokenizer,

@@ -23,6 +23,7 @@ from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from evaluation.results import Decode, GroupDecode, HitRate
 from evaluation.turns import in_turn
+from training.model.host_memory import give_back_memory
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers, router_parameters
 
@@ -85,16 +86,15 @@ def decode_in_turns(
     )
     for demands, size in sizes:
         options = EngineOptions(**size, **chosen, dtype=args.dtype, device=str(device), warn=False)  # the report warns
-        with load(model_dir, options) as (model, engine):
-
-            def answer(prompt_ids: list[int]) -> DecodeResult:
-                progress.update()
-                return decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=args.max_new_tokens)
-
-            decoded = _answers(model, sides, prompts, answer, repeats=args.repeats)
-            demands = demands or engine.pool_bytes / engine.token_demand_bytes
-            settings = chosen | {"demands": demands, "expert_cache_bytes": engine.pool_bytes, "repeats": args.repeats}
-        settings |= {"memory_budget": size.get("memory_budget"), "token_demand_bytes": token_demand_bytes}
+        decoded, facts = _decoded(model_dir, options, sides, prompts, args, progress)
+        give_back_memory()  # the next engine counts on it
+        settings = {
+            **chosen,
+            **facts,
+            "demands": demands or facts["demands"],
+            "memory_budget": size.get("memory_budget"),
+        }
+        settings |= {"token_demand_bytes": token_demand_bytes, "repeats": args.repeats}
         rows = []
         for number, results in enumerate(decoded):
             tokens = [result.token_ids for result in results]
@@ -111,6 +111,21 @@ def decode_in_turns(
             rows.append(Decode(**settings, groups=groups, **_measured(results, n_prompts=len(prompts))))
         yield rows
     progress.close()
+
+
+def _decoded(
+    model_dir: str, options: EngineOptions, sides: Sequence[Routers], prompts: Sequence[np.ndarray],
+    args: DecodeArguments, progress: "tqdm[Any]",
+) -> tuple[list[list[DecodeResult]], dict[str, Any]]:  # fmt: skip
+    """What every side decodes with one size of cache, and that size; the engine is gone afterwards."""
+    with load(model_dir, options) as (model, engine):
+
+        def answer(prompt_ids: list[int]) -> DecodeResult:
+            progress.update()
+            return decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=args.max_new_tokens)
+
+        facts = {"expert_cache_bytes": engine.pool_bytes, "demands": engine.pool_bytes / engine.token_demand_bytes}
+        return _answers(model, sides, prompts, answer, repeats=args.repeats), facts
 
 
 def _sizes(

@@ -1,6 +1,5 @@
 """What is measured of one model, the base or a candidate, but for its decode: routing, replay and quality."""
 
-import gc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from evaluation.quality.prompts import task_pieces
 from evaluation.quality.scores import Scores, run_tasks
 from evaluation.quality.tasks import LoadedTasks
 from evaluation.tracing import teacher_forced_trace
+from training.model.host_memory import give_back_memory
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers
 
@@ -82,7 +82,7 @@ class LoadedModel:
         """Let go of it, at once: what comes next may need the memory."""
         self._found = None
         self._open.close()
-        gc.collect()
+        give_back_memory()
 
 
 @dataclass(frozen=True)

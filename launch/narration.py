@@ -16,6 +16,7 @@ from evaluation.report.numbers import (
     FINE_CHANGE,
     PERCENT,
     PLAIN,
+    POINTS,
     RATE,
     SECONDS,
     bytes_text,
@@ -23,7 +24,7 @@ from evaluation.report.numbers import (
 )
 from evaluation.report.summary import relative_change, seed_mean
 from evaluation.report.tables import headline_table
-from evaluation.results import BASE, Decode, Results, Run
+from evaluation.results import BASE, MEAN, Decode, Results, Run
 
 FACTORS = (1.5, 3)
 """A line names the cache sizes nearest to these multiples of the smallest, as the report's headline does."""
@@ -99,10 +100,20 @@ class Narration:
         return "; ".join(parts)
 
     def _quality(self, run: Run) -> str:
+        """The mean perplexity; where there is none, the tasks."""
         if run.difference is not None:
-            change = run.difference.perplexity.get("mean")
-            return f"mean perplexity {FINE_CHANGE.text(change.relative if change else None)}"
-        return f"mean perplexity {PLAIN.text(run.quality.mean_perplexity if run.quality else None)}"
+            if change := run.difference.perplexity.get(MEAN):
+                return f"mean perplexity {FINE_CHANGE.text(change.relative)}"
+            changes = run.difference.tasks.items()
+            return (
+                ", ".join(f"{name} {POINTS.text(found.difference)}" for name, found in changes)
+                or "its quality is known"
+            )
+        quality = run.quality
+        if quality is None or quality.mean_perplexity is not None:
+            return f"mean perplexity {PLAIN.text(quality.mean_perplexity if quality else None)}"
+        asked = {name: found for name, found in quality.tasks.items() if found.of_group is None}
+        return ", ".join(f"{name} {RATE.text(found.value)}" for name, found in asked.items())
 
 
 def say_the_end(results: Results, folder: Path) -> None:

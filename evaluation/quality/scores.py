@@ -110,10 +110,13 @@ def run_tasks(
 
 def scores_of(lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, tasks: LoadedTasks) -> Scores:
     """What any model of the harness scores; see `run_tasks`."""
-    from lm_eval import simple_evaluate  # type: ignore[import-untyped, unused-ignore]
+    from lm_eval import evaluator, simple_evaluate  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.api import model as lm_model
     from lm_eval.api import task as lm_task
 
+    evaluator.get_git_commit_hash = lambda: (
+        None
+    )  # of the folder that one happens to be in; it complains where that is no clone
     for module in (lm_model, lm_task):  # it draws a bar for every task: they go when they are full
         module.tqdm = partial(tqdm, leave=False)
     how = {

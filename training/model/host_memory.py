@@ -1,6 +1,7 @@
 """The host's memory: how much a process may hold, and loading weights without holding much more than the weights."""
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ def sparing_memory() -> Iterator[None]:
         yield
     finally:
         _set_mmap_threshold(USUAL_BYTES)
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system, where glibc keeps it; for a process whose memory is counted."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set_mmap_threshold(size: int) -> None:

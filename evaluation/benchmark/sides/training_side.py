@@ -4,7 +4,6 @@ Loads the model, takes each step when it is told to, and says on standard output
 needed above the model, and what the machine's matrix rate is. All sides see the same rows and train the same tensors.
 """
 
-import ctypes
 import json
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from evaluation.engine.memory.process import peak_rss_bytes
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model import packed_attention
+from training.model.host_memory import give_back_memory
 from training.run import Run, build
 
 OURS = "remoe"
@@ -181,7 +181,7 @@ def _begin_counting(device: torch.device) -> int:
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
         return torch.accelerator.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what loading has freed must not hide what steps allocate
+    give_back_memory()  # what loading has freed must not hide what steps allocate
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak := now
     return int(psutil.Process().memory_info().rss)
 

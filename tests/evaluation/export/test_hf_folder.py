@@ -202,6 +202,16 @@ def rewritten(
     writer.close()
 
 
+def small_gguf(target: Path, architecture: str, *, tensors: int = 1) -> None:
+    writer = gguf.GGUFWriter(target, architecture)
+    for number in range(tensors):
+        writer.add_tensor(f"tensor{number}", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @pytest.fixture
 def shipped_gguf(tmp_path: Path) -> Path:
     write_gguf(EMBEDDED / "model", tmp_path / "base.gguf", precision="float32")
@@ -327,6 +337,18 @@ def test_a_gguf_that_names_its_alignment_is_tuned(shipped_gguf: Path, tmp_path: 
             r"one of 3 parts; merge .*llama-gguf-split --merge",
         ),
         (lambda _, to: to.write_bytes(b"GGUF, or not"), "cannot be read as GGUF"),
+        (lambda base, to: to.write_bytes(base.read_bytes()[:-1000]), "cannot be read as GGUF"),
+        (lambda _, to: small_gguf(to, "nobodys"), "is of architecture 'nobodys', which this gguf does not know"),
+        (lambda _, to: small_gguf(to, "qwen2moe", tensors=0), "holds no tensors"),
+        (
+            lambda base, to: rewritten(
+                base,
+                to,
+                fields={"qwen2moe.block_count": 5},
+                added={"blk.4.ffn_gate_inp.weight": np.ones((4, 8), np.float32)},
+            ),
+            "has a router blk.4.ffn_gate_inp.weight that the delta does not hold",
+        ),
     ],
 )
 def test_a_gguf_of_another_base_is_refused(make: Any, words: str, shipped_gguf: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.load import UserError
-from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, empty_model
+from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, empty_model, stored_tensors
 from training.model.loading import load_pretrained
 from training.model.routers import find_routers
 
@@ -79,6 +79,23 @@ def test_a_tensor_that_is_missing_is_named(copy: Path) -> None:
     change(copy, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
     with pytest.raises(UserError, match=r"lacks model\.layers\.1\.self_attn\.q_proj\.weight; copy the model again"):
         LayerwiseCheckpoint(str(copy), dtype=torch.float32).skeleton()
+
+
+@pytest.mark.parametrize("router", ["model.layers.0.mlp.gate.weight", "model.layers.0.mlp.nobody.weight"])
+def test_a_router_that_is_stored_otherwise_is_refused(router: str, copy: Path) -> None:
+    with pytest.raises(UserError, match=rf"holds no tensor of shape \[8, 9\] that becomes the router {router} when"):
+        stored_tensors(copy, {router: torch.zeros(8, 9)})
+    found = stored_tensors(copy, {"model.layers.0.mlp.gate.weight": torch.zeros(8, 16)})
+    assert [place.name for place in found.values()] == ["model.layers.0.mlp.gate.weight"]
+
+
+def test_routers_in_several_lists_of_layers_cannot_be_sharded_by(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()
+    assert list(decoder_layers(model)) == ["model.layers.0", "model.layers.1"]
+    model.other = torch.nn.Module()
+    model.other.layers = tiny_model().model.layers
+    with pytest.raises(UserError, match=r"routers are in \['model.layers', 'other.layers'\]; one is needed"):
+        decoder_layers(model)
 
 
 def test_an_expert_that_is_missing_is_noticed(copy: Path) -> None:

@@ -92,6 +92,10 @@ def test_an_index_that_is_none_or_leads_elsewhere_is_refused(sharded: Path) -> N
     (sharded / INDEX_NAME).write_text("{}")
     with pytest.raises(UserError, match="is not a safetensors index"):
         read_index(sharded)
+    for nothing in ({}, [], {"a": 3}, None):
+        (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": nothing}))
+        with pytest.raises(UserError, match="it names no tensors"):
+            read_index(sharded)
     (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(UserError, match="not a file of its own folder"):
         read_index(sharded)

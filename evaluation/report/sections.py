@@ -11,7 +11,7 @@ import yaml
 
 from evaluation.report import plots, tables
 from evaluation.report.drawing import TEMPLATES
-from evaluation.report.group_tables import group_table
+from evaluation.report.group_tables import group_tables
 from evaluation.report.numbers import COUNT, MISSING, SECONDS, bytes_text
 from evaluation.report.plan_tables import plan_tables
 from evaluation.report.quality_tables import differences_table, frontier_table, inner_table, values_table
@@ -60,7 +60,7 @@ def sections(results: Results) -> list[Section]:
             "tables": [values_table(results)],
             "folded": [differences_table(results), inner_table(results)],
         },
-        "groups": {"tables": [group_table(results)]},
+        "groups": {"tables": group_tables(results)},
         "decode": {"figure": plots.decode_figure, "folded": [tables.decode_table(results)]},
         "budgets": {"tables": plan_tables(results)},
         "health": {"tables": [tables.balance_table(results)]},

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ from evaluation.evaluate import assemble, evaluate, trained_arm
 from evaluation.quality.batches import process_index
 from evaluation.report.documents import write_results
 from launch.narration import Narration, say_the_end
+from launch.tracking import upload
 from training.train import in_processes
 
 OWN = ("accelerate_config", "overrides")
@@ -43,6 +44,7 @@ class Evaluate:
     expert_cache: str | None = None  # overrides the config's expert_cache
     # share the requests out over the processes that this YAML of accelerate describes, each with a budget of its own
     accelerate_config: str | None = None
+    report_to: Literal["none", "wandb"] = "none"  # wandb: also figures and files to Weights & Biases
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()  # key=value: overrides a key of the config
 
 
@@ -70,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = f"remoe evaluate {' '.join(sys.argv[1:] if argv is None else argv)}"
     results = assemble(measured, command=line, config=asdict(config), seconds=seconds)
     write_results(results, output)
+    if command.report_to == "wandb":
+        upload(results, output)
     say_the_end(results, output)
 
 

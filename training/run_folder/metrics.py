@@ -96,12 +96,19 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 def _start_wandb(args: TrainArguments, *, run_id: str | None) -> Any:
-    """Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run."""
+    return start_wandb(str(args.run_name), args.output_dir, asdict(args), run_id=run_id)
+
+
+def start_wandb(name: str, folder: str | Path, config: Mapping[str, Any], *, run_id: str | None = None) -> Any:
+    """A run at Weights & Biases, its files in `folder`; with the id of an earlier one that goes on.
+
+    Offline unless a login exists or WANDB_MODE says otherwise; prints the line that uploads an offline run.
+    """
     import wandb
 
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
-    where: dict[str, Any] = {"project": "remoe", "name": args.run_name, "dir": args.output_dir, "id": run_id}
-    run = wandb.init(**where, config=asdict(args), mode=mode, resume="allow")
+    where: dict[str, Any] = {"project": "remoe", "name": name, "dir": str(folder), "id": run_id}
+    run = wandb.init(**where, config=dict(config), mode=mode, resume="allow")
     if mode == "offline":
         print(f"W&B runs offline; upload it later with: wandb sync {Path(run.dir).parent}")
     return run

@@ -58,6 +58,7 @@ def teacher_forced_trace(
     found = (answers or Answers()).of(
         [["trace", [request.tolist() for request in batch]] for batch in batches],
         lambda place: _traced(model, observer, batches[place]),
+        engine=engine,
         answered=lambda place: bar.update(len(batches[place])),
     )
     bar.close()

@@ -10,7 +10,15 @@ FILES = ("results.json", "report.html", "report.md")
 
 
 def upload(results: Results, folder: Path) -> None:
-    """Log what was found of every arm (the mean over seeds) under `eval/ARM/...`, and the files in `folder`."""
+    """Log what was found of every arm (the mean over seeds) under `eval/ARM/...`, and the files in `folder`; if W&B fails
+    with anything, it says so, and the files are where they were."""
+    try:
+        _upload(results, folder)
+    except Exception as error:
+        print(f"W&B failed ({type(error).__name__}: {error}); all results are in {folder}")
+
+
+def _upload(results: Results, folder: Path) -> None:
     import wandb
 
     run = start_wandb(f"{folder.name}-evaluation", folder, results.reproduce.config)

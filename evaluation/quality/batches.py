@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.division import Call
+from training.model.host_memory import trim_heap
 from training.model.routers import router_parameters
 from training.model.shards import shard_names
 from training.run_folder.proof import combined, tensor_sha256
@@ -80,17 +81,15 @@ class Answers:
             self._file.close()
 
     def of(
-        self,
-        batches: Sequence[Any],
-        compute: Callable[[int], Any],
-        *,
+        self, batches: Sequence[Any], compute: Callable[[int], Any], *, engine: Engine | None,
         answered: Callable[[int], object] = lambda _: None,
-    ) -> list[Any]:
+    ) -> list[Any]:  # fmt: skip
         """The answer to every batch; what is not known yet is computed, by this process or by another one.
 
         Args:
             batches: JSON that says all about each.
             compute: the answer to the batch at this place, as JSON.
+            engine: what computes, if it is paged: under a memory budget nothing that a batch freed is left behind.
             answered: told the place of a batch that is done, here or before.
         """
         keys = [self._key(batch) for batch in batches]
@@ -100,6 +99,8 @@ class Answers:
         mine = {}
         for place in missing[process_index() :: processes()]:
             mine[keys[place]] = compute(place)
+            if engine is not None and engine.division is not None:
+                trim_heap()
             if self._file is not None:
                 self._file.write(json.dumps([keys[place], mine[keys[place]]]) + "\n")
                 self._file.flush()

@@ -95,6 +95,7 @@ class BatchedLM(HFLM):
         found = self._answers.of(
             [["loglikelihood", batch] for batch in batches],
             lambda place: self._scored(batches[place]),
+            engine=self._engine,
             answered=lambda place: bar.update(sum(len(of_row) for _, of_row in batches[place])),
         )
         bar.close()
@@ -128,6 +129,7 @@ class BatchedLM(HFLM):
         found = self._answers.of(
             [["generate_until", [(prompts[n], requests[n].args[1]) for n in batch]] for batch in batches],
             texts_of,
+            engine=self._engine,
             answered=lambda place: bar.update(len(batches[place])),
         )
         bar.close()

@@ -32,8 +32,13 @@ def sparing_memory() -> Iterator[None]:
 
 
 def give_back_memory() -> None:
-    """Return what was freed to the system, where glibc keeps it; for a process whose memory is counted."""
+    """Return what is no longer used to the system; for a process whose memory is counted."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return what was freed to the system, where glibc keeps it for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -27,7 +27,7 @@ def answered(folder: Path | None, identity: str = "m", batches: list[Any] = BATC
         return [identity, batches[place], 0.1 + place]
 
     with Answers(folder, identity) as answers:
-        return answers.of(batches, compute), computed
+        return answers.of(batches, compute, engine=None), computed
 
 
 def test_what_was_answered_is_not_computed_again(tmp_path: Path) -> None:
@@ -71,9 +71,9 @@ def test_without_a_folder_nothing_is_kept() -> None:
 def test_numbers_come_back_bit_for_bit(tmp_path: Path) -> None:
     values = [*torch.rand(50).tolist(), float(torch.tensor(1e-30)), -123.456789]
     with Answers(tmp_path) as answers:
-        answers.of([["x"]], lambda _: values)
+        answers.of([["x"]], lambda _: values, engine=None)
     with Answers(tmp_path) as answers:
-        assert answers.of([["x"]], lambda _: pytest.fail("it was kept")) == [values]
+        assert answers.of([["x"]], lambda _: pytest.fail("it was kept"), engine=None) == [values]
 
 
 def test_identity_follows_files_routers_precision_threads_and_levers(

@@ -1,30 +1,21 @@
-"""How long the tasks take: our engine beside the model in memory, or beside the harness over accelerate's disk offload.
-
-All sides are loaded in this process and take turns at every task, each in batches of its own choice.
-"""
+"""How long the tasks take: our engine beside the model in memory; both in this process, in turns, in batches of their own."""
 
 import gc
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any, Literal
 
-import torch
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from configs.checks import at_least
-from configs.load import UserError
-from evaluation.benchmark.sides.transformers_sides import accelerate_device_map
 from evaluation.benchmark.tables import RATIO, table
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.store.experts import ExpertStore
 from evaluation.quality.language_model import BatchedLM
 from evaluation.quality.scores import RESIDENT_BATCH, Scores, TextScores, scores_of
 from evaluation.quality.tasks import LoadedTasks, QualityArguments, load_tasks
@@ -32,35 +23,27 @@ from evaluation.report.numbers import SPACE, Unit
 from evaluation.turns import in_turn, paired_ratio
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 
-BATCH_SIZES = (4, 8, 16, 32, 64)
-"""What the harness is tried with: it takes as many requests at once as it is told."""
 TENTHS = Unit(digits=1, suffix=f"{SPACE}s")
-Peer = Literal["resident", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityBenchmark:
-    """Time tasks on the engine beside the model in memory (resident), or the harness over accelerate's disk offload.
+    """Time tasks on the engine beside the model in memory.
 
-    examples:
-      remoe bench quality --model data/embedded/model --expert-cache 1.27MiB --against resident
-      remoe bench quality --model DIR --expert-cache 400MiB --against offload --limit 16 --repeats 3
+    example:
+      remoe bench quality --model data/embedded/model --expert-cache 1.27MiB
     """
 
     model: str  # folder or hub name
-    expert_cache: str  # of the engine; the offload holds as many bytes of weights beside what is not experts
-    against: Peer = "resident"
+    expert_cache: str  # of the engine
     tasks: tuple[str, ...] = ("headword", "next_line_prose", "perplexity_prose", "letters")
     include_path: str = "data/embedded/tasks"  # folder of task YAMLs
     limit: int = 50  # items per task
     repeats: int = 5  # turns of all sides
     dtype: str = "auto"  # precision: auto (as stored), float32 or bfloat16
-    batch_sizes: tuple[int, ...] = field(default=BATCH_SIZES)  # that the harness may choose from
 
     def __post_init__(self) -> None:
         at_least(self, limit=1, repeats=1)
-        if not self.batch_sizes:
-            raise UserError("batch_sizes names none; write --batch-sizes 8 16")
 
 
 Side = Callable[[LoadedTasks, QualityArguments], Scores]
@@ -74,13 +57,11 @@ def benchmark(options: QualityBenchmark) -> None:
     rows = []
     with ExitStack() as held:
         ours = held.enter_context(_engine(options, tokenizer))
-        theirs = held.enter_context((_resident if options.against == "resident" else _offload)(options, tokenizer))
+        theirs = _resident(options, tokenizer)
         for name in load_tasks(asked).tasks:
             args = replace(asked, tasks=[name])
-            rows.append(
-                _measured(name, load_tasks(args), args, {"engine": ours, options.against: theirs}, options.repeats)
-            )
-    columns = f"task|>engine|>{options.against}|>engine / {options.against}|largest difference"
+            rows.append(_measured(name, load_tasks(args), args, {"engine": ours, "resident": theirs}, options.repeats))
+    columns = "task|>engine|>resident|>engine / resident|largest difference"
     caption = "Seconds: medians. Ratio: median of the ratios within a turn, 95 % interval if there are enough turns."
     Console().print(table(f"{options.model}, {options.limit} items a task", columns, rows, caption=caption))
 
@@ -88,7 +69,7 @@ def benchmark(options: QualityBenchmark) -> None:
 def _measured(
     name: str, tasks: LoadedTasks, args: QualityArguments, sides: dict[str, Side], repeats: int
 ) -> tuple[str, ...]:
-    """One row: both sides at one task; the first turn only warms up, and there the offload chooses its batch size."""
+    """One row: both sides at one task; the first turn only warms up."""
     scores = {side: ask(tasks, args) for side, ask in sides.items()}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(repeats):
@@ -128,43 +109,7 @@ def _engine(options: QualityBenchmark, tokenizer: PreTrainedTokenizerBase) -> It
         yield ask
 
 
-@contextmanager
-def _resident(options: QualityBenchmark, tokenizer: PreTrainedTokenizerBase) -> Iterator[Side]:
+def _resident(options: QualityBenchmark, tokenizer: PreTrainedTokenizerBase) -> Side:
     model = load_pretrained(options.model, dtype=options.dtype)
     lm = partial(BatchedLM, model, tokenizer, batch_size=RESIDENT_BATCH)
-    yield lambda tasks, args: scores_of(lm(), tokenizer, args, tasks)
-
-
-@contextmanager
-def _offload(options: QualityBenchmark, tokenizer: PreTrainedTokenizerBase) -> Iterator[Side]:
-    """The harness's own class, in the batch size that was quickest when a task was first asked."""
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, unused-ignore]
-
-    model_dir = local_folder(options.model)
-    with load(model_dir, EngineOptions(options.expert_cache, dtype=options.dtype, warn=False)) as (_, engine):
-        held_bytes = ExpertStore(model_dir).resident_bytes + engine.pool_bytes
-    device_map = accelerate_device_map(model_dir, held_bytes)
-    with tempfile.TemporaryDirectory() as folder:
-        dtype: Any = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        how: Any = {"dtype": dtype, "device_map": device_map, "offload_folder": folder}
-        model = AutoModelForCausalLM.from_pretrained(model_dir, **how).eval()
-        length = int(model.config.get_text_config().max_position_embeddings)
-        chosen: dict[str, int] = {}
-
-        def ask(tasks: LoadedTasks, args: QualityArguments) -> Scores:
-            def in_batches_of(size: int) -> Scores:
-                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=length)
-                return scores_of(lm, tokenizer, args, tasks)
-
-            (name,) = args.tasks
-            if name not in chosen:
-                seconds = {}
-                for size in options.batch_sizes:
-                    started = time.perf_counter()
-                    found = in_batches_of(size)
-                    seconds[size] = time.perf_counter() - started
-                chosen[name] = min(seconds, key=lambda size: seconds[size])
-                return found
-            return in_batches_of(chosen[name])
-
-        yield ask
+    return lambda tasks, args: scores_of(lm(), tokenizer, args, tasks)

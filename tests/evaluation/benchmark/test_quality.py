@@ -1,24 +1,22 @@
-"""The benchmark of tasks: both peers answer, with the engine's scores."""
+"""The benchmark of tasks: the model in memory answers with the engine's scores."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from configs.load import UserError
 from evaluation.benchmark.quality import QualityBenchmark, benchmark
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
-@pytest.mark.parametrize("against", ["resident", "offload"])
-def test_sides_score_alike(against: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sides_score_alike(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
     options = QualityBenchmark(
-        model="data/embedded/model", expert_cache="2MiB", against=against, tasks=("letters", "perplexity_prose"),  # type: ignore[arg-type]
-        limit=4, repeats=1, dtype="float32", batch_sizes=(2, 4),
+        model="data/embedded/model", expert_cache="2MiB", tasks=("letters", "perplexity_prose"),
+        limit=4, repeats=1, dtype="float32",
     )  # fmt: skip
     benchmark(options)
     shown = capsys.readouterr().out
@@ -31,8 +29,3 @@ def test_sides_score_alike(against: str, capsys: pytest.CaptureFixture[str], mon
         assert theirs.endswith("s")
         assert ratio.endswith("×")
         assert float(difference.split()[0]) < 1e-2
-
-
-def test_no_batch_size_is_refused() -> None:
-    with pytest.raises(UserError, match="batch_sizes names none"):
-        QualityBenchmark(model="m", expert_cache="1MiB", batch_sizes=())

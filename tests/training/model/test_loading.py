@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from configs.load import UserError
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from training.model.lazy_weights import LayerwiseCheckpoint
-from training.model.loading import load_pretrained
+from training.model.loading import load_pretrained, load_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 Q_PROJ, ROUTER = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.gate.weight"
@@ -162,3 +163,16 @@ def test_of_a_model_on_the_hub_its_own_weights_templates_and_cards_are_fetched(h
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.strip().splitlines()[-1])
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == wanted.keys()
+
+
+def test_code_in_a_folder_is_not_run_for_its_tokenizer(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(model_dir("qwen2_moe"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    settings["auto_map"] = {"AutoTokenizer": [None, "mine.Mine"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    code = f"import pathlib\nfrom transformers import PreTrainedTokenizerFast\npathlib.Path({str(ran)!r}).touch()\n"
+    (folder / "mine.py").write_text(f"{code}class Mine(PreTrainedTokenizerFast):\n    pass\n", "utf-8")
+    with suppress(UserError):
+        load_tokenizer(str(folder))
+    assert not ran.exists()

@@ -84,7 +84,7 @@ def evaluate(
     arms: Iterable[tuple[str, Arm]],
     args: EvaluationArguments,
     *,
-    kept: Path | None = None,
+    output: Path | None = None,
     expected: Callable[[Sequence[Cost]], None] = lambda _: None,
     found: Callable[[str, results.Run], None] = lambda *_: None,
     decoded: Callable[[Sequence[tuple[str, results.Decode]]], None] = lambda *_: None,
@@ -92,7 +92,8 @@ def evaluate(
     """Measure the base, then every arm as it comes: a generator may train an arm when it is asked for.
 
     Args:
-        kept: a folder where answers are kept as they come, so that an evaluation that was killed goes on; None: nowhere.
+        output: the evaluation's own folder: in `answers/` answers are kept as they come, so that one that was killed goes on,
+            and in `samples/` every item where that is asked for; None: nowhere.
         expected: told what the tasks will cost each model, before the first is asked.
         found: told the arm's name and what is known of a run: first its routing, then its quality too.
         decoded: told what was measured with one size of cache, for every run with its arm's name.
@@ -116,12 +117,12 @@ def evaluate(
     with naming_the_place("what was measured"):
         facts = _model_facts(model, model_dir, args)
         untouched, base_scores, sides = Arm("", {}, [Candidate({}, None, [])]), None, []
-        measurement = Measurement(model_dir, tokenizer, tasks, texts, args, kept)
+        measurement = Measurement(model_dir, tokenizer, tasks, texts, args, output)
         loaded = LoadedModel(model_dir, args, device, is_kept=isinstance(arms, Sequence))
         for name, arm in itertools.chain([(BASE, untouched)], arms):
             told: Any = {"found": partial(found, name), "expected": expected if name == BASE and is_first else None}
             with naming_the_place(name):
-                runs, scores = measurement.of_arm(loaded, arm, base_scores=base_scores, **told)
+                runs, scores = measurement.of_arm(loaded, name, arm, base_scores=base_scores, **told)
             base_scores = base_scores or scores
             objective, settings = arm.objective or None, arm.coefficients
             measured[name] = results.ArmResults(objective=objective, coefficients=settings, runs=runs)

@@ -25,11 +25,11 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.quality.batches import Answers, identity_of
 from evaluation.quality.cost import Cost, costs
-from evaluation.quality.differences import differences, summarize
+from evaluation.quality.differences import PERPLEXITY, differences, summarize
 from evaluation.quality.prompts import task_pieces
-from evaluation.quality.scores import Scores, run_tasks
+from evaluation.quality.scores import Scores, TextScores, run_tasks
 from evaluation.quality.tasks import LoadedTasks
-from evaluation.tracing import teacher_forced_trace
+from evaluation.tracing import mean_loss, teacher_forced_trace
 from training.model.host_memory import give_back_memory
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers
@@ -91,7 +91,7 @@ class Measurement:
 
     Attributes:
         texts: whose routing is traced, by group.
-        kept: a folder where answers are kept as they come; None: nowhere.
+        output: a folder whose `answers/` keeps answers as they come and whose `samples/` gets every item; None: nowhere.
     """
 
     model_dir: str
@@ -99,10 +99,10 @@ class Measurement:
     tasks: LoadedTasks
     texts: Pieces
     args: EvaluationArguments
-    kept: Path | None
+    output: Path | None
 
     def of_arm(
-        self, loaded: LoadedModel, arm: Arm, *, base_scores: Scores | None, found: Callable[[results.Run], None],
+        self, loaded: LoadedModel, name: str, arm: Arm, *, base_scores: Scores | None, found: Callable[[results.Run], None],
         expected: Callable[[Sequence[Cost]], None] | None = None,
     ) -> tuple[list[results.Run], Scores]:  # fmt: skip
         """The runs of an arm, and what each item of each task was worth to the last of them."""
@@ -113,11 +113,14 @@ class Measurement:
             for candidate in arm.candidates:
                 if candidate.routers:
                     copy_into_routers(model, candidate.routers)
-                with Answers(self.kept, identity_of(model, self.model_dir, engine)) as answers:
-                    run = self._routed(model, engine, candidate, answers)
+                samples = self._folder("samples", name, *([] if candidate.seed is None else [f"seed-{candidate.seed}"]))
+                with Answers(self._folder("answers"), identity_of(model, self.model_dir, engine)) as answers:
+                    run, of_texts = self._routed(model, engine, candidate, answers)
                     found(run)
-                    how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers}
+                    how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers, "samples": samples}
                     scores = run_tasks(model, self.tokenizer, self.args.quality, **how)
+                if not any(isinstance(of_task, TextScores) for of_task in scores.values()):
+                    scores |= of_texts
                 run.quality = summarize(scores)
                 if base_scores is not None:
                     run.difference = differences(base_scores, scores)
@@ -125,25 +128,40 @@ class Measurement:
                 runs.append(run)
         return runs, scores
 
+    def _folder(self, *parts: str) -> Path | None:
+        return None if self.output is None else self.output.joinpath(*parts)
+
     def _routed(
         self, model: PreTrainedModel, engine: Engine | None, candidate: Candidate, answers: Answers
-    ) -> results.Run:
-        """Routing and replay of one model; its quality is not known yet."""
+    ) -> tuple[results.Run, Scores]:
+        """Routing and replay of one model, and how well it predicts the same text; the rest of its quality is not known yet."""
         requests = [piece for of_group in self.texts.values() for piece in of_group]
         how: Any = {"max_length": self.args.routing.max_length, "engine": engine, "answers": answers}
-        trace, nll = teacher_forced_trace(model, requests, progress="trace", **how)
+        trace, losses_R = teacher_forced_trace(model, requests, progress="trace", **how)
         curves = {scope: lru_curve(trace, cache_scope=scope) for scope in SCOPES}
         groups = _of_groups(trace, self.texts, self.args.replay.slots)
-        return results.Run(
+        run = results.Run(
             seed=candidate.seed,
             history=candidate.history,
             quality=None,
             difference=None,
-            routing=results.Routing(**routing_summary(trace), nll=nll, groups=groups),
+            routing=results.Routing(**routing_summary(trace), nll=mean_loss(trace, losses_R), groups=groups),
             replay=_replays(trace, curves["per_layer"], self.args.replay),
             lru_curves=results.LruCurves(**{scope: _at_every_size(curve) for scope, curve in curves.items()}),
             decode=None,
         )
+        return run, self._predicted(losses_R)
+
+    def _predicted(self, losses_R: np.ndarray) -> Scores:
+        """Perplexity of every group of text, for tasks that measure none."""
+        scores: Scores = {}
+        requests = 0
+        for name, pieces in self.texts.items():
+            tokens = np.array([len(piece) - 1 for piece in pieces if len(piece) > 1], dtype=float)
+            if len(tokens):
+                own, requests = losses_R[requests : requests + len(tokens)], requests + len(tokens)
+                scores[f"{PERPLEXITY}{name}"] = TextScores(-own, tokens, None)
+        return scores
 
 
 def _of_groups(trace: RouteTrace, texts: Pieces, sizes: Sequence[int]) -> dict[str, results.GroupRouting]:

@@ -1,7 +1,7 @@
 """The routing of given text, teacher-forced: what a model chooses when every token is the text's own.
 
 Traces of decoding are the engine's (`record_trace`); what a cache makes of either is worked out in `engine/cache/`.
-Letters: B batch, S sequence, T tokens, L layers, K chosen.
+Letters: B batch, S sequence, R requests, T tokens, L layers, K chosen.
 """
 
 import base64
@@ -29,7 +29,7 @@ def teacher_forced_trace(
     model: PreTrainedModel, documents: Sequence[np.ndarray], *, max_length: int, batch_size: int = 8,
     expert_bytes: int | None = None, progress: str | None = None, engine: Engine | None = None,
     answers: Answers | None = None,
-) -> tuple[RouteTrace, float]:  # fmt: skip
+) -> tuple[RouteTrace, np.ndarray]:  # fmt: skip
     """Routing of every token of `documents` (token ids), each cut into requests of at most `max_length` tokens.
 
     Args:
@@ -37,7 +37,7 @@ def teacher_forced_trace(
         answers: where what was found of a batch is kept; None: nowhere.
 
     Returns:
-        The trace, and the mean cross entropy in nats per predicted token.
+        The trace, and the cross entropy of every request in nats, summed over its tokens but the first.
 
     Raises:
         UserError: no document has two tokens.
@@ -56,7 +56,7 @@ def teacher_forced_trace(
     batches = list(batches_that_fit(requests, call_of, engine=engine, most=batch_size))
     bar = tqdm(total=len(requests), desc=progress, disable=progress is None, unit="request", leave=False)
     found = (answers or Answers()).of(
-        [["trace", [request.tolist() for request in batch]] for batch in batches],
+        [["routing and losses", [request.tolist() for request in batch]] for batch in batches],
         lambda place: _traced(model, observer, batches[place]),
         engine=engine,
         answered=lambda place: bar.update(len(batches[place])),
@@ -64,7 +64,6 @@ def teacher_forced_trace(
     bar.close()
     observer.close()
     expert_ids = np.concatenate([_unpacked(packed) for _, _, packed in found])
-    predicted = sum(len(request) - 1 for request in requests)
     layer_ids = tuple(_layer_number(name) for name in observer.names)
     trace = RouteTrace(
         expert_ids=expert_ids,
@@ -76,21 +75,29 @@ def teacher_forced_trace(
         expert_bytes=expert_bytes,
         model=str(model.name_or_path),
     )
-    return trace, -sum(log_p for log_p, _, _ in found) / predicted
+    return trace, np.concatenate([losses for losses, _, _ in found])
 
 
-def _traced(model: PreTrainedModel, observer: RouterObserver, batch: Sequence[np.ndarray]) -> tuple[float, int, Any]:
-    """Sum of the log-probabilities of all tokens but the first, how many experts there are, those of every token as JSON."""
+def mean_loss(trace: RouteTrace, losses_R: np.ndarray) -> float:
+    """Nats per predicted token."""
+    return float(losses_R.sum()) / (trace.tokens - len(losses_R))
+
+
+def _traced(
+    model: PreTrainedModel, observer: RouterObserver, batch: Sequence[np.ndarray]
+) -> tuple[list[float], int, Any]:
+    """Each request's loss in nats, how many experts there are, those of every token as JSON."""
     ids_BS = pad_sequence([torch.from_numpy(request.astype(np.int64)) for request in batch], batch_first=True)
     starts = range(0, ids_BS.numel(), ids_BS.shape[1])
     spots = [torch.arange(start, start + len(row) - 1) for start, row in zip(starts, batch, strict=True)]
     targets = torch.from_numpy(np.concatenate([request[1:] for request in batch]).astype(np.int64))
     with observer.recording(*ids_BS.shape) as routings:
-        log_p = float(log_probabilities(model, ids_BS, torch.cat(spots), targets)[0].sum())
+        log_p = log_probabilities(model, ids_BS, torch.cat(spots), targets)[0].double()
     ids_BSLK = torch.stack([routing.ids_BSK for routing in routings], dim=2).to("cpu", torch.int16).numpy()
     chosen_TLK = np.concatenate([ids_BSLK[row, : len(request)] for row, request in enumerate(batch)])
+    losses = [-float(of_row.sum()) for of_row in log_p.split([len(row) - 1 for row in batch])]
     return (
-        log_p,
+        losses,
         routings[0].logits_BSE.shape[-1],
         [chosen_TLK.shape, base64.b64encode(zlib.compress(chosen_TLK.tobytes())).decode()],
     )

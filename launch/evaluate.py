@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = [trained_arm(command.model, [Path(command.router_delta)])] if command.router_delta else []
     started = time.perf_counter()
     named = [(arm.objective, arm) for arm in arms]
-    how: Any = {"kept": output / "answers", "expected": told.expected, "found": told.found, "decoded": told.decoded}
+    how: Any = {"output": output, "expected": told.expected, "found": told.found, "decoded": told.decoded}
     measured = evaluate(command.model, named, config, **how)
     if process_index() > 0:
         return

@@ -60,7 +60,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     started = time.perf_counter()
     arms = _Training(trainings, model, args.accelerate_config)
     told = Narration()
-    how: Any = {"kept": out / "answers", "expected": told.expected, "found": told.found, "decoded": told.decoded}
+    how: Any = {"output": out, "expected": told.expected, "found": told.found, "decoded": told.decoded}
     measured = evaluate(model, arms, evaluation, **how)
     seconds = {"evaluate": time.perf_counter() - started - arms.seconds}
     if all_new:  # time of a training that was only taken up again says nothing

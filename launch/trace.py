@@ -12,7 +12,7 @@ from data.sources import read_text
 from evaluation.engine.cache.reuse import routing_summary
 from evaluation.engine.cache.trace_formats import check_extension, write_trace
 from evaluation.engine.device import find_device
-from evaluation.tracing import teacher_forced_trace
+from evaluation.tracing import mean_loss, teacher_forced_trace
 from training.model.loading import load_pretrained, load_tokenizer, local_folder
 from training.run_folder.router_delta import load_for
 
@@ -47,6 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     delta = load_for(local_folder(command.model), command.router_delta) if command.router_delta else None
     model = load_pretrained(command.model, dtype=command.dtype, device=find_device(command.device), router_delta=delta)
     documents = tokenize([text], load_tokenizer(command.model))
-    trace, nll = teacher_forced_trace(model, documents, max_length=command.max_length, progress="trace")
+    trace, losses_R = teacher_forced_trace(model, documents, max_length=command.max_length, progress="trace")
     write_trace(trace, output)
-    print(json.dumps({"trace": str(output), "nll": nll, **routing_summary(trace)}, indent=2))
+    print(json.dumps({"trace": str(output), "nll": mean_loss(trace, losses_R), **routing_summary(trace)}, indent=2))

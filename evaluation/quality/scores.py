@@ -4,9 +4,11 @@ What the harness reports is kept, plus one number per item, because only pairing
 Perplexities are per token and, as the harness has it, per word.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from configs.files import write_text
 from configs.load import UserError
 from evaluation.engine.engine import Engine
 from evaluation.quality.batches import Answers
@@ -87,6 +90,7 @@ Scores = dict[str, TaskScores | TextScores]
 def run_tasks(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, *,
     tasks: LoadedTasks | None = None, engine: Engine | None = None, answers: Answers | None = None,
+    samples: Path | None = None,
 ) -> Scores:  # fmt: skip
     """Score `model` on every task.
 
@@ -94,6 +98,7 @@ def run_tasks(
         tasks: loaded before; left out: they are loaded here.
         engine: pages the experts of `model`; None if all of them are in memory.
         answers: where they are kept; None: nowhere.
+        samples: folder for every item as the harness saw it, if `args` asks for that.
 
     Returns:
         None of them in a process that is not the first of its machine: it only answers a share of the requests.
@@ -105,10 +110,13 @@ def run_tasks(
 
     most = args.batch_size or (None if engine else RESIDENT_BATCH)
     lm = BatchedLM(model, tokenizer, engine=engine, batch_size=most, answers=answers)
-    return scores_of(lm, tokenizer, args, tasks or load_tasks(args))
+    return scores_of(lm, tokenizer, args, tasks or load_tasks(args), samples=samples if args.log_samples else None)
 
 
-def scores_of(lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, tasks: LoadedTasks) -> Scores:
+def scores_of(
+    lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArguments, tasks: LoadedTasks, *,
+    samples: Path | None = None,
+) -> Scores:  # fmt: skip
     """What any model of the harness scores; see `run_tasks`."""
     from lm_eval import evaluator, simple_evaluate  # type: ignore[import-untyped, unused-ignore]
     from lm_eval.api import model as lm_model
@@ -138,6 +146,8 @@ def scores_of(lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArgument
     if output is None:  # the harness gives results to the first process of a machine only
         return scores
     for name, task in tasks.tasks.items():
+        if samples is not None:
+            _write_samples(samples / f"{name.replace('/', '_')}.jsonl", output["samples"][name])
         found = _scores(task, output["samples"][name], output["results"][name], tokenizer, args.metrics.get(name))
         group = tasks.group_of.get(name)
         scores |= {
@@ -147,6 +157,15 @@ def scores_of(lm: Any, tokenizer: PreTrainedTokenizerBase, args: QualityArgument
         for key, one in _of_group(name, group, scores).items():
             scores[key] = replace(one, of_group=tasks.group_of.get(name))
     return scores
+
+
+def _write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Every item in the harness's own words, a line each: what was asked, answered and expected, and what it was worth."""
+    from lm_eval.utils import handle_non_serializable  # type: ignore[import-untyped, unused-ignore]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(sample, ensure_ascii=False, default=handle_non_serializable) for sample in samples]
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _scores(

@@ -34,6 +34,7 @@ class QualityArguments:
     seed: int = 1234  # of the choice of examples
     batch_size: int | None = None  # at most; null: as many as memory allows, 32 if the whole model is in memory
     confirm_run_unsafe_code: bool = False  # needed for tasks that run code that a model wrote
+    log_samples: bool = False  # write every item with what was asked and answered to OUTPUT/samples/ARM/TASK.jsonl
     offline: bool = False  # use no network, as HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1 in the environment do
 
     def __post_init__(self) -> None:

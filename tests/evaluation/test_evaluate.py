@@ -1,5 +1,7 @@
 """The evaluation as a function: what is refused before anything is measured, budgets, facts of the model."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -127,7 +129,7 @@ def test_a_gpu_measures_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 OWN = """
-quality: {include_path: data/embedded/tasks, tasks: [letters, headword], limit: 6, batch_size: 4}
+quality: {include_path: data/embedded/tasks, tasks: [letters, headword], limit: 6, batch_size: 4, log_samples: true}
 routing: {groups: {readme: README.md.txt}, requests_per_domain: 3, max_length: 48}
 replay: {policies: [lru], slots: [6, 12]}
 decode: {prompts_per_domain: 2, prompt_tokens: 16, max_new_tokens: 4, demands: [1.0], repeats: 1}
@@ -141,7 +143,7 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
     (tmp_path / "own.yaml").write_text(OWN.replace("README.md.txt", f"{tmp_path}/readme.txt"), "utf-8")
     routers = {name: weight + 0.05 for name, weight in router_parameters(load_pretrained(MODEL)).items()}
     arms = [("mine", Arm("remoe", {}, [Candidate(routers, 0, [])]))]
-    resident = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml"))
+    resident = evaluate(MODEL, arms, load(EvaluationArguments, tmp_path / "own.yaml"), output=tmp_path / "out")
     monkeypatch.setattr(
         "evaluation.measurement.load_pretrained", lambda *_, **__: pytest.fail("it was held as a whole")
     )
@@ -161,7 +163,17 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
         assert small.bytes_read_per_token > large.bytes_read_per_token
         assert before.decode[0].tokens_equal_resident
         assert small.n_tokens == before.decode[0].n_tokens
-    assert paged.arms["mine"].runs[0].routing != paged.arms["base"].runs[0].routing
+    (base,), (mine,) = paged.arms["base"].runs, paged.arms["mine"].runs
+    assert mine.routing != base.routing
+    # no task measures a perplexity, so that of the text whose routing is traced is taken
+    assert base.quality.mean_perplexity == pytest.approx(math.exp(base.routing.nll))
+    relative = mine.difference.perplexity["readme"].relative
+    assert relative == pytest.approx(math.exp(mine.routing.nll - base.routing.nll) - 1)
+    for arm in ("base", "mine/seed-0"):
+        lines = (tmp_path / "out" / "samples" / arm / "headword.jsonl").read_text("utf-8").splitlines()
+        assert len(lines) == 6
+        task = resident.arms[arm.split("/")[0]].runs[0].quality.tasks["headword"]
+        assert task.value == pytest.approx(sum(json.loads(line)[task.metric] for line in lines) / 6)
 
 
 @pytest.mark.parametrize(

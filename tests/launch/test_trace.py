@@ -12,7 +12,7 @@ from configs.command import run
 from configs.load import UserError
 from data.batches import tokenize
 from evaluation.engine.cache.trace_formats import read_trace
-from evaluation.tracing import teacher_forced_trace
+from evaluation.tracing import mean_loss, teacher_forced_trace
 from launch import trace as trace_module
 from training.model.loading import load_pretrained, load_tokenizer
 from training.model.routers import find_routers
@@ -44,28 +44,30 @@ def choices_of_plain_forward(model_dir: Path, request: np.ndarray) -> np.ndarray
 def test_trace_is_what_a_plain_forward_pass_chooses(model_dir: MakeModelDir, text: Path, family: str) -> None:
     folder = model_dir(family)
     documents = tokenize([text.read_text(encoding="utf-8"), "short"], load_tokenizer(str(folder)))
-    trace, nll = teacher_forced_trace(load_pretrained(str(folder)), documents, max_length=32, batch_size=3)
+    trace, losses = teacher_forced_trace(load_pretrained(str(folder)), documents, max_length=32, batch_size=3)
     assert np.unique(trace.request_id).tolist() == [0, 1, 2, 3]
     for number, request in enumerate([documents[0][:32], documents[0][32:64], documents[0][64:], documents[1]]):
         expected = choices_of_plain_forward(folder, request)
         assert np.array_equal(trace.expert_ids[trace.request_id == number], expected)
     assert (trace.phase == 1).all()
     assert trace.call.tolist() == list(range(trace.tokens))
-    assert 0 < nll < 20
+    assert ((losses > 0) & (losses < 20 * 31)).all()
+    assert len(losses) == 4
 
 
-def test_nll_is_the_mean_over_predicted_tokens(model_dir: MakeModelDir, text: Path) -> None:
+def test_losses_are_those_of_plain_transformers_request_by_request(model_dir: MakeModelDir, text: Path) -> None:
     folder = model_dir("qwen2_moe")
     document = tokenize([text.read_text(encoding="utf-8")], load_tokenizer(str(folder)))[0]
     model = load_pretrained(str(folder))
-    total = predicted = 0.0
+    expected, predicted = [], 0
     for start in range(0, len(document), 32):
         ids = torch.tensor([document[start : start + 32].tolist()])
         with torch.no_grad():
-            total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            expected.append(float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1))
         predicted += ids.shape[1] - 1
-    _, nll = teacher_forced_trace(model, [document], max_length=32, batch_size=3)
-    assert nll == pytest.approx(total / predicted, rel=1e-5)
+    trace, losses = teacher_forced_trace(model, [document], max_length=32, batch_size=3)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert mean_loss(trace, losses) == pytest.approx(sum(expected) / predicted, rel=1e-5)
 
 
 @pytest.mark.parametrize("extension", ["safetensors", "npz", "csv"])

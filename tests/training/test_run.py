@@ -312,3 +312,35 @@ def test_a_delta_that_does_not_fit_is_one_clear_error(full_disk: Path, train_arg
     with pytest.raises(UserError, match=r"router delta .* cannot be written .*No space left"):
         run_module._save_delta(run, full_disk / "run" / "router_delta")
     assert not [path for path in (full_disk / "run").iterdir() if path.name.startswith("router_delta")]
+
+
+# what can be known before the work
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    train_args: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    monkeypatch.setattr("training.model.loading.build_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"cannot be made or written into.*name an output elsewhere"):
+        build(train_args(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_a_delta_that_could_not_be_exported_is_refused_before_a_step(
+    train_args: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = train_args()
+    routers = set(load_pretrained(str(args.model_name_or_path)).state_dict())
+    asked: list[str] = []
+
+    def refuse(folder: str, trained: dict[str, torch.Tensor]) -> None:
+        asked.append(folder)
+        assert trained.keys() <= routers
+        raise UserError(f"{folder} holds no tensor that becomes a router")
+
+    monkeypatch.setattr(run_module, "stored_tensors", refuse)
+    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(UserError, match="holds no tensor that becomes a router"):
+        train(args)
+    assert asked == [str(args.model_name_or_path)]
+    build(replace(args, trainable="all"))  # which exports no delta

@@ -256,6 +256,8 @@ def test_labels_and_values_that_ask_for_nothing_are_accepted(served: Served) -> 
     served.client.chat.completions.create(
         model=served.name, messages=TURNS, max_tokens=1, response_format={"type": "text"}, tools=[], store=False
     )
+    empty = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": []}, TURNS[0]]
+    served.client.post("/chat/completions", body={"messages": empty, "max_tokens": 1}, cast_to=object)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_engine_flags_reach_the_engine(model_dir: Callable[[str], Path], monkeyp
         assert asked == [(folder, "some/delta")]
         assert loaded.engine.dtype == torch.bfloat16
         assert loaded.engine.cache.total_slots == 8
+        assert HttpServer(loaded, timeout_keep_alive=command.server.timeout_keep_alive).config.timeout_keep_alive == 75
     for flag, value in (("--cache-policy", "best"), ("--cache-scope", "both"), ("--dtype", "int3")):
         with pytest.raises(UserError, match=value):
             main(["--model", folder, "--expert-cache", "50%", "--port", "0", flag, value])

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
+from evaluation.benchmark.families import make_tiny, tiny_config
 from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.flight import Flight
 from evaluation.engine.loading import load
@@ -36,6 +38,22 @@ def generate(model: Any, tokens: int = 24) -> torch.Tensor:
 def decoded(folder: Path, *, dtype: str = "auto", **options: Any) -> tuple[torch.Tensor, EngineStats]:
     with load(folder, EngineOptions("30%", dtype=dtype, **options)) as (model, engine):
         return generate(model), engine.stats()
+
+
+@pytest.mark.parametrize("config", ["MiniMaxM2Config", "AfmoeConfig", "Lfm2MoeConfig"])
+def test_routers_that_are_given_a_bias_of_their_block_are_asked_as_it_asks_them(config: str, tmp_path: Path) -> None:
+    make_tiny(tiny_config(getattr(transformers, config)), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    bias = [buffer for name, buffer in model.named_buffers() if "bias" in name]
+    bias += [weight for name, weight in model.named_parameters() if "expert_bias" in name]
+    assert bias
+    for tensor in bias:  # so strong that whoever asks without it hears of other experts
+        tensor.data.copy_(torch.linspace(0, 3, tensor.numel()).view_as(tensor))
+    model.save_pretrained(tmp_path)
+    (tokens, ahead), (plain_tokens, plain) = decoded(tmp_path, prefetch=2), decoded(tmp_path)
+    assert torch.equal(tokens, plain_tokens)
+    assert ahead.misses_by_layer == plain.misses_by_layer
+    assert 0.7 * ahead.prefetched < ahead.prefetch_used, "the bias decides, and guesses know it"
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])  # as stored, and converted after reading

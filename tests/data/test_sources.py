@@ -276,6 +276,7 @@ def test_the_assistant_is_found_where_templates_write_more_or_less(
     ("template", "messages", "words"),
     [
         (ASKING, CHAT[:1], r"a\.jsonl, line 1: no turn of the assistant"),
+        (MARKED, CHAT[:1], r"a\.jsonl, line 1: no turn of the assistant"),
         (
             "{{ messages | length }}" + ASKING,
             CHAT,

@@ -20,7 +20,7 @@ from data.pieces import document_beginnings
 from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.sides.side import open_side
 from evaluation.engine.greedy import greedy
-from evaluation.export import hf_folder
+from evaluation.export import gguf_patch, hf_folder
 from evaluation.export.gguf_file import write_gguf
 from evaluation.export.hf_folder import model_card
 from launch.export import main
@@ -261,6 +261,37 @@ def test_routers_that_are_stored_coarsely_become_float32(kind: str, shipped_gguf
         else:
             assert before.tensor_type == after.tensor_type
             np.testing.assert_array_equal(np.asarray(after.data), np.asarray(before.data))
+
+
+def test_a_gguf_that_was_not_written_as_it_should_be_is_not_left_behind(
+    shipped_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perturbed(EMBEDDED / "model", tmp_path / "delta")
+    read = gguf_patch._read
+
+    def damaged(path: Path) -> gguf.GGUFReader:
+        """What a bad disk gives back of the new file: one bit of a router is another."""
+        if path != shipped_gguf:
+            router = next(tensor for tensor in read(path).tensors if "ffn_gate_inp.weight" in tensor.name)
+            with path.open("r+b") as file:
+                file.seek(int(router.data_offset))
+                flipped = file.read(1)[0] ^ 1
+                file.seek(int(router.data_offset))
+                file.write(bytes([flipped]))
+        return read(path)
+
+    monkeypatch.setattr(gguf_patch, "_read", damaged)
+    with pytest.raises(UserError, match=r"ffn_gate_inp\.weight was not written as it should be; check the disk"):
+        export(
+            EMBEDDED / "model",
+            tmp_path / "delta",
+            tmp_path / "out.gguf",
+            "--format",
+            "gguf",
+            "--gguf",
+            str(shipped_gguf),
+        )
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_routers_of_layers_that_predict_ahead_stay(shipped_gguf: Path, tmp_path: Path) -> None:

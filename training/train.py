@@ -4,13 +4,17 @@ Also the module that `accelerate launch -m training.train CONFIG key=value ...` 
 """
 
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import psutil
 import tyro
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
@@ -95,9 +99,29 @@ def in_processes(accelerate_config: str, command: Sequence[str], *, what: str, *
     launch = ["--config_file", accelerate_config, *(f"--{flag}={value}" for flag, value in flags.items())]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # or it logs tracebacks of its own
     try:
-        launch_command(launch_command_parser().parse_args([*launch, "-m", *command]))
+        with _passing_on(signal.SIGUSR1):
+            launch_command(launch_command_parser().parse_args([*launch, "-m", *command]))
     except (ChildFailedError, subprocess.CalledProcessError) as error:
         raise UserError(f"{what} under {accelerate_config} failed; its own message is above") from error
+
+
+@contextmanager
+def _passing_on(number: signal.Signals) -> Iterator[None]:
+    """Let the processes that this one starts hear a signal that it is sent, unless it ignores that."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) != signal.SIG_DFL:
+        yield
+        return
+
+    def pass_on(*_: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+
+    signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

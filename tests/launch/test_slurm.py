@@ -147,3 +147,74 @@ def test_a_job_without_a_configuration_says_how_to_submit_one(slurm: dict[str, s
     job = subprocess.run(submit, cwd=ROOT, env=slurm, capture_output=True, text=True, check=True).stdout.strip()
     until(lambda: ended(job, slurm), "the job has ended", tmp_path)
     assert "submit from the root of the repository: sbatch" in log.read_text(encoding="utf-8")
+
+
+LOOP = """
+train: {train}
+evaluation: {evaluation}
+output_dir: {out}
+arms: {{cache: {{objective: cache, max_steps: 60, save_steps: 1000, logging_steps: 1}}}}
+accelerate_config: {accelerate}
+"""
+MEASURED = """
+dtype: float32
+quality: {tasks: [letters, headword, perplexity_puzzles], limit: 200}
+routing: {requests_per_domain: 4, max_length: 64}
+replay: {policies: [lru], slots: [6, 12]}
+decode: {prompts_per_domain: 1, prompt_tokens: 24, max_new_tokens: 4, demands: [1.0], repeats: 1}
+"""
+
+
+def test_the_whole_chain_goes_on_where_it_was_told_to_stop(
+    slurm: dict[str, str], train_values: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    own = {"model_name_or_path": "data/embedded/model", "dataset_name": "embedded", "cache_slots": [6]}
+    values = {key: value for key, value in {**train_values(), **own}.items() if key != "train_file"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (tmp_path / "evaluation.yaml").write_text(MEASURED, encoding="utf-8")
+    whole, told = chain("whole", slurm, tmp_path), chain("told", slurm, tmp_path)
+
+    lines, log = tmp_path / "told" / "cache-seed0" / "metrics.jsonl", tmp_path / "told.out"
+    until(lambda: ended(whole, slurm), "the undisturbed job has ended", tmp_path)
+    tell_to_stop(told, lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 5, slurm, tmp_path)
+    tell_to_stop(told, lambda: "cache, seed 0: EOR" in log.read_text("utf-8", "replace"), slurm, tmp_path)
+    until(lambda: ended(told, slurm, hurried=True), "the job has ended", tmp_path)
+    said = log.read_text("utf-8", "replace")
+    assert "was told to stop (SIGUSR1) after step" in said
+    assert "resumed from" in said
+
+    found = {}
+    for name, job, restarts in (("whole", whole, 0), ("told", told, 2)):
+        assert " JobState=COMPLETED " in of_job(job, slurm), said
+        assert f" Restarts={restarts} " in of_job(job, slurm)
+        assert (tmp_path / name / "report.html").is_file()
+        found[name] = json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8"))["arms"]
+    for arm in ("base", "cache"):
+        (one,), (other,) = (found[name][arm]["runs"] for name in ("whole", "told"))
+        for part in ("quality", "difference", "routing", "replay", "seed"):
+            assert one[part] == other[part], (arm, part)
+
+
+def chain(name: str, environment: dict[str, str], home: Path) -> str:
+    """Submit training, evaluation and report as one job; returns its number."""
+    given = {key: home / f"{key}.yaml" for key in ("train", "evaluation")}
+    config = home / f"{name}.yaml"
+    config.write_text(LOOP.format(out=home / name, accelerate=TWO_PROCESSES, **given), encoding="utf-8")
+    submit = ["sbatch", "--parsable", f"--output={home / name}.out", "launch/command.sbatch", "run", str(config)]
+    submitted = subprocess.run(
+        submit, cwd=ROOT, env={**environment, "VENV": sys.prefix}, capture_output=True, text=True, check=True
+    )
+    return submitted.stdout.strip()
+
+
+def tell_to_stop(job: str, begun: Callable[[], bool], environment: dict[str, str], home: Path) -> None:
+    """Send the job what Slurm sends before its time is over, once it has begun what is to be broken off."""
+    until(begun, "what is to be broken off has begun", home)
+    subprocess.run(["scancel", "--signal=USR1", "--batch", job], env=environment, check=True)
+    until(lambda: " JobState=PENDING " in of_job(job, environment), "the job is back in the queue", home)
+    time.sleep(3)  # until the credential of its first run is older than its requeueing, or Slurm refuses the second
+    until(
+        lambda: ended(job, environment, hurried=True) or " JobState=RUNNING " in of_job(job, environment),
+        "it runs",
+        home,
+    )

@@ -37,6 +37,7 @@ from training.model.routers import find_routers
 from training.objective.terms import ObjectiveArguments
 from training.run_folder import router_delta
 from training.run_folder.folder import code_commit
+from training.sharding.launcher import is_asked_to_shard
 
 
 def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
@@ -130,7 +131,8 @@ def evaluate(
         loaded.close()
         before, demand_bytes = processor_times(), facts.token_demand_bytes or 0
         every = [(name, run) for name, of_arm in measured.items() for run in of_arm.runs]
-        budgets = None if args.engine_options(dtype=args.dtype) is None else (args.memory_budget, args.expert_cache)
+        holds_all = args.engine_options(dtype=args.dtype) is None and not is_asked_to_shard()
+        budgets = None if holds_all else (args.memory_budget, args.expert_cache)
         how: Any = {"token_demand_bytes": demand_bytes, "device": device, "budgets": budgets}
         sizes = decode_in_turns(model_dir, sides, prompts, args.decode, **how) if is_first else ()
         for rows in sizes:

@@ -33,6 +33,8 @@ from evaluation.tracing import mean_loss, teacher_forced_trace
 from training.model.host_memory import give_back_memory
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers
+from training.sharding.launcher import REPLICATED, is_asked_to_shard, make_accelerator, weight_layout
+from training.sharding.layerwise import is_sharded, load_sharded
 
 
 @dataclass
@@ -54,7 +56,7 @@ class Arm:
 
 
 class LoadedModel:
-    """The model that arms are measured with, in memory or paged; loaded when it is asked for.
+    """The model that arms are measured with, in memory, paged, or over processes; loaded when it is asked for.
 
     Args:
         is_kept: from arm to arm, as only routers differ. If not it is gone after each: the next may have to be trained.
@@ -69,7 +71,7 @@ class LoadedModel:
         if self._found is None:
             options = self._args.engine_options(dtype=self._args.dtype, device=str(self._device))
             if options is None:
-                self._found = load_pretrained(self._model_dir, dtype=self._args.dtype, device=self._device), None
+                self._found = self._in_memory(), None
             else:
                 self._found = self._open.enter_context(load(self._model_dir, options))
         return self._found
@@ -77,6 +79,13 @@ class LoadedModel:
     def __exit__(self, *_: object) -> None:
         if not self._is_kept:
             self.close()
+
+    def _in_memory(self) -> PreTrainedModel:
+        if is_asked_to_shard():
+            accelerator = make_accelerator(bf16=False)
+            if (layout := weight_layout(accelerator)) != REPLICATED:
+                return load_sharded(self._model_dir, accelerator, layout=layout, dtype=self._args.dtype)
+        return load_pretrained(self._model_dir, dtype=self._args.dtype, device=self._device)
 
     def close(self) -> None:
         """Let go of it, at once: what comes next may need the memory."""
@@ -114,7 +123,8 @@ class Measurement:
                 if candidate.routers:
                     copy_into_routers(model, candidate.routers)
                 samples = self._folder("samples", name, *([] if candidate.seed is None else [f"seed-{candidate.seed}"]))
-                with Answers(self._folder("answers"), identity_of(model, self.model_dir, engine)) as answers:
+                identity = identity_of(model, self.model_dir, engine)
+                with Answers(self._folder("answers"), identity, together=is_sharded(model)) as answers:
                     run, of_texts = self._routed(model, engine, candidate, answers)
                     found(run)
                     how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers, "samples": samples}

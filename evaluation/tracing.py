@@ -19,7 +19,7 @@ from configs.load import UserError
 from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.memory.division import Call
-from evaluation.quality.batches import Answers, batches_that_fit
+from evaluation.quality.batches import Answers, batches_that_fit, process_index
 from evaluation.quality.log_probabilities import log_probabilities
 from training.model.routers import RouterObserver
 
@@ -54,7 +54,9 @@ def teacher_forced_trace(
         return Call(batch, batch * longest, longest, keeps=False)
 
     batches = list(batches_that_fit(requests, call_of, engine=engine, most=batch_size))
-    bar = tqdm(total=len(requests), desc=progress, disable=progress is None, unit="request", leave=False)
+    bar = tqdm(
+        total=len(requests), desc=progress, disable=progress is None or process_index() > 0, unit="request", leave=False
+    )
     found = (answers or Answers()).of(
         [["routing and losses", [request.tolist() for request in batch]] for batch in batches],
         lambda place: _traced(model, observer, batches[place]),

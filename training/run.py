@@ -1,7 +1,7 @@
 """A training run: how it is built, saved, resumed and finished; what happens in between is in `loop.py`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,13 @@ def _trained(
     """
     parameters = loading.trained_parameters(model)
     if weights is not None:
-        return *load_layerwise(model, parameters, accelerator, layout=layout, weights=weights), None
+        digest_of: dict[str, str] = {}
+
+        def found(tensors: Iterable[tuple[str, Tensor]]) -> None:
+            digest_of.update(proof.digests(tensors, parameters))
+
+        how: Any = {"layout": layout, "weights": weights, "found": found}
+        return load_layerwise(model, parameters, accelerator, **how), digest_of, None
     with accelerator.autocast():
         head = loading.plain_head(model)
     digest_of = proof.digests(model.state_dict().items(), parameters)

@@ -5,6 +5,7 @@ model on the same device. Axes: M rows, K and N of the matrix that they are mult
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,8 +25,15 @@ THREAD_GRAIN = 32768
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name, or `UserError` if there is none; `auto`: the accelerator, or else the processor."""
+    """The device of this name, or `UserError` if there is none; `auto`: the accelerator, or else the processor.
+
+    Of several accelerators each process that a launcher started has its own, unless the name has a number.
+    """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and "LOCAL_RANK" in os.environ:
+        accelerator = torch.device(accelerator.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+    if accelerator is not None and name == accelerator.type:
+        return accelerator
     if name == "auto":
         return accelerator or CPU
     try:

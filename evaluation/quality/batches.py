@@ -60,18 +60,20 @@ class Answers:
     Args:
         folder: where answers are kept as they come, a file for each process; None: nowhere.
         identity: of everything that an answer depends on beside its batch; see `identity_of`.
+        together: every process computes every answer, as a model that they share needs; otherwise each its part.
     """
 
-    def __init__(self, folder: Path | None = None, identity: str = "") -> None:
-        self._identity, self._file = identity, None
+    def __init__(self, folder: Path | None = None, identity: str = "", *, together: bool = False) -> None:
+        self._identity, self._file, self._together = identity, None, together
         self._known: dict[str, Any] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for path in sorted(folder.glob("*.jsonl")):
                 self._known |= dict(_whole_lines(path))
             everyone(None)  # knows the same before anyone writes more
-            self._file = (folder / f"{process_index()}.jsonl").open("a", encoding="utf-8")
-            self._file.write("\n")  # a line that was cut off stays alone
+            if not together or process_index() == 0:
+                self._file = (folder / f"{process_index()}.jsonl").open("a", encoding="utf-8")
+                self._file.write("\n")  # a line that was cut off stays alone
 
     def __enter__(self) -> "Answers":
         return self
@@ -97,7 +99,7 @@ class Answers:
         for place in set(range(len(keys))) - set(missing):
             answered(place)
         mine = {}
-        for place in missing[process_index() :: processes()]:
+        for place in missing if self._together else missing[process_index() :: processes()]:
             mine[keys[place]] = compute(place)
             if engine is not None and engine.division is not None:
                 trim_heap()
@@ -105,7 +107,7 @@ class Answers:
                 self._file.write(json.dumps([keys[place], mine[keys[place]]]) + "\n")
                 self._file.flush()
             answered(place)
-        for found in everyone(mine):
+        for found in [mine] if self._together else everyone(mine):
             self._known |= found
         return [self._known[key] for key in keys]
 

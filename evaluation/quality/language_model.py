@@ -29,10 +29,11 @@ from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.engine.memory.division import Call
 from evaluation.engine.options import EngineOptions
-from evaluation.quality.batches import Answers, batches_that_fit
+from evaluation.quality.batches import Answers, batches_that_fit, process_index
 from evaluation.quality.log_probabilities import log_probabilities
 from training.model.loading import load_tokenizer, local_folder
 from training.run_folder.router_delta import load_for
+from training.sharding.layerwise import input_device
 
 HARNESS_KEYS = (
     "add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token", "truncation",
@@ -59,6 +60,7 @@ class BatchedLM(HFLM):
         level, logger.level = logger.level, logging.ERROR  # it warns of models that are loaded already
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, **{"max_length": length, **harness})
         logger.level = level
+        self._device = input_device(model)
         self._engine, self._most, self._answers = engine, batch_size, answers or Answers()
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -87,7 +89,12 @@ class BatchedLM(HFLM):
         for number, (_texts, context, continuation) in enumerate(requests):
             rows.setdefault(tuple([*context, *continuation][-self.max_length - 1 : -1]), []).append(number)
         longest_first = sorted(rows, key=lambda row: (-len(row), row))
-        bar = tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm, leave=False)
+        bar = tqdm(
+            total=len(requests),
+            desc="Running loglikelihood requests",
+            disable=disable_tqdm or process_index() > 0,
+            leave=False,
+        )
         batches = [
             [(row, [requests[number][2] for number in rows[row]]) for row in batch]
             for batch in self._batches(longest_first, _scoring_call)
@@ -109,7 +116,12 @@ class BatchedLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The texts that the harness's class generates, its batches as large as memory allows."""
-        bar = tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm, leave=False)
+        bar = tqdm(
+            total=len(requests),
+            desc="Running generate_until requests",
+            disable=disable_tqdm or process_index() > 0,
+            leave=False,
+        )
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         in_order = sorted(
             range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(prompts[n]), requests[n].args[0])
@@ -141,7 +153,7 @@ class BatchedLM(HFLM):
             self.batch_sizes["largest"] = max(len(batch), self.batch_sizes.get("largest", 0))
             yield batch
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _scored(self, batch: Sequence[tuple[Tokens, list[list[int]]]]) -> list[tuple[float, bool]]:
         """One forward call over rows of tokens: for each its continuations' answers, one after the other."""
         ids_BS = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from configs.files import write_text
 from configs.load import UserError
 from evaluation.engine.engine import Engine
-from evaluation.quality.batches import Answers
+from evaluation.quality.batches import Answers, process_index
 from evaluation.quality.tasks import LoadedTasks, QualityArguments, load_tasks
 
 CHOSEN = ("acc", "exact_match")
@@ -126,7 +126,7 @@ def scores_of(
         None
     )  # of the folder that one happens to be in; it complains where that is no clone
     for module in (lm_model, lm_task):  # it draws a bar for every task: they go when they are full
-        module.tqdm = partial(tqdm, leave=False)
+        module.tqdm = partial(tqdm, leave=False, disable=process_index() > 0)
     how = {
         "limit": args.limit, "num_fewshot": args.num_fewshot, "apply_chat_template": args.apply_chat_template,
         "fewshot_as_multiturn": args.fewshot_as_multiturn and args.apply_chat_template,

@@ -6,9 +6,11 @@ Letters: B batch, S sequence, E experts, K chosen, D hidden.
 """
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from training.model.router_kind import RouterKind, kind_of
 from training.model.transformers_internals import router_classes
 
 ANOTHER = "use the model it was made for"
+_KINDS: "WeakKeyDictionary[PreTrainedModel, RouterKind]" = WeakKeyDictionary()
 
 
 class Routing(NamedTuple):
@@ -56,8 +59,14 @@ def ask_routers(model: PreTrainedModel) -> dict[str, AskedRouter]:
 
 
 def router_kind(model: PreTrainedModel) -> RouterKind:
-    """How the routers of a model score and what of them trains; a `UserError` if that is not understood."""
-    return kind_of(next(iter(ask_routers(model).values())), hidden_size=model.config.get_text_config().hidden_size)
+    """How the routers of a model score and what of them trains; a `UserError` if that is not understood.
+
+    Found out once: of a model that was sharded since then it could not be.
+    """
+    if model not in _KINDS:
+        hidden_size = model.config.get_text_config().hidden_size
+        _KINDS[model] = kind_of(next(iter(ask_routers(model).values())), hidden_size=hidden_size)
+    return _KINDS[model]
 
 
 def most_chosen(model: PreTrainedModel) -> int:
@@ -78,13 +87,15 @@ def task_reaches_routers(model: PreTrainedModel) -> bool:
 
 
 def router_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameter name -> gate weight (and bias, where a family has one) of every router; no correction bias."""
+    """Parameter name -> gate weight (and bias, where a family has one) of every router; no correction bias.
+
+    Under ZeRO-3 they are plain tensors.
+    """
     trained = router_kind(model).trained
     return {
-        f"{name}.{parameter_name}": parameter
+        f"{name}.{parameter_name}": operator.attrgetter(parameter_name)(router)
         for name, router in find_routers(model).items()
-        for parameter_name, parameter in router.named_parameters()
-        if parameter_name in trained
+        for parameter_name in trained
     }
 
 

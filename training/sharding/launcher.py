@@ -63,6 +63,11 @@ def weight_layout(accelerator: Accelerator) -> str:
     return ZERO3 if stage == 3 else REPLICATED
 
 
+def is_asked_to_shard() -> bool:
+    """Whether the launcher's configuration may lay weights out over processes."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
 def offload_device(accelerator: Accelerator) -> str | None:
     """Where a DeepSpeed configuration wants parameters: `cpu`, `nvme`, or None for the device itself."""
     if accelerator.state.distributed_type != "DEEPSPEED":

@@ -7,7 +7,7 @@ and the router delta are those of one process, whatever the launcher.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 
 from configs.load import UserError
 from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, expert_modules
-from training.model.routers import find_routers
-from training.run_folder import proof
+from training.model.routers import find_routers, router_parameters
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, offload_device
 
 Parameters = Mapping[str, nn.Parameter]
@@ -43,23 +42,59 @@ def move_whole_tensors(model: PreTrainedModel, device: torch.device, *, layout: 
 
 
 def load_layerwise(
-    model: PreTrainedModel, trained: Parameters, accelerator: Accelerator, *, layout: str, weights: LayerwiseCheckpoint
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+    model: PreTrainedModel, trained: Parameters, accelerator: Accelerator, *, layout: str, weights: LayerwiseCheckpoint,
+    found: Callable[[Iterable[tuple[str, Tensor]]], object] = lambda _: None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Load the decoder layers of a skeleton, each of them sharded before the next one is read.
 
+    Args:
+        found: told the names and values of all tensors while they are whole, layer by layer.
+
     Returns:
-        The trained tensors by name (the same ones, or those that have taken their place), and the digests of all others.
+        The trained tensors by name: the same ones, or those that have taken their place.
     """
-    layers = decoder_layers(model)
-    digest_of = proof.digests(((name, t) for name, t in model.state_dict().items() if not t.is_meta), trained)
+    layers, known = decoder_layers(model), set[str]()
+
+    def tell(tensors: Mapping[str, Tensor]) -> None:
+        new = {name: tensor for name, tensor in tensors.items() if name not in known and not tensor.is_meta}
+        known.update(new)
+        found(new.items())
+
+    tell(model.state_dict())
     sharder = _FullyShard(model, trained, accelerator) if layout == FSDP2 else _Zero3(model, trained, accelerator)
     for name, layer in tqdm(layers.items(), desc="loading", unit="layer", disable=not accelerator.is_main_process):
         weights.fill(model, name)
-        tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-        digest_of |= proof.digests(((key, t) for key, t in tensors.items() if key not in digest_of), trained)
+        tell({f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()})
         sharder.shard(layer)
     sharder.shard_rest()
-    return sharder.trained, digest_of
+    return sharder.trained
+
+
+def load_sharded(folder: str, accelerator: Accelerator, *, layout: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A model for inference that no process holds whole; all of them call it together, with the same inputs.
+
+    Raises:
+        UserError: see `LayerwiseCheckpoint`; or the layers cannot be told apart.
+    """
+    weights = LayerwiseCheckpoint(folder, dtype=dtype)
+    model = weights.skeleton()
+    model.requires_grad_(False)
+    routers = router_parameters(model)  # found out while they are whole
+    move_whole_tensors(model, accelerator.device, layout=layout)
+    load_layerwise(model, routers, accelerator, layout=layout, weights=weights)
+    for tensor in router_parameters(model).values():
+        tensor.requires_grad_(False)
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its processes hold parts of its weights, so that it may only be called as a whole, and by all of them."""
+    return any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_status") for tensor in model.parameters())
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its tokens; of a sharded one parts may lie elsewhere, but never its routers."""
+    return next(iter(router_parameters(model).values())).device if is_sharded(model) else model.device
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
-from evaluation.engine.device import CPU, Accelerator, Host, device_at
+from evaluation.engine.device import CPU, Accelerator, Host, device_at, find_device
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from tests.conftest import needs_gpu
@@ -147,3 +147,17 @@ def test_a_memory_budget_is_for_the_processors_memory(checkpoint: Checkpoint, mo
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     with pytest.raises(UserError, match="a memory budget counts the processor's memory, and device is cuda"):
         load(checkpoint(), EngineOptions(memory_budget="1GiB", device="cuda")).__enter__()
+
+
+@pytest.mark.parametrize(("local_rank", "expected"), [(None, "cuda"), ("1", "cuda:1"), ("5", "cuda:1")])
+def test_each_process_of_a_machine_has_an_accelerator_of_its_own(
+    local_rank: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert find_device("auto") == find_device("cuda") == torch.device(expected)
+    assert find_device("cuda:0") == torch.device("cuda:0"), "a number is kept"
+    assert find_device("cpu") == CPU

@@ -125,18 +125,27 @@ class Measurement:
                 samples = self._folder("samples", name, *([] if candidate.seed is None else [f"seed-{candidate.seed}"]))
                 identity = identity_of(model, self.model_dir, engine)
                 with Answers(self._folder("answers"), identity, together=is_sharded(model)) as answers:
-                    run, of_texts = self._routed(model, engine, candidate, answers)
-                    found(run)
-                    how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers, "samples": samples}
-                    scores = run_tasks(model, self.tokenizer, self.args.quality, **how)
-                if not any(isinstance(of_task, TextScores) for of_task in scores.values()):
-                    scores |= of_texts
-                run.quality = summarize(scores)
-                if base_scores is not None:
-                    run.difference = differences(base_scores, scores)
+                    told: Any = {"base_scores": base_scores, "found": found, "samples": samples}
+                    run, scores = self.of_model(model, engine, candidate, answers, **told)
                 found(run)
                 runs.append(run)
         return runs, scores
+
+    def of_model(
+        self, model: PreTrainedModel, engine: Engine | None, candidate: Candidate, answers: Answers, *,
+        base_scores: Scores | None, found: Callable[[results.Run], None] = lambda _: None, samples: Path | None = None,
+    ) -> tuple[results.Run, Scores]:  # fmt: skip
+        """One run of a model with the routers that it has; `found` is told of its routing before tasks are asked."""
+        run, of_texts = self._routed(model, engine, candidate, answers)
+        found(run)
+        how: Any = {"tasks": self.tasks, "engine": engine, "answers": answers, "samples": samples}
+        scores = run_tasks(model, self.tokenizer, self.args.quality, **how)
+        if not any(isinstance(of_task, TextScores) for of_task in scores.values()):
+            scores |= of_texts
+        run.quality = summarize(scores)
+        if base_scores is not None:
+            run.difference = differences(base_scores, scores)
+        return run, scores
 
     def _folder(self, *parts: str) -> Path | None:
         return None if self.output is None else self.output.joinpath(*parts)

@@ -45,6 +45,8 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
     save_steps: int = 200  # steps from one checkpoint to the next
     save_total_limit: int = 2  # checkpoints that are kept, the newest
     resume_from_checkpoint: str | None = None  # auto (the newest), or a checkpoint folder; null: start afresh
+    eval_steps: int | None = None  # steps from one evaluation to the next, and one before the first; null: none
+    eval_config: str | None = None  # what is measured then: a YAML as for `remoe evaluate`, small, without a budget
     report_to: str = "none"  # none, or wandb for a copy of the metrics at Weights & Biases
 
     def __post_init__(self) -> None:
@@ -52,11 +54,13 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
             base.__post_init__(self)
         if self.report_to not in ("none", "wandb"):
             raise ValueError(f"report_to={self.report_to!r}: write none or wandb")
+        if (self.eval_steps is None) != (self.eval_config is None):
+            raise ValueError("eval_steps and eval_config go together: how often is measured, and a YAML that says what")
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r}: write one of {', '.join(SCHEDULES)}")
         counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps",
                   "save_steps", "save_total_limit")  # fmt: skip
-        in_range(self, **dict.fromkeys(counts, (1, math.inf)), seed=(0, 2**32))
+        in_range(self, **dict.fromkeys(counts, (1, math.inf)), eval_steps=(1, math.inf), seed=(0, 2**32))
         if self.distill_coef and self.trainable != "routers":
             raise ValueError(f"distill_coef={self.distill_coef} needs a base that stays: write trainable=routers")
         self.run_name = self.run_name or Path(self.output_dir).name

@@ -8,9 +8,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +29,10 @@ from training.run_folder import proof
 from training.run_folder.folder import update_json
 from training.run_folder.metrics import Tracker
 
+EVALUATION = "evaluation.in_training"
+"""Measures the model while it trains, if that is asked for; named and not imported, as training needs nothing of it."""
+TOLD = ("eval/mean_perplexity", "eval/change/perplexity/mean", "eval/reuse_rate_mean")
+
 
 def train(args: TrainArguments) -> Path:
     """Run the training that `args` describes, or resume it; nothing that was saved is lost if it fails.
@@ -35,15 +41,45 @@ def train(args: TrainArguments) -> Path:
         The router delta's folder, or the model's folder when everything was trained.
     """
     run = build(args)
+    evaluate = _evaluation(run)
     tracker = Tracker(args, step=run.step, wandb_id=run.wandb_id, active=run.accelerator.is_main_process)
     run.wandb_id = tracker.wandb_id
     try:
+        if evaluate is not None and args.trainable == "routers":
+            with run.observer.original_routers():
+                base = evaluate(is_base=True)
+            if run.step == 0:
+                tracker.log(0, base)
         with _stop_signals() as came:
             while run.step < args.max_steps:
-                _one_step(run, tracker, came)
+                _one_step(run, tracker, came, evaluate)
     finally:
         tracker.close()
     return finish(run)
+
+
+def _evaluation(run: Run) -> Callable[..., dict[str, float]] | None:
+    """Measures the model as it is and says how it stands; None if nothing is to be measured.
+
+    Raises:
+        UserError: what is to be measured cannot be.
+    """
+    if run.args.eval_steps is None:
+        return None
+    asked: Any = import_module(EVALUATION)
+    model_name = str(run.args.model_name_or_path or run.args.config_name)
+    measure = asked.InTraining(run.args.eval_config, model_name, run.tokenizer)
+
+    def evaluate(**what: bool) -> dict[str, float]:
+        started = time.perf_counter()
+        with run.accelerator.autocast():
+            found: dict[str, float] = measure(run.model, **what)
+        told = [f"{name.removeprefix('eval/')} {found[name]:.4g}" for name in TOLD if name in found]
+        seconds = f"{time.perf_counter() - started:.0f} s"
+        run.accelerator.print(f"{run.args.run_name}: measured after step {run.step} in {seconds}: {', '.join(told)}")
+        return found
+
+    return evaluate
 
 
 @contextmanager
@@ -63,11 +99,14 @@ def _stop_signals() -> Iterator[list[int]]:
         signal.signal(signal.SIGUSR1, before)
 
 
-def _one_step(run: Run, tracker: Tracker, came: list[int]) -> None:
+def _one_step(run: Run, tracker: Tracker, came: list[int], evaluate: Callable[..., dict[str, float]] | None) -> None:
     """Train, record, and save when it is time to, or when a process was told to stop, which ends in a `UserError`."""
     args = run.args
     metrics = train_step(run)
-    if run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
+    must_measure = args.eval_steps is not None and (run.step % args.eval_steps == 0 or run.step == args.max_steps)
+    if evaluate is not None and must_measure:
+        metrics |= evaluate()
+    if must_measure or run.step % args.logging_steps == 0 or run.step in (1, args.max_steps):
         tracker.log(run.step, metrics)
     tracker.advance(run.step, metrics)
     told = torch.tensor(len(came), device=run.accelerator.device)

@@ -16,6 +16,7 @@ from configs.load import UserError, load
 
 FREE_ON_RESUME = {
     "resume_from_checkpoint", "save_steps", "save_total_limit", "logging_steps", "report_to", "run_name", "output_dir",
+    "eval_steps", "eval_config",
     "per_device_train_batch_size", "gradient_accumulation_steps",
     "model_name_or_path", "tokenizer_name", "dataset_name", "dataset_config_name", "dataset_split", "train_file",
     "domains", "skip_bad_rows",

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from configs.load import UserError
 from data.batches import Batch
@@ -76,7 +77,8 @@ def _evaluation(run: Run) -> Callable[..., dict[str, float]] | None:
             found: dict[str, float] = measure(run.model, **what)
         told = [f"{name.removeprefix('eval/')} {found[name]:.4g}" for name in TOLD if name in found]
         seconds = f"{time.perf_counter() - started:.0f} s"
-        run.accelerator.print(f"{run.args.run_name}: measured after step {run.step} in {seconds}: {', '.join(told)}")
+        if run.accelerator.is_main_process:
+            tqdm.write(f"{run.args.run_name}: measured after step {run.step} in {seconds}: {', '.join(told)}")
         return found
 
     return evaluate

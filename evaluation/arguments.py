@@ -64,6 +64,9 @@ class EvaluationArguments:
     # the model; 8GiB, or as `remoe plan` takes it. null, and no expert_cache: quality and trace hold it in memory whole
     memory_budget: str | None = None
     expert_cache: str | None = None  # the same with memory for experts alone: 2GiB, or 25% of all experts
+    # CHANGES OUTPUTS of what is generated and decoded, as `remoe generate --lever` does; in log-likelihood tasks and in the trace
+    # it acts with prefill=true only, as these are prompts. Needs memory_budget or expert_cache
+    lever: str | None = None
     dtype: str = "auto"  # precision of quality and trace: as stored, or float32 or bfloat16
     device: str = "auto"  # of quality, trace and decode: the accelerator if there is one, or cpu, or cuda
     quality: QualityArguments = field(default_factory=QualityArguments)
@@ -73,7 +76,12 @@ class EvaluationArguments:
     plan: PlanArguments = field(default_factory=PlanArguments)
 
     def __post_init__(self) -> None:
-        self.engine_options(dtype=self.dtype)  # refuses what no engine could do
+        if (
+            self.engine_options(dtype=self.dtype) is None and self.lever is not None
+        ):  # which refuses what no engine could do
+            raise ValueError(
+                f"lever={self.lever} looks at what is in the cache: write memory_budget or expert_cache too"
+            )
 
     def engine_options(self, *, dtype: str, device: str = "cpu") -> EngineOptions | None:
         """How quality and trace run on the engine; None: on the model in memory."""
@@ -81,5 +89,6 @@ class EvaluationArguments:
             return None
         tokens = self.decode.prompt_tokens + self.decode.max_new_tokens
         return EngineOptions(
-            self.expert_cache, self.memory_budget, context_tokens=tokens, dtype=dtype, device=device, warn=False
-        )
+            self.expert_cache, self.memory_budget, context_tokens=tokens, dtype=dtype, device=device, lever=self.lever,
+            warn=False,
+        )  # fmt: skip

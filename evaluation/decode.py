@@ -63,6 +63,7 @@ def decode_in_turns(
     token_demand_bytes: int,
     device: torch.device,
     budgets: tuple[str | None, str | None] | None = None,
+    lever: str | None = None,
 ) -> Iterator[list[Decode]]:
     """Decode every prompt greedily, cold, at every budget; after each of them what was measured of each side.
 
@@ -75,11 +76,12 @@ def decode_in_turns(
         prompts_of: of each group of text, as token ids.
         token_demand_bytes: the experts that one token uses in all layers, in the expert cache.
         budgets: the evaluation's memory for everything and for experts, one of them; None: the whole model fits.
+        lever: see `EngineOptions`.
     """
     prompts = list(chain.from_iterable(prompts_of.values()))
     group_of = [name for name, of_group in prompts_of.items() for _ in of_group] * args.repeats
     references = _resident_tokens(model_dir, sides, prompts, args, device) if budgets is None else None
-    chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope}
+    chosen: dict[str, Any] = {"cache_policy": args.cache_policy, "cache_scope": args.cache_scope, "lever": lever}
     sizes = _sizes(args, token_demand_bytes, budgets)
     progress = tqdm(
         total=len(sizes) * args.repeats * len(prompts) * len(sides), desc="decode", unit="prompt", leave=False

@@ -133,14 +133,15 @@ def evaluate(
         every = [(name, run) for name, of_arm in measured.items() for run in of_arm.runs]
         holds_all = args.engine_options(dtype=args.dtype) is None and not is_asked_to_shard()
         budgets = None if holds_all else (args.memory_budget, args.expert_cache)
-        how: Any = {"token_demand_bytes": demand_bytes, "device": device, "budgets": budgets}
+        how: Any = {"token_demand_bytes": demand_bytes, "device": device, "budgets": budgets, "lever": args.lever}
         sizes = decode_in_turns(model_dir, sides, prompts, args.decode, **how) if is_first else ()
         for rows in sizes:
             for (_, run), row in zip(every, rows, strict=True):
                 run.decode = [*(run.decode or []), row]
             decoded([(name, row) for (name, _), row in zip(every, rows, strict=True)])
         busy = machine_load(before, processor_times())
-    return results.Measured(model=facts, plans=plans, budgets_too_small=too_small, arms=measured, machine_load=busy)
+    about: Any = {"budgets_too_small": too_small, "machine_load": busy, "lever": args.lever}
+    return results.Measured(model=facts, plans=plans, arms=measured, **about)
 
 
 def assemble(

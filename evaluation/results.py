@@ -156,6 +156,7 @@ class Decode(Part):
     expert_cache_bytes: int
     cache_policy: str | None = None
     cache_scope: str | None = None
+    lever: str | None = None  # that changed what was decoded
     demands: float | None  # how many tokens' experts the cache holds
     memory_budget: str | None = None  # for everything, as it was asked for, if the cache is what that left
     token_demand_bytes: int | None = None
@@ -261,6 +262,7 @@ class Measured(Part):
     budgets_too_small: list[TooSmall] = Field(default_factory=list)
     arms: dict[str, ArmResults]
     machine_load: MachineLoad | None = None
+    lever: str | None = None  # that changed what was generated and decoded
 
 
 class Reproduction(Part):

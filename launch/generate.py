@@ -102,6 +102,8 @@ def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
     return {
         "token_ids": result.token_ids,
         "outputs_are_exact": engine.is_exact,
+        "swapped": result.stats.swapped,
+        "lost_weight": result.stats.lost_weight,
         **{name: getattr(result.stats, name) for name in COUNTED},
         "token_demand_bytes": engine.token_demand_bytes,
         "mean_ttft_ms": timing.ttft_ms,
@@ -147,7 +149,10 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(report["text"], markup=False, highlight=False)
     if not report["outputs_are_exact"]:
-        console.print("routed with a cache prior: not the text of the model as it was trained", style="bold")
+        lever = report["config"]["lever"]
+        console.print(
+            f"with the lever {lever}: not the text of the model as it was trained", style="bold", markup=False
+        )
     table = Table(show_header=False)
     hit_rate = report["hit_rate"]
     for name, value in {

@@ -11,7 +11,8 @@ All its arguments work; `lm-eval --help` and `lm-eval run --help` explain them. 
   pretrained=DIR         folder with safetensors weights, or hub name (required)
   memory_budget=8GiB     memory for everything, or expert_cache=2GiB for experts alone: one of them (required)
   router_delta=DIR       tuned routers for exactly this model
-  dtype, cache_policy, prefetch, cache_prior, ...        as `remoe generate --help` explains them
+  dtype, cache_policy, prefetch, ...                     as `remoe generate --help` explains them
+  lever=prior:delta=0.04 changes what is generated; its keys with ; between them: prior:delta=0.04;swaps=1
   max_length, add_bos_token, chat_template_args, ...     as for the harness's `--model hf`
 
 The batch size is found, as large as memory allows; a `--batch_size` above 1 or `--max_batch_size` bounds it. What was read

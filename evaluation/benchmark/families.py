@@ -262,11 +262,12 @@ def traced(family: Family) -> None:
 
 
 def lever(family: Family) -> None:
-    """A cache prior of strength 0 changes nothing; a strong one lowers the misses."""
-    if not torch.equal(family.decoded(cache_prior=0.0)[0], decoded(family.resident())):
-        raise Wrong("a strength of 0 changes tokens")
-    if family.decoded("50%", cache_prior=8.0)[1].misses >= family.decoded("50%")[1].misses:
-        raise Wrong("a strong preference saves no misses")
+    """A prior of strength 0 changes nothing; a strong one lowers the misses, in either space."""
+    for space in ("probability", "logits"):
+        if not torch.equal(family.decoded(lever=f"prior:space={space},delta=0")[0], decoded(family.resident())):
+            raise Wrong(f"a strength of 0 changes tokens ({space})")
+        if family.decoded("50%", lever=f"prior:space={space},delta=8")[1].misses >= family.decoded("50%")[1].misses:
+            raise Wrong(f"a strong preference saves no misses ({space})")
 
 
 def exported(family: Family) -> None:

@@ -45,10 +45,10 @@ class Child:
         self.process.communicate()
         self._errors.close()
 
-    def nudge(self) -> None:
-        """Send an empty line: the process may go on."""
+    def nudge(self, text: str = "") -> None:
+        """Send a line: the process may go on."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{text}\n")
         self.process.stdin.flush()
 
     def line(self) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,8 +14,9 @@ from configs.load import UserError
 from evaluation.engine.cache.counts import CacheCounts
 from evaluation.engine.cache.pool import ExpertCache
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
-from evaluation.engine.cache_prior import attach_cache_prior
 from evaluation.engine.device import Device
+from evaluation.engine.levers.attach import attach
+from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, ContextTooLong, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
@@ -38,7 +41,7 @@ class Engine:
         dtype: the precision that is computed in.
         options: what the user decided.
         cache: slots and who is in them.
-        is_exact: whether outputs are those of the resident model; False with a cache prior.
+        is_exact: whether outputs are those of the resident model; False with a lever.
         division: what a memory budget is divided into; None if only experts have one.
         kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
     """
@@ -56,10 +59,10 @@ class Engine:
         division: Division | None,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
-        self.options, self.is_exact = options, options.cache_prior is None
+        self.options, self.is_exact = options, options.lever is None
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
-        if options.prefetch or options.cache_prior is not None:
+        if options.prefetch or options.lever is not None:
             _check_every_layer_has_a_router(model, demand.layers)
         modules = experts_modules(model, store)
         self._layer_ids = tuple(layer for layer, _ in modules)
@@ -74,14 +77,13 @@ class Engine:
         prefetch = self._prefetch(model, options.prefetch) if options.prefetch else None
         self._pager = Pager(cache, self._memory, reader, self._layer_ids, self._reads, recorder, prefetch)
         self._page(model, [experts for _, experts in modules])
-        if options.cache_prior is not None:
-            attach_cache_prior(
-                model,
-                strength=options.cache_prior,
-                keep=options.cache_prior_keep,
-                resident=cache.resident_experts,
-                is_decode=lambda: self._pager.is_decode,
-            )
+        if options.lever is not None:
+            how: Any = {"is_decode": lambda: self._pager.is_decode, "counts": self._reads}
+            attach(model, levers_of(options.lever), resident=self._resident, **how)
+
+    def _resident(self, layer: int) -> npt.NDArray[np.bool_]:
+        """[1, E]: which experts of a layer are in a slot now."""
+        return np.array([self.cache.holds(layer, self.demand.num_experts)])
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
         routers, resident = list(ask_routers(model).values()), self.cache.resident_experts
@@ -219,5 +221,5 @@ def _check_every_layer_has_a_router(model: PreTrainedModel, layers: int) -> None
     if (found := len(find_routers(model))) != layers:
         raise UserError(
             f"{found} of {layers} layers with experts have a router that is known (others choose by token ids, as "
-            "DeepSeek-V4's first layers do): --prefetch and --cache-prior cannot tell whose it is; leave them out"
+            "DeepSeek-V4's first layers do): --prefetch and --lever cannot tell whose it is; leave them out"
         )

@@ -10,6 +10,8 @@ from configs.load import UserError
 from configs.sizes import parse_size
 from evaluation.engine.cache.policies import DEFAULT, ONLINE
 from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.levers.drop import Drop
+from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import budget_bytes
 
 CONTEXT_TOKENS = 2048
@@ -49,11 +51,10 @@ class EngineOptions:
     reads_in_flight: int | None = None
     # keep the routing of every token
     record_trace: bool = False
-    # CHANGES THE TEXT: while decoding, routers prefer experts that are in the cache, by this times the spread of their
-    # logits; 0.1 is mild (arXiv 2412.00099)
-    cache_prior: float | None = None
-    # with a cache prior: how many of the router's own best experts are preferred as much, so that they stay chosen
-    cache_prior_keep: int = 1
+    # CHANGES THE TEXT: while decoding, routers take account of what is in the cache. prior:delta=0.04 prefers residents by that
+    # much mixing weight; also space=logits (arXiv 2412.00099), keep, regret, swaps, prefill; drop:below=0.02 leaves missing
+    # experts of little weight out; several with a + between them
+    lever: str | None = None
     # say so if the expert cache is too small to be of use while decoding
     warn: bool = True
 
@@ -62,7 +63,7 @@ class EngineOptions:
             raise UserError(f"unknown cache policy {self.cache_policy!r}; known: {', '.join(ONLINE)}")
         if self.cache_scope not in SCOPES:
             raise UserError(f"unknown cache scope {self.cache_scope!r}; known: {', '.join(SCOPES)}")
-        at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0, cache_prior=0, cache_prior_keep=0)
+        at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0)
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError(
                 "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"
@@ -71,5 +72,8 @@ class EngineOptions:
             parse_size(self.expert_cache, what="expert cache", whole_bytes=1)
         if self.memory_budget is not None:
             budget_bytes(self.memory_budget, smallest_bytes=1)
-        if self.cache_prior is None and self.cache_prior_keep != 1:
-            raise UserError("--cache-prior-keep says nothing without --cache-prior; write --cache-prior 0.1 too")
+        levers = () if self.lever is None else levers_of(self.lever)
+        if self.record_trace and any(isinstance(one, Drop) for one in levers):
+            raise UserError(
+                "a trace holds as many experts for every token, and a lever that drops some leaves fewer; do without one"
+            )

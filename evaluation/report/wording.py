@@ -14,7 +14,13 @@ SCOPES = {"global": "one pool for all layers", "per_layer": "a pool for each lay
 
 
 def headline(results: Results) -> str:
-    """One sentence: what the best arm won and cost, or why there is none."""
+    """What the best arm won and cost, or why there is none; and that a lever was used."""
+    if results.lever is None:
+        return _headline(results)
+    return f"Generated and decoded with the lever {results.lever}, which changes outputs. {_headline(results)}"
+
+
+def _headline(results: Results) -> str:
     if not summary.tuned_arms(results):
         return "Only the untouched model was measured: there is no tuned arm to compare it with."
     costs = summary.perplexity_costs(results)
@@ -77,8 +83,12 @@ def time_change(ratio: PairedRatio | None) -> str:
 
 def decode_policy(results: Results) -> str:
     """The cache policy of the live decode and its pools, as `decayed, one pool for all layers`."""
-    used = {(row.cache_policy, row.cache_scope) for row in summary.decode_rows(results)}
-    named = sorted(f"{policy}, {SCOPES.get(scope, scope)}" for policy, scope in used if policy and scope)
+    used = {(row.cache_policy, row.cache_scope, row.lever) for row in summary.decode_rows(results)}
+    named = sorted(
+        f"{policy}, {SCOPES.get(scope, scope)}" + ("" if lever is None else f", lever {lever}")
+        for policy, scope, lever in used
+        if policy and scope
+    )
     return " and ".join(named) or "policy not noted"
 
 

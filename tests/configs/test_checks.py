@@ -43,6 +43,6 @@ def test_a_number_below_its_least_is_refused_by_its_flag() -> None:
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_a_number_that_is_too_small_or_no_finite_number_is_refused(value: float) -> None:
-    with pytest.raises(UserError, match=rf"--cache-prior is {value}; write at least 0"):
-        at_least(SimpleNamespace(cache_prior=value), cache_prior=0)
-    at_least(SimpleNamespace(cache_prior=None), cache_prior=0)
+    with pytest.raises(UserError, match=rf"--prefetch is {value}; write at least 0"):
+        at_least(SimpleNamespace(prefetch=value), prefetch=0)
+    at_least(SimpleNamespace(prefetch=None), prefetch=0)

@@ -163,6 +163,12 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
         assert small.bytes_read_per_token > large.bytes_read_per_token
         assert before.decode[0].tokens_equal_resident
         assert small.n_tokens == before.decode[0].n_tokens
+    lever = load(EvaluationArguments, tmp_path / "own.yaml", [*budget[:1], "lever=prior:delta=0.3"])
+    levered = evaluate(MODEL, [], lever)
+    (row,), (exact,) = levered.arms["base"].runs[0].decode, resident.arms["base"].runs[0].decode
+    assert levered.lever == row.lever == "prior:delta=0.3"
+    assert (resident.lever, exact.lever) == (None, None)
+    assert levered.arms["base"].runs[0].routing == resident.arms["base"].runs[0].routing, "texts are prompts"
     (base,), (mine,) = paged.arms["base"].runs, paged.arms["mine"].runs
     assert mine.routing != base.routing
     # no task measures a perplexity, so that of the text whose routing is traced is taken
@@ -181,6 +187,7 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
     [
         ("memory_budget=60 potatoes", "memory budget '60 potatoes' is not understood"),
         ("decode.memory_budgets=[60 potatoes]", "memory budget '60 potatoes' is not understood"),
+        ("lever=prior:delta=0.1", "looks at what is in the cache: write memory_budget or expert_cache too"),
         ("routing.source=internet", "source is 'internet'; write one of corpus, tasks"),
         ("routing.groups={mine: 3}", "group mine is 3"),
     ],

@@ -194,7 +194,7 @@ def test_no_class_of_transformers_ends_in_a_traceback_or_in_something_wrong(conf
     assert not {WRONG, TRACEBACK} & set(row.words.values()), (row.words, row.reasons)
 
 
-@pytest.mark.parametrize("asked", [{"prefetch": 2}, {"cache_prior": 1.0}])
+@pytest.mark.parametrize("asked", [{"prefetch": 2}, {"lever": "prior:delta=1"}])
 def test_layers_whose_choice_is_no_routers_are_not_taken_for_another_layer(asked: Any, tmp_path: Path) -> None:
     """DeepSeek-V4's first layers choose by token ids."""
     make_tiny(tiny_config(transformers.DeepseekV4Config), tmp_path)

@@ -102,6 +102,22 @@ def test_a_router_delta_is_loaded_for_this_model_and_used(
     assert json.loads(output.read_text())["token_ids"] != plain_tokens(folder, 8)
 
 
+def test_a_text_that_a_lever_changed_says_so(
+    checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(checkpoint("olmoe")), "--expert-cache", "30%", "--prompt", PROMPT, "--max-new-tokens", "12"]
+    main([*given, "--output", str(tmp_path / "exact.json")])
+    assert "lever" not in capsys.readouterr().out
+    main([*given, "--output", str(tmp_path / "levered.json"), "--lever", "prior:delta=0.5"])
+    assert "with the lever prior:delta=0.5: not the text of the model as it was trained" in capsys.readouterr().out
+    exact, levered = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("exact", "levered"))
+    assert (exact["outputs_are_exact"], levered["outputs_are_exact"]) == (True, False)
+    assert (exact["swapped"], exact["lost_weight"]) == (0, 0.0)
+    assert levered["swapped"] > 0
+    assert levered["misses"] < exact["misses"]
+    assert levered["config"]["lever"] == "prior:delta=0.5"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -113,7 +129,7 @@ def test_a_router_delta_is_loaded_for_this_model_and_used(
         (["--prompt", "x", "--output", "{tmp}"], "is a folder; name a file in it"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0; write at least 1"),
         (["--prompt", "x", "--seed", str(2**70)], "--seed is .*; write a number of at most 64 bits"),
-        (["--prompt", "x", "--cache-prior", "nan"], "--cache-prior is nan; write at least 0"),
+        (["--prompt", "x", "--lever", "prior:delta=nan"], "lever prior: delta=nan: .* greater than or equal to 0"),
         (["--prompt", "x", "--output", "/proc/x.json"], "/proc cannot be made or written into"),
         (["--prompt", "x", "--expert-cache", "1KiB"], "too small: .* the smallest that works is 15360 bytes"),
         (["--prompt", "x", "--model", "{tmp}"], "holds no config.json"),

@@ -8,6 +8,8 @@ Letters: T tokens, E experts, K chosen.
 """
 
 import copy
+import itertools
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ from configs.load import UserError
 from training.model.router_calls import AskedRouter
 
 PROBE_TOKENS, SCALE_TOKENS = 128, 64
+MOST_GROUPS = 32
 TOLERANCE = 1e-4
 PROBABILITIES = "probabilities"
 
@@ -36,10 +39,52 @@ class Weighing(NamedTuple):
     scale: float = 1.0
 
     def weights(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """The weights [T, K] of these experts."""
+        """The weights [T, K] of these experts; 0 where the id is negative, of an expert that is left out."""
         scores_TE = logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
-        scores_TK = scores_TE.gather(1, ids_TK)
+        scores_TK = torch.where(ids_TK < 0, 0.0, scores_TE.gather(1, ids_TK.clamp_min(0)))
         return self.scale * (scores_TK / scores_TK.sum(-1, keepdim=True) if self.normalised else scores_TK)
+
+
+class Choosing(NamedTuple):
+    """How the chosen experts follow from the logits of all: the largest of `scoring` plus a bias, in the best groups.
+
+    Attributes:
+        scoring: `softmax`, `sigmoid`, or `logits` as they are.
+        bias: place of the correction bias among `shifts`; None where there is none.
+        groups: that many groups of neighbouring experts, of which the best `kept_groups` are chosen from.
+        of_group: how many of a group's largest scores add up to what the group is worth.
+    """
+
+    scoring: str = "logits"
+    bias: int | None = None
+    groups: int = 1
+    kept_groups: int = 1
+    of_group: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the largest logits are chosen, whatever the scoring."""
+        return self.bias is None and self.groups == 1
+
+    def scores(self, logits_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """[T, E]: what experts are chosen by."""
+        of_logits = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid, "logits": lambda z: z}
+        scores_TE: Tensor = of_logits[self.scoring](logits_TE)
+        return scores_TE if bias_E is None else scores_TE + bias_E
+
+    def allowed(self, scores_TE: Tensor) -> Tensor:
+        """[T, E]: the experts of the groups that are chosen from."""
+        grouped_TGe = scores_TE.unflatten(-1, (self.groups, -1))
+        worth_TG = grouped_TGe.topk(min(self.of_group, grouped_TGe.shape[-1]), dim=-1).values.sum(-1)
+        kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(
+            1, worth_TG.topk(self.kept_groups, dim=-1).indices, True
+        )
+        return kept_TG[..., None].expand_as(grouped_TGe).flatten(1)
+
+    def ids(self, logits_TE: Tensor, bias_E: Tensor | None, top_k: int) -> Tensor:
+        """[T, K]: the experts that are chosen."""
+        scores_TE = self.scores(logits_TE, bias_E)
+        return scores_TE.masked_fill(~self.allowed(scores_TE), -torch.inf).topk(top_k, dim=-1).indices
 
 
 class RouterKind(NamedTuple):
@@ -51,12 +96,14 @@ class RouterKind(NamedTuple):
         trained: names of the parameters inside the router that the logits depend on.
         takes_largest: whether the experts with the largest logits are chosen, whatever biases or groups there are.
         weighing: how weights follow from the logits, for any choice; None where that is not known (SparseMixer).
+        choosing: how experts are chosen; None where that is not known.
     """
 
     scoring: str
     trained: tuple[str, ...]
     takes_largest: bool
     weighing: Weighing | None
+    choosing: Choosing | None
 
     def log_scores(self, logits: Tensor) -> Tensor:
         """Float32 log scores, whose softmax over the experts is P_t."""
@@ -83,15 +130,51 @@ def kind_of(router: AskedRouter, *, hidden_size: int) -> RouterKind:
     if scoring is None:
         raise UserError(
             f"{type(router.module).__name__} weighs experts neither by a softmax nor by a sigmoid of its logits: of which "
-            "probabilities an objective or a cache prior should be made is not known; use neither with this model"
+            "probabilities an objective or a lever should be made is not known; use neither with this model"
         )
-    largest_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices
+    trained = tuple(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
+    choosing = _choosing(logits_TE, ids_TK, _shifts(probe, trained, experts=logits_TE.shape[-1]))
     return RouterKind(
         scoring=scoring,
-        trained=tuple(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None),
-        takes_largest=bool((largest_TK.sort(-1).values == ids_TK.sort(-1).values).all()),
+        trained=trained,
+        takes_largest=choosing is not None and choosing.is_plain,
         weighing=_weighing(router.copied(), scoring, hidden_size),
+        choosing=choosing,
     )
+
+
+def correction_bias(router: AskedRouter, kind: RouterKind) -> Tensor:
+    """The bias [E] that shifts the choice of a router of this kind, which has one."""
+    assert kind.choosing is not None
+    assert kind.choosing.bias is not None
+    experts = {tensor.shape[0] for name, tensor in router.module.named_parameters() if name in kind.trained}
+    found = [tensor for size in experts for tensor in _shifts(router, kind.trained, experts=size)]
+    return found[kind.choosing.bias].detach()
+
+
+def _shifts(router: AskedRouter, trained: Collection[str], *, experts: int) -> list[Tensor]:
+    """What may shift a router's choice: every tensor of one number for each expert that its logits do not depend on."""
+    own = [tensor for name, tensor in router.module.named_parameters() if name not in trained]
+    candidates = [*own, *router.module.buffers(), *(part for part in router.further if isinstance(part, Tensor))]
+    return [tensor for tensor in candidates if tensor.numel() == experts and tensor.is_floating_point()]
+
+
+def _choosing(logits_TE: Tensor, ids_TK: Tensor, shifts: Sequence[Tensor]) -> Choosing | None:
+    """The simplest way of choosing that leads to these experts for all tokens; None if none that is known does."""
+    experts, top_k = logits_TE.shape[-1], ids_TK.shape[-1]
+    chosen = ids_TK.sort(-1).values
+    for groups in (groups for groups in range(1, MOST_GROUPS + 1) if experts % groups == 0):
+        for kept in range(1, groups if groups > 1 else 2):
+            if kept * (experts // groups) < top_k:
+                continue
+            for scoring, of_group, bias in itertools.product(
+                ("logits", "softmax", "sigmoid"), (1, 2) if groups > 1 else (1,), (None, *range(len(shifts)))
+            ):
+                way = Choosing(scoring, bias, groups, kept, of_group)
+                bias_E = None if bias is None else shifts[bias].detach().flatten().float()
+                if torch.equal(way.ids(logits_TE.float(), bias_E, top_k).sort(-1).values, chosen):
+                    return way
+    return None
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The sides that are transformers: our engine, accelerate's disk offload, and everything in memory.
 
-Every public function but `accelerate_device_map` is a context manager that loads one side from an order.
+The context managers load one side from an order each.
 """
 
 from collections.abc import Iterator
@@ -81,13 +81,19 @@ def resident(order: Order) -> Iterator[Serving]:
 
 @contextmanager
 def accelerate(order: Order) -> Iterator[Serving]:
-    """transformers over accelerate's disk offload: as many layers' experts in memory as the order allows.
+    """transformers over accelerate's disk offload."""
+    _prepare(order)
+    model, files, settings = load_offloaded(order)
+    yield Serving(lambda leg: _generate(model, leg), files, settings)
+
+
+def load_offloaded(order: Order) -> tuple[PreTrainedModel, list[Path], dict[str, Any]]:
+    """The model with as many layers' experts in memory as the order allows, the files it reads, and its settings in words.
 
     Only experts are offloaded: the rest is small and used by every token. Experts are stored one by one and computed
     as one tensor a layer, so transformers writes the fused ones into the offload folder: a second copy on disk.
     """
     assert order.offload_dir is not None, "an order for accelerate without an offload folder"
-    _prepare(order)
     device_map = accelerate_device_map(order.model_dir, order.resident_bytes or 0)
     model = AutoModelForCausalLM.from_pretrained(
         order.model_dir, dtype="auto", device_map=device_map, offload_folder=order.offload_dir
@@ -99,7 +105,7 @@ def accelerate(order: Order) -> Iterator[Serving]:
         "offload": "fused experts as safetensors in the offload folder, read layer by layer",
         **_precision(model.dtype),
     }
-    yield Serving(lambda leg: _generate(model, leg), files, settings)
+    return model, files, settings
 
 
 def accelerate_device_map(model_dir: str, resident_bytes: int) -> dict[str, str]:

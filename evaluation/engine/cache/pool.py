@@ -8,7 +8,7 @@ An event is what one forward call brings to one layer: its distinct experts, in 
 This file knows no model, no bytes and no torch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +79,10 @@ class Pool:
         """The experts that are in a slot now."""
         return frozenset(self._slot_of)
 
+    def holds(self, keys: Iterable[Key]) -> list[bool]:
+        """Whether each of these experts is in a slot now."""
+        return [key in self._slot_of for key in keys]
+
     def serve(self, event: Sequence[Key]) -> Service:
         """Decide what stays of one event and what it pushes out."""
         slot_of, evict = self._slot_of, self._policy.evict
@@ -143,6 +147,10 @@ class ExpertCache:
     def resident_experts(self, layer: int) -> list[int]:
         """The experts of `layer` that are in a slot now."""
         return [expert for at, expert in self._pools[layer].resident if at == layer]
+
+    def holds(self, layer: int, experts: int) -> list[bool]:
+        """Whether each of the first so many experts of `layer` is in a slot now."""
+        return self._pools[layer].holds((layer, expert) for expert in range(experts))
 
     def serve(self, layer: int, event: Sequence[Key], *, phase: int) -> Service:
         """Serve and count one event of `layer` (position among the MoE layers); see `Pool.serve`."""

@@ -19,9 +19,8 @@ from evaluation.engine.options import EngineOptions
         ({"reads_in_flight": 0}, "--reads-in-flight is 0; write at least 1"),
         ({"context_tokens": 0}, "--context-tokens is 0; write at least 1"),
         ({"prefetch": -1}, "--prefetch is -1; write at least 0"),
-        ({"cache_prior": -0.1}, r"--cache-prior is -0\.1; write at least 0"),
-        ({"cache_prior": 0.1, "cache_prior_keep": -1}, "--cache-prior-keep is -1; write at least 0"),
-        ({"cache_prior_keep": 2}, "--cache-prior-keep says nothing without --cache-prior"),
+        ({"lever": "prior:delta=-0.1"}, r"lever prior: delta=-0\.1: .* greater than or equal to 0"),
+        ({"lever": "drop:below=0.02", "record_trace": True}, "a lever that drops some leaves fewer"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], words: str) -> None:

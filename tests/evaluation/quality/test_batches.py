@@ -94,6 +94,6 @@ def test_identity_follows_files_routers_precision_threads_and_levers(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     found.add(identity_of(model, folder, None))
     for prior in (0.1, 0.2):
-        with load(folder, EngineOptions("50%", cache_prior=prior, warn=False)) as (paged, engine):
+        with load(folder, EngineOptions("50%", lever=f"prior:delta={prior}", warn=False)) as (paged, engine):
             found.add(identity_of(paged, folder, engine))
     assert len(found) == 7

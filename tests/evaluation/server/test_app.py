@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -9,7 +10,7 @@ import openai
 import pytest
 import torch
 
-from tests.evaluation.server.running import Plain, Served
+from tests.evaluation.server.running import Plain, Served, serve
 
 PROMPT = "It was a bright cold day"
 TURNS: Any = [
@@ -194,6 +195,16 @@ def test_each_answer_says_what_the_engine_did_for_it(served: Served) -> None:
     assert one.model_extra is not None
     assert one.model_extra["remoe"]["tpot_ms"] is None
     assert one.model_extra["remoe"]["hit_rate"]["decode"] is None
+
+
+def test_an_answer_that_a_lever_changed_says_so(chat_model: Path, served: Served) -> None:
+    options: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    exact = served.client.completions.create(model=served.name, **options)
+    assert "lever" not in exact.model_extra["remoe"]
+    with serve(chat_model, memory=("--expert-cache", "30%", "--lever", "prior:delta=0.5")) as levered:
+        remoe = levered.client.completions.create(model=levered.name, **options).model_extra["remoe"]
+    assert remoe["lever"] == "prior:delta=0.5"
+    assert remoe["swapped"] > 0
 
 
 def test_metrics_count_what_happened(served: Served) -> None:

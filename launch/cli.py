@@ -19,6 +19,7 @@ GROUPS = {
         "trace": ("launch.trace", "which experts every token of a text chooses"),
         "replay": ("launch.replay", "what a cache of each size and policy would miss on a trace"),
         "report": ("launch.report", "the report of a results.json again"),
+        "frontier": ("launch.frontier", "quality against expert loads: routers, levers, cache sizes, policies"),
         "compare": ("launch.compare", "one report of several evaluations of a model"),
     },
     "use": {

@@ -81,9 +81,9 @@ class Engine:
             how: Any = {"is_decode": lambda: self._pager.is_decode, "counts": self._reads}
             attach(model, levers_of(options.lever), resident=self._resident, **how)
 
-    def _resident(self, layer: int) -> npt.NDArray[np.bool_]:
+    def _resident(self, layer: int, experts: int) -> npt.NDArray[np.bool_]:
         """[1, E]: which experts of a layer are in a slot now."""
-        return np.array([self.cache.holds(layer, self.demand.num_experts)])
+        return np.array([self.cache.holds(layer, experts)])
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
         routers, resident = list(ask_routers(model).values()), self.cache.resident_experts

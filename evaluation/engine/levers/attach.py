@@ -24,13 +24,14 @@ from training.model.routers import ask_routers, router_kind
 
 
 def attach(
-    model: PreTrainedModel, levers: Sequence[Prior | Drop], *, resident: Callable[[int], Mask],
+    model: PreTrainedModel, levers: Sequence[Prior | Drop], *, resident: Callable[[int, int], Mask],
     is_decode: Callable[[], bool], counts: ReadCounts,
 ) -> None:  # fmt: skip
     """Let every router of `model` follow these levers, one after the other.
 
     Args:
-        resident: position of a layer -> which experts are resident: [1, E], or [T, E] where each token has a cache of its own.
+        resident: position of a layer, number of its experts -> which are resident: [1, E], or [T, E] where each token has a
+            cache of its own.
         is_decode: whether the running call is one more token of known sequences; others are prompts.
         counts: where it is counted what was swapped while decoding.
 
@@ -56,7 +57,7 @@ class LeveredRouter:
 
     scorer: Scorer
     rules: Sequence[tuple[LayerPrior | LayerDrop, bool]]  # and whether each acts in prompts too
-    resident: Callable[[], Mask]
+    resident: Callable[[int], Mask]
     is_decode: Callable[[], bool]
     counts: ReadCounts
 
@@ -69,7 +70,7 @@ class LeveredRouter:
         active = [of_layer for of_layer, in_prompts in self.rules if is_decode or in_prompts]
         if not active:
             return output
-        own_TK, resident_TE = ids_TK.cpu().numpy(), self.resident()
+        own_TK, resident_TE = ids_TK.cpu().numpy(), self.resident(logits_TE.shape[1])
         if resident_TE[0 if len(resident_TE) == 1 else np.arange(len(own_TK))[:, None], own_TK].all():
             return output
         scores = self.scorer.scores(logits_TE, own_TK)

@@ -40,6 +40,11 @@ class Prior:
     swaps: Annotated[int, Field(ge=0)] | None = None  # experts of a token that may be swapped in a layer at most
     prefill: bool = False  # in prompts too
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether what a token may lose has a bound."""
+        return self.regret < math.inf or self.swaps is not None
+
     def of_layer(self, layer: int, layers: int) -> "LayerPrior":
         """The rule of one layer; a `ValueError` if strengths are given for another number of layers."""
         if not isinstance(self.delta, tuple):
@@ -74,7 +79,7 @@ class LayerPrior:
             preferred_TE = resident_TE | among(np.take_along_axis(scores.ids_TK, best_TK, 1), experts)
         own_TE = among(scores.ids_TK, experts)
         ids_TK = largest(self._with_bonus(scores, preferred_TE) + TIE * own_TE, k)
-        if self.prior.regret < math.inf or self.prior.swaps is not None:
+        if self.prior.is_bounded:
             ids_TK = _bounded(
                 scores, ids_TK, regret=self.prior.regret, swaps=k if self.prior.swaps is None else self.prior.swaps
             )

@@ -175,7 +175,7 @@ def test_what_is_chosen_is_what_the_definition_says(
     experts = untouched[0][0].shape[1]
     residents = [draw.random((40, experts)) < 0.4 for _ in untouched]
     counts = ReadCounts()
-    how: Any = {"resident": lambda layer: residents[layer], "is_decode": lambda: True, "counts": counts}
+    how: Any = {"resident": lambda layer, _: residents[layer], "is_decode": lambda: True, "counts": counts}
     attach(model, [Prior(delta=delta, regret=regret, swaps=swaps)], **how)
     routers, swapped = list(ask_routers(model).values()), 0
     for layer, ((z_TE, w_TK, own_TK), (_, new_w_TK, new_TK)) in enumerate(zip(untouched, asked(model), strict=True)):
@@ -223,7 +223,7 @@ def routed(
 ) -> tuple[list[int], Tensor]:
     """What the first router of a model of six experts, three of them chosen, makes of these logits."""
     mask = np.isin(np.arange(logits.shape[1]), resident)[None]
-    attach(model, [lever], resident=lambda _: mask, is_decode=lambda: is_decode, counts=ReadCounts())
+    attach(model, [lever], resident=lambda *_: mask, is_decode=lambda: is_decode, counts=ReadCounts())
     *_, hook = next(iter(find_routers(model).values()))._forward_hooks.values()
     probabilities = logits.softmax(-1)
     weights, ids = probabilities.topk(3)
@@ -254,7 +254,7 @@ def test_a_router_is_left_alone_outside_of_decoding(plain: Any) -> None:
 
 @torch.no_grad()
 def test_the_spread_is_the_mean_over_the_tokens_so_far(plain: Any) -> None:
-    attach(plain, [Prior(space="logits", delta=0.1)], resident=lambda _: np.arange(6)[None] == 3, is_decode=lambda: True,
+    attach(plain, [Prior(space="logits", delta=0.1)], resident=lambda *_: np.arange(6)[None] == 3, is_decode=lambda: True,
            counts=ReadCounts())  # fmt: skip
     (hook,) = next(iter(find_routers(plain).values()))._forward_hooks.values()
     flat = torch.full((3, 6), 0.1)
@@ -276,7 +276,7 @@ def test_what_is_dropped_has_no_weight_and_asks_for_nothing_and_the_rest_keeps_i
 def test_survivors_of_a_normalised_router_add_up_to_what_they_did(model_of: Callable[[str], Any]) -> None:
     model = model_of("normalised")
     counts = ReadCounts()
-    attach(model, [Drop(below=0.9)], resident=lambda _: np.zeros((1, 8), bool), is_decode=lambda: True, counts=counts)
+    attach(model, [Drop(below=0.9)], resident=lambda *_: np.zeros((1, 8), bool), is_decode=lambda: True, counts=counts)
     with torch.no_grad():
         for _, weights_TK, ids_TK in asked(model):
             torch.testing.assert_close(weights_TK.sum(-1), torch.ones(40))

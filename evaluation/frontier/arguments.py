@@ -1,0 +1,72 @@
+"""What `remoe frontier` measures, in keys that a YAML sets; checked as it is read."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs.checks import in_range
+from data.corpus import DOMAINS
+from data.groups import source_of
+from evaluation.engine.cache.policies import ONLINE
+from evaluation.engine.cache.pool import SCOPES
+from evaluation.engine.levers.spec import levers_of
+
+NO_LEVER = "none"
+
+
+@dataclass
+class FrontierArguments:
+    """`remoe frontier`: routers x levers x cache sizes x policies, on text to choose by and on other text to report."""
+
+    model: str = "???"  # folder or hub name of the untouched model
+    output_dir: str = "???"  # everything is written here
+    # arm: folder of a router delta, or a list of them that were trained alike with several seeds; the untouched model is
+    # always measured
+    arms: dict[str, Any] = field(default_factory=dict)
+    levers: list[str] = field(
+        default_factory=lambda: [f"prior:delta={delta}" for delta in (0.02, 0.04, 0.06, 0.08)]
+    )  # as `remoe generate --lever`; without one everything is measured too
+    slots: list[int] = field(default_factory=lambda: [8])  # experts of a layer that are cached
+    policies: list[str] = field(default_factory=lambda: ["lru", "decayed"])
+    scope: str = "per_layer"  # or global: one pool of slots x layers
+    max_length: int = 192  # tokens of a text; it starts with an empty cache
+    texts_per_domain: int = 40  # or of each group, for choosing and for reporting each
+    choose_split: str = "validation"  # of the shipped corpus: what strengths and arms are chosen by
+    report_split: str = "test"  # of the shipped corpus: what is reported of what was chosen
+    domains: list[str] = field(default_factory=lambda: list(DOMAINS))  # of the shipped corpus
+    # own text in place of the corpus, as in `remoe evaluate`; every second piece is chosen by, the others are reported
+    groups: dict[str, Any] = field(default_factory=dict)
+    gates: list[float] = field(
+        default_factory=lambda: [0.0025, 0.005, 0.01, 0.02]
+    )  # perplexity that may be lost at most
+    dtype: str = "auto"  # as stored, or float32 or bfloat16
+    device: str = "auto"  # the accelerator if there is one, or cpu, or cuda
+
+    def __post_init__(self) -> None:
+        in_range(self, slots=(1, float("inf")), max_length=(2, float("inf")), texts_per_domain=(2, float("inf")))
+        in_range(self, gates=(0, float("inf")))
+        for name, known in (("policies", list(ONLINE)), ("scope", list(SCOPES))):
+            given = getattr(self, name)
+            if unknown := [value for value in ([given] if isinstance(given, str) else given) if value not in known]:
+                raise ValueError(f"{name} has {unknown[0]!r}; write of {', '.join(known)}")
+        if not self.slots or not self.policies:
+            raise ValueError("slots and policies must each name at least one")
+        if self.choose_split == self.report_split:
+            raise ValueError(
+                f"choose_split and report_split are both {self.report_split}: what is chosen must be seen anew"
+            )
+        if UNTOUCHED in self.arms:
+            raise ValueError(
+                f"an arm cannot be called {UNTOUCHED}: that is the model as it is, which is always measured"
+            )
+        for lever in self.levers:
+            levers_of(lever)
+        for name, given in self.groups.items():
+            source_of(name, given)
+
+    def folders(self, arm: str) -> list[str]:
+        """Of an arm's router deltas, one for each seed."""
+        given = self.arms[arm]
+        return [given] if isinstance(given, str) else list(given)
+
+
+UNTOUCHED = "untouched"

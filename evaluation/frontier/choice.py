@@ -1,0 +1,67 @@
+"""What is chosen of a frontier: at each price the combination that saves most, by the texts that are there to choose by.
+
+What is reported of a choice comes from other texts: of many points measured on the same ones the best would look too good.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from pydantic import BaseModel
+
+from evaluation.engine.levers.drop import Drop
+from evaluation.engine.levers.spec import levers_of
+from evaluation.frontier.arguments import NO_LEVER
+from evaluation.frontier.points import Point
+
+
+class Choice(BaseModel):
+    """The best of a kind of combination at one price; None where none is within it."""
+
+    kind: str
+    gate: float  # perplexity that may be lost at most, relative
+    slots: int
+    point: Point | None
+
+
+def kinds(points: Iterable[Point]) -> dict[str, list[Point]]:
+    """What is compared with what: levers alone, routers alone, both."""
+    found: dict[str, list[Point]] = {}
+    for point in points:
+        levered = [] if point.lever == NO_LEVER else [f", {_kind_of(point.lever)}", ", any lever"]
+        for beside in levered or [""]:
+            found.setdefault(f"{point.arm}{beside}", []).append(point)
+    return found
+
+
+def _kind_of(lever: str) -> str:
+    return " and ".join(
+        "dropping" if isinstance(one, Drop) else f"prior in {one.space}{' with bounds' if one.is_bounded else ''}"
+        for one in levers_of(lever)
+    )
+
+
+def best(points: Iterable[Point], *, gate: float) -> Point | None:
+    """The one that saves most loads of those within the price, both on the texts that are chosen by."""
+    within = [point for point in points if point.chosen_by.cost.value <= gate]
+    return max(within, key=lambda point: point.chosen_by.fewer.value, default=None)
+
+
+def choices(points: Sequence[Point], gates: Sequence[float]) -> list[Choice]:
+    """For each size and kind the best at every price."""
+    found = []
+    for slots in dict.fromkeys(point.slots for point in points):
+        of_size = kinds(point for point in points if point.slots == slots)
+        found += [
+            Choice(kind=kind, gate=gate, slots=slots, point=best(of_kind, gate=gate))
+            for kind, of_kind in of_size.items()
+            for gate in gates
+        ]
+    return found
+
+
+def pareto(points: Iterable[Point]) -> list[Point]:
+    """Those that no other beats in both, on the texts that are chosen by; the cheapest first."""
+    line: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.chosen_by.cost.value, -point.chosen_by.fewer.value)):
+        if not line or point.chosen_by.fewer.value > line[-1].chosen_by.fewer.value:
+            line.append(point)
+    return line

@@ -52,7 +52,7 @@ def trained_arm(model: str, deltas: Sequence[Path]) -> Arm:
         routers = router_delta.load_for(model_dir, folder)
         candidates.append(Candidate(routers, about["config"]["seed"], _history(folder.parent)))
     settings = [field.name for field in fields(ObjectiveArguments) if field.name != "objective"]
-    return Arm(about["objective"], {key: about["config"][key] for key in settings}, candidates)
+    return Arm(about["objective"], {key: about["config"].get(key) for key in settings}, candidates)
 
 
 def divide_budgets(model: str, args: EvaluationArguments) -> tuple[list[results.Plan], list[results.TooSmall]]:

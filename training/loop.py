@@ -23,6 +23,7 @@ from tqdm import tqdm
 from configs.load import UserError
 from data.batches import Batch
 from training.arguments import TrainArguments
+from training.model.cache_in_the_loop import CacheInTheLoop
 from training.model.packing import OnePerRow, one_per_row
 from training.objective.objective import Objective, objective, total_counts
 from training.run import Run, build, finish, save_checkpoint
@@ -158,7 +159,8 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         with torch.no_grad(), run.observer.original_routers():
             base_outputs = outputs_of(run, batch, alone)
     place_BS = None if alone is None else alone.place_BS
-    with run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS) as routings:
+    cache = _cache_in_the_loop(run.args, batch, alone) if run.args.lever_delta else None
+    with run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS, cache=cache) as routings:
         outputs = outputs_of(run, batch, alone)
     share = objective(
         run.args, outputs_BSX=outputs, routings=routings, batch=batch, count=count, step=run.step,
@@ -175,6 +177,16 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         )
     share.loss.backward()
     return share
+
+
+def _cache_in_the_loop(args: TrainArguments, batch: Batch, alone: OnePerRow | None) -> CacheInTheLoop:
+    """In the form in which the model reads the batch: of documents in rows of their own each row begins one."""
+    if alone is None:
+        ids_BS = batch.document_ids_BS.cpu()
+        starts_BS = ids_BS != torch.roll(ids_BS, 1, dims=1)
+    else:
+        starts_BS = torch.zeros(alone.input_ids_DT.shape, dtype=torch.bool)
+    return CacheInTheLoop(float(args.lever_delta or 0), args.cache_slots[0], starts_BS.numpy())
 
 
 def _not_finite(run: Run) -> str | None:

@@ -110,6 +110,16 @@ def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
             f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
             "not by the largest logits, which soft misses are made of; write objective=cache"
         )
+    if args.lever_delta and (observer.kind.weighing is None or not observer.kind.takes_largest):
+        raise UserError(
+            f"lever_delta={args.lever_delta}: with a lever in the loop routers must choose by the largest logits and weigh "
+            f"other choices in a way that is known; those of {type(model).__name__} do not; write objective=cache"
+        )
+    if args.lever_delta and args.gradient_checkpointing:
+        raise UserError(
+            "gradient_checkpointing=true: what is computed anew would be so without the lever in the loop; write false, or "
+            "objective=cache_miss"
+        )
     return observer
 
 

@@ -13,12 +13,13 @@ from configs.load import UserError, load
 from evaluation.arguments import EvaluationArguments
 from evaluation.engine.loading import load as load_paged
 from evaluation.engine.options import EngineOptions
-from evaluation.evaluate import _model_facts, divide_budgets, evaluate
+from evaluation.evaluate import _model_facts, divide_budgets, evaluate, trained_arm
 from evaluation.measurement import Arm, Candidate
 from evaluation.results import ModelFacts
 from tests.conftest import needs_gpu
 from training.model.loading import load_pretrained
 from training.model.routers import router_parameters
+from training.run_folder import router_delta
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "data" / "embedded" / "model")
@@ -180,6 +181,17 @@ def test_under_a_budget_everything_is_paged_and_gives_the_same(tmp_path: Path, m
         assert len(lines) == 6
         task = resident.arms[arm.split("/")[0]].runs[0].quality.tasks["headword"]
         assert task.value == pytest.approx(sum(json.loads(line)[task.metric] for line in lines) / 6)
+
+
+def test_a_delta_that_was_trained_before_a_setting_existed_is_an_arm_all_the_same(tmp_path: Path) -> None:
+    routers = {name: weight.detach() for name, weight in router_parameters(load_pretrained(MODEL)).items()}
+    about = {"objective": "cache_miss", "config": {"seed": 3, "miss_coef": 0.25}}
+    digest = router_delta.checkpoint_sha256(MODEL, routers)
+    router_delta.save(tmp_path / "delta", routers, base_model=MODEL, base_sha256=digest, about=about)
+    arm = trained_arm(MODEL, [tmp_path / "delta"])
+    assert (arm.objective, arm.candidates[0].seed) == ("cache_miss", 3)
+    assert arm.coefficients["miss_coef"] == 0.25
+    assert arm.coefficients["lever_delta"] is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.model.cache_in_the_loop import CacheInTheLoop
 from training.model.router_calls import AskedRouter, asked_routers
 from training.model.router_kind import RouterKind, kind_of
 from training.model.transformers_internals import router_classes
@@ -33,12 +34,14 @@ class Routing(NamedTuple):
         weights_BSK: mixing weights of the chosen experts, heaviest first, no gradient.
         ids_BSK: the chosen experts, in the order of `weights_BSK`.
         reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
+        mass_BSE: the mixing weight that each expert has or would have, with gradient; None but with a cache in the loop.
     """
 
     logits_BSE: Tensor
     weights_BSK: Tensor
     ids_BSK: Tensor
     reference_logits_BSE: Tensor | None = None
+    mass_BSE: Tensor | None = None
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -131,6 +134,7 @@ class RouterObserver:
         self._uses_reference = False
         self._shape = (0, 0)
         self._place_BS: Tensor | None = None
+        self._cache: CacheInTheLoop | None = None
         self._handles = []
         for name, router in find_routers(model).items():
             reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
@@ -142,19 +146,23 @@ class RouterObserver:
 
     @contextmanager
     def recording(
-        self, batch_size: int, sequence_length: int, *, place_BS: Tensor | None = None
-    ) -> Iterator[list[Routing]]:
+        self, batch_size: int, sequence_length: int, *, place_BS: Tensor | None = None,
+        cache: CacheInTheLoop | None = None,
+    ) -> Iterator[list[Routing]]:  # fmt: skip
         """The list that is yielded is filled, in layer order, when the block ends.
 
-        With `place_BS` a token of the batch is the row of the routers' outputs that stands there; else they are in order.
+        Args:
+            place_BS: a token of the batch is the row of the routers' outputs that stands there; None: they are in order.
+            cache: inside, experts are chosen as it says, which is what is recorded.
         """
         routings: list[Routing] = []
         self._recorded, self._shape, self._place_BS = {}, (batch_size, sequence_length), place_BS
+        self._cache = cache
         try:
             yield routings
             routings += [self._recorded[name] for name in self.names]
         finally:
-            self._recorded = None
+            self._recorded = self._cache = None
 
     @contextmanager
     def original_routers(self) -> Iterator[None]:
@@ -178,6 +186,11 @@ class RouterObserver:
                 return reference(*inputs, **named)
             if self._recorded is None:
                 return None
+            changed, mass = None, None
+            if self._cache is not None:
+                choice = self._cache.choose(*output[:3], weighing=self.kind.weighing)
+                mass, changed = self._in_batch(choice.mass), (output[0], choice.weights, choice.ids, *output[3:])
+                output = changed
             logits, weights, ids = (self._in_batch(tensor) for tensor in output[:3])
             # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
@@ -186,7 +199,7 @@ class RouterObserver:
                 with torch.no_grad():
                     reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
             log_scores = self.kind.log_scores(logits)
-            self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits)
-            return None
+            self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits, mass)
+            return changed
 
         return hook

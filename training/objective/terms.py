@@ -18,7 +18,7 @@ from training.objective import losses
 
 # Published coefficients (arXiv 2605.27081). Ours: `cache` replaces the previous token's experts by what an LRU cache
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
-# from the base's own predictions.
+# from the base's own predictions. `in_the_loop` trains routers as they are served with a lever: see `cache_in_the_loop.py`.
 _REMOE = {"router_kl_coef": 0.45, "reuse_coef": 0.2, "smooth_coef": 0.05, "lag_coef": 0.05, "working_set_coef": 0.01}
 _NOTHING = dict.fromkeys(("distill_coef", "miss_coef", *_REMOE), 0.0)
 PRESETS: dict[str, dict[str, float]] = {
@@ -29,20 +29,28 @@ PRESETS: dict[str, dict[str, float]] = {
     "remoe_no_consistency": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
-}
-REWARDING_CACHES = ("cache", "cache_miss")
+    "in_the_loop": {
+        **_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.02, "miss_coef": 0.08, "miss_temperature": 0.02, "lever_delta": 0.06
+    },
+}  # fmt: skip
+REWARDING_CACHES = ("cache", "cache_miss", "in_the_loop")
 """Objectives whose reuse and miss terms are about LRU caches of `cache_slots` instead of the previous token's experts."""
+MISS_TEMPERATURE = 0.25
 
 
 @dataclass
 class ObjectiveArguments:
     """What is optimised. A coefficient that is left out has its preset's value."""
 
-    objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache or cache_miss
+    objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache, cache_miss or in_the_loop
     distill_coef: float | None = None  # share of the task loss that is the KL to the base's predictions, 0 to below 1
     reuse_coef: float | None = None  # weight of the reuse reward
     miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
-    miss_temperature: float = 0.25  # in router logits: how close a call must be to count as one
+    # how close a call must be to count as one: in router logits, or with a lever in the loop in mixing weight
+    miss_temperature: float | None = None
+    # the lever in the loop: experts are chosen by their mixing weight, plus this if an LRU cache of `cache_slots` holds them;
+    # 0: by the router alone
+    lever_delta: float | None = None
     router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
     smooth_coef: float | None = None  # weight of the symmetric KL between neighbouring tokens
     lag_coef: float | None = None  # weight of the symmetric KL between tokens at the distances of `lags`
@@ -62,13 +70,19 @@ class ObjectiveArguments:
         for key, value in PRESETS[self.objective].items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        coefficients = dict.fromkeys((*_NOTHING, "router_aux_loss_coef"), (0, math.inf))
+        self.miss_temperature = MISS_TEMPERATURE if self.miss_temperature is None else self.miss_temperature
+        self.lever_delta = 0.0 if self.lever_delta is None else self.lever_delta
+        coefficients = dict.fromkeys((*_NOTHING, "router_aux_loss_coef", "lever_delta"), (0, math.inf))
         in_range(self, **coefficients, reuse_warmup_steps=(0, math.inf), consistency_warmup_steps=(0, math.inf))
         in_range(self, **dict.fromkeys(("working_set_window", "lags", "cache_slots"), (1, math.inf)))
         if not 0 < self.miss_temperature < math.inf:
             raise ValueError(f"miss_temperature={self.miss_temperature}: write a number above 0, as 0.25")
         if self.rewards_cache and not self.cache_slots:
             raise ValueError(f"cache_slots=[]: objective={self.objective} is about caches; write at least one, as [8]")
+        if self.lever_delta and not (self.rewards_cache and len(self.cache_slots) == 1):
+            raise ValueError(
+                f"lever_delta={self.lever_delta} acts on one cache: write objective=in_the_loop and one size, as cache_slots=[8]"
+            )
         if self.coefficient("distill_coef") >= 1:
             raise ValueError(
                 f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
@@ -141,8 +155,14 @@ def working_set(layers: Layers) -> Tensor:
 
 
 def missed(layers: Layers) -> Tensor:
-    logits_BSE, others = layers.routing.logits_BSE, (layers.document_ids_BS, layers.top_k, layers.args.miss_temperature)
-    return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, *others))
+    """On the scores that decide: logits, or with a lever in the loop mixing weights with what residents get on top."""
+    args, logits_BSE = layers.args, layers.routing.logits_BSE
+    others = (layers.document_ids_BS, layers.top_k, args.coefficient("miss_temperature"))
+    if not args.lever_delta:
+        return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, *others))
+    (held_BSE,), delta, mass_BSE = layers.cached, args.lever_delta, layers.routing.mass_BSE
+    assert mass_BSE is not None, "recorded with a cache in the loop"
+    return losses.miss_loss_sum(mass_BSE + delta * held_BSE, held_BSE, *others)
 
 
 def trust(layers: Layers) -> Tensor | None:
@@ -186,7 +206,9 @@ TERMS = (  # added up in this order, on which last bits depend
     Term("smooth_loss", "smooth_coef", CONSISTENCY, None, smooth),
     Term("lag_loss", "lag_coef", CONSISTENCY, None, lagged, settings=("lags",)),
     Term("working_set_loss", "working_set_coef", CONSISTENCY, "windows", working_set, settings=("working_set_window",)),
-    Term("miss_loss", "miss_coef", REUSE, "positions", missed, False, ("miss_temperature", "cache_slots")),
+    Term(
+        "miss_loss", "miss_coef", REUSE, "positions", missed, False, ("miss_temperature", "cache_slots", "lever_delta")
+    ),
     Term("trust_kl", "router_kl_coef", None, "positions", trust),
     Term("load_balance_loss", "router_aux_loss_coef", None, "positions", load_balance, False),
 )

@@ -1,0 +1,144 @@
+"""A cache in the training pass: choices are those of serving, step by step, and gradients those of the chosen weights."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from configs.load import UserError
+from evaluation.benchmark.families import make_tiny, tiny_config
+from evaluation.engine.levers.prior import Prior
+from evaluation.frontier.steps import CacheKind, read_in_steps
+from training.arguments import TrainArguments
+from training.loop import train_step
+from training.model.cache_in_the_loop import CacheInTheLoop, served
+from training.model.loading import load_pretrained
+from training.model.routers import RouterObserver
+from training.run import build
+
+Arguments = Callable[..., TrainArguments]
+
+
+def one_by_one(mass_SE: Any, own_SK: Any, starts_S: Any, *, slots: int, delta: float) -> list[list[int]]:
+    """The choices of one row, with a cache that is a list: the latest last."""
+    cache: list[int] = []
+    chosen = []
+    for mass, own, starts in zip(mass_SE.tolist(), own_SK.tolist(), starts_S.tolist(), strict=True):
+        cache = [] if starts else cache
+        score = [m + delta * (e in cache) + 1e-12 * (e in own) for e, m in enumerate(mass)]
+        best = sorted(range(len(mass)), key=lambda e: -score[e])[: len(own)]
+        ids = sorted(best, key=lambda e: -mass[e])
+        chosen.append(ids)
+        cache = ([e for e in cache if e not in ids] + ids[::-1])[-slots:]
+    return chosen
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.03, 0.2, 9.0])
+@pytest.mark.parametrize("slots", [3, 5, 12])
+def test_choices_are_those_of_a_cache_that_is_a_list(slots: int, delta: float) -> None:
+    draw = np.random.default_rng(1)
+    logits = draw.normal(size=(4, 30, 12))
+    mass = (np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)).astype(np.float32)
+    own = np.argsort(-mass, axis=-1)[..., :3]
+    starts = draw.random((4, 30)) < 0.1
+    starts[:, 0] = True
+    found = served(mass, own, starts, slots=slots, delta=delta)
+    for row in range(4):
+        expected = one_by_one(mass[row].astype(np.float64), own[row], starts[row], slots=slots, delta=delta)
+        assert found[row].tolist() == expected
+    assert (found == own).all() == (delta == 0)
+
+
+FAMILIES = {"OlmoeConfig": {}, "Qwen3MoeConfig": {"norm_topk_prob": True}, "Qwen2MoeConfig": {"num_experts_per_tok": 1}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_training_pass_is_what_serving_gives(family: str, tmp_path: Any) -> None:
+    """Losses and loads of texts that are read at once, and of the same texts token by token with the engine's lever."""
+    make_tiny(tiny_config(getattr(transformers, family), **FAMILIES[family]), tmp_path)
+    model = load_pretrained(str(tmp_path), dtype=torch.float32)
+    texts = np.random.default_rng(2).integers(4, 200, size=(3, 20))
+    expected = read_in_steps(model, texts, [Prior(delta=0.05)], CacheKind(4))
+    observer, ids = RouterObserver(model), torch.from_numpy(texts)
+    starts = np.zeros(texts.shape, dtype=bool)
+    starts[:, 0] = True
+    with observer.recording(3, 20, cache=CacheInTheLoop(0.05, 4, starts)) as routings:
+        logits = model(input_ids=ids, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert losses.view(3, 19).sum(1).numpy() == pytest.approx(expected.losses_R, rel=1e-4)
+    loads = np.zeros(3, dtype=int)
+    for routing in routings:
+        for row in range(3):
+            cache: list[int] = []
+            for chosen in routing.ids_BSK[row, :-1].tolist():
+                loads[row] += sum(expert not in cache for expert in chosen)
+                cache = ([e for e in cache if e not in chosen] + chosen[::-1])[-4:]
+    assert loads.tolist() == expected.loads_R.tolist()
+    observer.close()
+    untouched = read_in_steps(model, texts, [], CacheKind(4))
+    assert loads.sum() < untouched.loads_R.sum()
+
+
+def test_gradients_go_through_the_weights_of_what_was_chosen(tmp_path: Any) -> None:
+    make_tiny(tiny_config(transformers.OlmoeConfig), tmp_path)
+    model = load_pretrained(str(tmp_path), dtype=torch.float32)
+    observer = RouterObserver(model)
+    ids = torch.arange(4, 24)[None]
+    starts = np.zeros((1, 20), dtype=bool)
+    starts[0, 0] = starts[0, 9] = True
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    for router in (m for n, m in model.named_modules() if n.endswith("mlp.gate")):
+        router.register_forward_hook(lambda _, __, output: seen.append(output))
+    with observer.recording(1, 20, cache=CacheInTheLoop(0.1, 4, starts)) as routings:
+        model(input_ids=ids, use_cache=False)
+    logits, weights, chosen = seen[0]
+    torch.testing.assert_close(weights, logits.softmax(-1).gather(1, chosen))
+    assert torch.equal(routings[0].ids_BSK[0], chosen)
+    gradient = torch.autograd.grad(weights[:, 0].sum(), logits, retain_graph=True)[0]
+    assert (gradient.abs().sum(1) > 0).all()
+    assert routings[0].mass_BSE is not None
+    torch.testing.assert_close(routings[0].mass_BSE[0], logits.softmax(-1))
+    assert not torch.equal(chosen, logits.topk(chosen.shape[1]).indices)
+    observer.close()
+
+
+def test_it_trains_and_misses_become_fewer_where_they_are_served_with_the_lever(train_args: Arguments) -> None:
+    own: dict[str, Any] = {"objective": "in_the_loop", "cache_slots": [4], "reuse_warmup_steps": 0, "max_steps": 30}
+    run = build(train_args(**own, warmup_steps=0, learning_rate=0.03, miss_coef=0.5))
+    lines = [train_step(run) for _ in range(30)]
+    assert lines[-1]["train/miss_loss"] < 0.9 * lines[0]["train/miss_loss"]
+    assert lines[-1]["cache/lru/C4/hit_rate"] > lines[0]["cache/lru/C4/hit_rate"]
+    run.observer.close()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"objective": "in_the_loop", "cache_slots": [4, 6]},
+            "acts on one cache: write objective=in_the_loop and one size",
+        ),
+        ({"objective": "remoe", "lever_delta": 0.1}, "acts on one cache: write objective=in_the_loop"),
+        (
+            {"objective": "in_the_loop", "cache_slots": [4], "lever_delta": -1.0},
+            "lever_delta=-1.0: write a number of at least 0",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changed: Any, words: str, train_args: Arguments) -> None:
+    with pytest.raises(ValueError, match=words):
+        train_args(**changed)
+
+
+def test_what_cannot_act_in_the_loop_is_refused_before_training(train_args: Arguments, tmp_path: Any) -> None:
+    loop = {"objective": "in_the_loop", "cache_slots": [4]}
+    with pytest.raises(UserError, match="gradient_checkpointing=true: what is computed anew"):
+        build(train_args(**loop, gradient_checkpointing=True))
+    make_tiny(tiny_config(transformers.DeepseekV3Config), tmp_path)
+    with pytest.raises(UserError, match="routers must choose by the largest logits"):
+        build(train_args(**loop, miss_coef=0.0, model_name_or_path=str(tmp_path)))

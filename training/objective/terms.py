@@ -235,6 +235,7 @@ def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if config[term.coefficient]:
             keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
     without = set() if config["objective"] in REWARDING_CACHES else {"cache_slots"}
+    without |= set() if config.get("lever_delta") else {"lever_delta"}
     return {key: config[key] for key in keys if key not in without}
 
 

@@ -99,6 +99,24 @@ def test_cache_miss_adds_the_soft_misses_of_its_caches_to_trust() -> None:
     torch.testing.assert_close(found.loss, expected)
 
 
+def test_with_a_lever_in_the_loop_misses_are_of_the_score_that_decides() -> None:
+    args = ObjectiveArguments(
+        objective="in_the_loop", cache_slots=[3], lever_delta=0.1, miss_coef=0.3, distill_coef=0.0
+    )
+    batch = a_batch()
+    layers = [layer._replace(mass_BSE=layer.logits_BSE.softmax(-1)) for layer in two_layers()]
+    found = evaluate(args, batch, layers)
+    slow = []
+    for layer in layers:
+        held = losses.lru_content(layer.ids_BSK, batch.document_ids_BS, 6, 3)
+        scores = layer.logits_BSE.softmax(-1) + 0.1 * held
+        slow.append(losses.miss_loss_sum(scores, held, batch.document_ids_BS, 2, 0.02))
+    miss = torch.stack(slow).mean() / 24
+    torch.testing.assert_close(found.terms["miss_loss"], miss.detach())
+    expected = found.terms["loss"] + PRESETS["in_the_loop"]["router_kl_coef"] * found.terms["trust_kl"] + 0.3 * miss
+    torch.testing.assert_close(found.loss, expected)
+
+
 def test_distillation_takes_its_share_of_the_task_loss() -> None:
     args = ObjectiveArguments(objective="ce_only", distill_coef=0.75)
     batch, layers = a_batch(), two_layers()
@@ -166,11 +184,13 @@ def test_terms_are_means_over_layers_and_items_and_lags_that_do_not_fit_are_skip
 def test_layers_that_are_worked_on_together_give_what_each_gives_alone(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ObjectiveArguments(objective=name, cache_slots=[2, 4], working_set_window=4, router_aux_loss_coef=0.1)
+    slots = [4] if name == "in_the_loop" else [2, 4]
+    args = ObjectiveArguments(objective=name, cache_slots=slots, working_set_window=4, router_aux_loss_coef=0.1)
     outcomes = []
     for numbers in (1, 2 * 2 * 12 * 6, 2**20):  # one layer at a time, two, all
         monkeypatch.setattr(objective_module, "STACKED_NUMBERS", numbers)
         layers = two_layers() + [layer._replace(ids_BSK=layer.ids_BSK.flip(1)) for layer in two_layers()]
+        layers = [layer._replace(mass_BSE=layer.logits_BSE.softmax(-1)) for layer in layers]
         found = evaluate(args, a_batch(), layers)
         of_logits = torch.autograd.grad(found.loss, [layer.logits_BSE for layer in layers], allow_unused=True)
         outcomes.append((found.terms, found.reuse_L, found.load_LE, found.hits_C, found.loss.detach(), of_logits))
@@ -201,7 +221,7 @@ def test_shares_of_micro_batches_add_up_to_the_whole() -> None:
     count = total_counts(args, [batch])
     shares = []
     for rows in (slice(0, 1), slice(1, 4)):
-        part = [Routing(*(tensor[rows] for tensor in layer)) for layer in layers]  # type: ignore[index]
+        part = [Routing(*(None if tensor is None else tensor[rows] for tensor in layer)) for layer in layers]  # type: ignore[arg-type]
         shares.append(
             objective(
                 args, outputs_BSX=vocabulary[rows], routings=part, batch=Batch(*(t[rows] for t in batch)), count=count,

@@ -23,7 +23,8 @@ def test_the_remoe_preset_has_the_published_coefficients() -> None:
 
 def test_there_is_a_test_for_every_preset() -> None:
     assert set(PRESETS) == {
-        "ce_only", "remoe", "remoe_no_trust", "remoe_no_reuse", "remoe_no_consistency", "cache", "cache_miss"
+        "ce_only", "remoe", "remoe_no_trust", "remoe_no_reuse", "remoe_no_consistency", "cache", "cache_miss",
+        "in_the_loop",
     }  # fmt: skip
 
 
@@ -85,6 +86,13 @@ def test_weights_are_coefficients_times_their_ramps() -> None:
             {
                 "distill_coef": 0.9, "miss_coef": 0.25, "miss_temperature": 0.25, "cache_slots": [8], "router_kl_coef": 0.1,
                 "reuse_warmup_steps": 400,
+            },
+        ),
+        (
+            "in_the_loop",
+            {
+                "distill_coef": 0.9, "miss_coef": 0.08, "miss_temperature": 0.02, "cache_slots": [8], "lever_delta": 0.06,
+                "router_kl_coef": 0.02, "reuse_warmup_steps": 400,
             },
         ),
         ("cache", {"reuse_coef": 0.2, "cache_slots": [8], "router_kl_coef": 0.45, "reuse_warmup_steps": 400}),

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
-from evaluation.engine.levers.scores import Ids, Mask, Scores
+from evaluation.engine.levers.scores import Ids, Mask, Scores, number_of
 
 if TYPE_CHECKING:  # options are read where torch is not loaded
     from torch import Tensor
@@ -31,18 +31,13 @@ class Drop:
 
     def of_layer(self, layer: int, layers: int) -> "LayerDrop":
         """The rule of one layer; a `ValueError` if thresholds are given for another number of layers."""
-        if not isinstance(self.below, tuple):
-            return LayerDrop(self, self.below)
-        if len(self.below) != layers:
-            raise ValueError(f"below has {len(self.below)} weights, the model {layers} layers with experts")
-        return LayerDrop(self, self.below[layer])
+        return LayerDrop(number_of(self.below, "below", layer, layers))
 
 
 @dataclass
 class LayerDrop:
     """The rule of one layer."""
 
-    prior: Drop
     below: float
 
     def see(self, logits_TE: "Tensor") -> None:

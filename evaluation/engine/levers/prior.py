@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
-from evaluation.engine.levers.scores import Array, Ids, Mask, Scores, among, largest
+from evaluation.engine.levers.scores import Array, Ids, Mask, Scores, among, largest, number_of
 
 if TYPE_CHECKING:  # options are read where torch is not loaded
     from torch import Tensor
@@ -47,11 +47,7 @@ class Prior:
 
     def of_layer(self, layer: int, layers: int) -> "LayerPrior":
         """The rule of one layer; a `ValueError` if strengths are given for another number of layers."""
-        if not isinstance(self.delta, tuple):
-            return LayerPrior(self, self.delta)
-        if len(self.delta) != layers:
-            raise ValueError(f"delta has {len(self.delta)} strengths, the model {layers} layers with experts")
-        return LayerPrior(self, self.delta[layer])
+        return LayerPrior(self, number_of(self.delta, "delta", layer, layers))
 
 
 @dataclass

@@ -52,3 +52,12 @@ def among(ids_TK: Ids, experts: int) -> Mask:
     chosen_TE = np.zeros((len(ids_TK), experts), dtype=bool)
     chosen_TE[np.arange(len(ids_TK))[:, None], ids_TK] = True
     return chosen_TE
+
+
+def number_of(given: float | tuple[float, ...], name: str, layer: int, layers: int) -> float:
+    """The number of one layer; a `ValueError` if there are some for another number of layers."""
+    if not isinstance(given, tuple):
+        return given
+    if len(given) != layers:
+        raise ValueError(f"{name} has {len(given)} numbers, the model {layers} layers with experts")
+    return given[layer]

@@ -110,7 +110,7 @@ def test_a_stronger_prior_loads_less_and_changes_more(model: PreTrainedModel, te
 
 
 def test_a_lever_for_another_number_of_layers_is_refused_and_the_model_left_alone(model: PreTrainedModel) -> None:
-    with pytest.raises(UserError, match=re.escape("delta has 3 strengths, the model 4 layers")):
+    with pytest.raises(UserError, match=re.escape("delta has 3 numbers, the model 4 layers")):
         read_in_steps(model, np.ones((2, 4), dtype=int), [Prior(delta=(0.1, 0.1, 0.1))], CacheKind(8))
     assert not any(router._forward_hooks for router in find_routers(model).values())
     assert set(ONLINE) >= {"lru", "decayed"}

@@ -286,10 +286,10 @@ def test_survivors_of_a_normalised_router_add_up_to_what_they_did(model_of: Call
 
 
 def test_each_layer_may_have_a_strength_of_its_own(plain: Any) -> None:
-    with pytest.raises(UserError, match="delta has 3 strengths, the model 2 layers with experts"):
+    with pytest.raises(UserError, match="delta has 3 numbers, the model 2 layers with experts"):
         routed(plain, Prior(delta=(0.1, 0.2, 0.3)), [])
     assert [Prior(delta=(0.1, 0.2)).of_layer(layer, 2).delta for layer in (0, 1)] == [0.1, 0.2]
-    with pytest.raises(UserError, match="below has 1 weights, the model 2 layers"):
+    with pytest.raises(UserError, match="below has 1 numbers, the model 2 layers"):
         routed(plain, Drop(below=(0.1,)), [])
 
 

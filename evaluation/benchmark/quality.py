@@ -106,6 +106,8 @@ def _beside_resident(options: QualityBenchmark, asked: QualityArguments, names: 
             args = replace(asked, tasks=[name])
             tasks = load_tasks(args)
             sides = {side: partial(_asked, ask, tasks, args) for side, ask in (("ours", ours), ("theirs", theirs))}
+            for warm_up in sides.values():
+                warm_up()
             rows.append(_measured(name, sides, options.repeats))
     return rows
 
@@ -145,7 +147,7 @@ def _beside_offload(options: QualityBenchmark, memory_limit: str, names: Sequenc
         for given in tried:
             try:
                 theirs = start(given)
-                survived = {name: _told(theirs, name) for name in names}
+                first = {name: [_told(ours, name), _told(theirs, name)] for name in names}
                 break
             except UserError as error:
                 print(
@@ -153,14 +155,10 @@ def _beside_offload(options: QualityBenchmark, memory_limit: str, names: Sequenc
                 )
         else:
             raise UserError(f"accelerate's offload does not survive {memory_limit}; give more")
-        sides = {"ours": partial(_told, ours), "theirs": partial(_told, theirs)}
-        rows = [
-            _measured(
-                name, {s: partial(ask, name) for s, ask in sides.items()}, options.repeats,
-                warm=[_told(ours, name), survived[name]],
-            )
-            for name in names
-        ]  # fmt: skip
+        rows = []
+        for name in names:
+            sides = {"ours": partial(_told, ours, name), "theirs": partial(_told, theirs, name)}
+            rows.append(_measured(name, sides, options.repeats - 1, turns=[first[name]]))
         return rows, given.batch_size
 
 
@@ -182,14 +180,15 @@ def _heard(child: Child, beginning: str) -> str:
 
 
 def _measured(
-    name: str, sides: Mapping[str, Callable[[], Timed]], repeats: int, *, warm: Sequence[Timed] | None = None
+    name: str, sides: Mapping[str, Callable[[], Timed]], repeats: int, *, turns: Sequence[Sequence[Timed]] = ()
 ) -> Row:
-    """One row: both sides at one task; before the turns that count each has had one, which `warm` holds."""
-    values = [found for _, found in warm or [ask() for ask in sides.values()]]
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    """One row: both sides at one task, so often and in the `turns` that were taken before."""
+    found = {side: [turn[place] for turn in turns] for place, side in enumerate(sides)}
     for turn in range(repeats):
         for side in in_turn(list(sides), turn):
-            seconds[side].append(sides[side]()[0])
+            found[side].append(sides[side]())
+    seconds = {side: [taken for taken, _ in of_side] for side, of_side in found.items()}
+    values = [of_side[0][1] for of_side in found.values()]
     ours, theirs = seconds.values()
     ratio = paired_ratio(ours, to=theirs)
     assert ratio is not None, "every turn was measured"

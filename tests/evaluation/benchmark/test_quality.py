@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import UserError
+from evaluation.benchmark.memory_group import find_hierarchy
 from evaluation.benchmark.quality import QualityBenchmark, benchmark
 
 ROOT = Path(__file__).parents[3]
@@ -29,3 +31,36 @@ def test_sides_score_alike(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         assert theirs.endswith("s")
         assert ratio.endswith("×")
         assert float(difference.split()[0]) < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_hierarchy() is None, reason="no memory groups can be made here")
+def test_beside_the_offload_each_side_is_in_a_memory_group_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    options = QualityBenchmark(
+        model="data/embedded/model", memory_budget="smallest + 50%", memory_limit="2GiB", tasks=("letters", "headword"),
+        limit=2, repeats=1, dtype="float32", work_dir=str(tmp_path),
+    )  # fmt: skip
+    benchmark(options)
+    shown = capsys.readouterr().out
+    assert "batches of 64" in shown
+    for task in options.tasks:
+        cells = re.search(rf"{task} .*", shown)
+        assert cells is not None
+        assert cells[0].count("×") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({}, "write --expert-cache .* or --memory-budget with --memory-limit"),
+        ({"expert_cache": "2MiB", "memory_budget": "1GiB"}, "write --expert-cache"),
+        ({"memory_budget": "1GiB"}, "--memory-budget and --memory-limit go together"),
+    ],
+)
+def test_what_is_compared_must_be_said(given: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        QualityBenchmark(model="x", **given)  # type: ignore[arg-type]

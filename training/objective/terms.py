@@ -156,8 +156,9 @@ def working_set(layers: Layers) -> Tensor:
 
 def missed(layers: Layers) -> Tensor:
     """On the scores that decide: logits, or with a lever in the loop mixing weights with what residents get on top."""
-    args, logits_BSE = layers.args, layers.routing.logits_BSE
-    others = (layers.document_ids_BS, layers.top_k, args.coefficient("miss_temperature"))
+    args, logits_BSE, temperature = layers.args, layers.routing.logits_BSE, layers.args.miss_temperature
+    assert temperature is not None, "presets and defaults fill it in"
+    others = (layers.document_ids_BS, layers.top_k, temperature)
     if not args.lever_delta:
         return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, *others))
     (held_BSE,), delta, mass_BSE = layers.cached, args.lever_delta, layers.routing.mass_BSE

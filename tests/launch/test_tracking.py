@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.report.documents import write_results
-from launch.tracking import figures, upload
+from evaluation.results import figures
+from launch.tracking import upload
 from tests.evaluation.made_results import made_results
 from tests.training.run_folder.test_wandb import records
 
@@ -14,7 +15,7 @@ from tests.training.run_folder.test_wandb import records
 def test_figures_are_those_of_the_results() -> None:
     results = made_results(("base", "remoe"))
     run = results.arms["remoe"].runs[0]
-    found = dict(figures(run, is_base=False))
+    found = dict(figures(run))
     assert run.quality is not None
     assert run.routing is not None
     assert found["task/letters"] == run.quality.tasks["letters"].value
@@ -23,7 +24,10 @@ def test_figures_are_those_of_the_results() -> None:
     row = next(row for row in run.replay or [] if (row.policy, row.slots) == ("lru", 6))
     assert found["miss_rate/lru/6_slots"] == (row.misses or 0) / (row.accesses or 1)
     assert "change/letters" in found
-    assert not any(name.startswith("change/") for name in dict(figures(results.arms["base"].runs[0], is_base=True)))
+    assert run.difference is not None
+    assert found["change/perplexity/mean"] == run.difference.perplexity["mean"].relative
+    untouched = dict(figures(results.arms["base"].runs[0]))
+    assert not any(name.startswith("change/") for name in untouched), "nothing to compare the base with"
 
 
 @pytest.mark.slow  # starts the program that writes the file

@@ -45,7 +45,7 @@ def test_an_offline_run_holds_figures_and_files(tmp_path: Path, monkeypatch: pyt
         if record.HasField("summary")
         for item in record.summary.update
     }
-    seeds = [dict(figures(run, is_base=False)) for run in results.arms["cache"].runs]
+    seeds = [dict(figures(run)) for run in results.arms["cache"].runs]
     expected = sum(seed["task/letters"] for seed in seeds) / 2
     assert summary["eval/cache/task/letters"] == pytest.approx(expected)
     artifacts = [record.artifact for record in found if record.HasField("artifact")]

@@ -58,6 +58,7 @@ class QualityBenchmark:
     expert_cache: str | None = None  # of the engine, beside the model in memory; or
     memory_budget: str | None = None  # of the engine, beside accelerate's disk offload
     memory_limit: str | None = None  # with memory_budget: for each process, page cache included
+    prefetch: int = 0  # with memory_budget: experts of the next layer that the engine reads ahead
     work_dir: str = "runs/bench"  # with memory_budget: where accelerate's offload folder is made
     tasks: tuple[str, ...] = ("headword", "next_line_prose", "perplexity_prose", "letters")
     include_path: str = "data/embedded/tasks"  # folder of task YAMLs
@@ -66,7 +67,7 @@ class QualityBenchmark:
     dtype: str = "auto"  # precision: auto (as stored), float32 or bfloat16
 
     def __post_init__(self) -> None:
-        at_least(self, limit=1, repeats=1)
+        at_least(self, limit=1, repeats=1, prefetch=0)
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError("write --expert-cache (beside the model in memory) or --memory-budget with --memory-limit")
         if (self.memory_budget is None) != (self.memory_limit is None):
@@ -138,7 +139,9 @@ def _beside_offload(options: QualityBenchmark, memory_limit: str, names: Sequenc
             _heard(child, READY)
             return child
 
-        ours = start(replace(order, memory_budget=options.memory_budget, dtype=options.dtype))
+        ours = start(
+            replace(order, memory_budget=options.memory_budget, dtype=options.dtype, prefetch=options.prefetch)
+        )
         tried = [
             replace(order, resident_bytes=max(0, limit_bytes - margin), offload_dir=offload_dir, batch_size=size)
             for size in OFFLOAD_BATCHES

@@ -41,6 +41,7 @@ class TaskOrder:
     threads: int
     dtype: str = "auto"  # ours
     memory_budget: str | None = None  # ours
+    prefetch: int = 0  # ours
     resident_bytes: int | None = None  # accelerate: weights to keep in memory
     offload_dir: str | None = None  # accelerate
     batch_size: int = 1  # accelerate; ours finds its own
@@ -70,7 +71,7 @@ Opened = tuple[Callable[[], Any], list[Path]]
 
 @contextmanager
 def _ours(order: TaskOrder, tokenizer: Any) -> Iterator[Opened]:
-    options = EngineOptions(memory_budget=order.memory_budget, dtype=order.dtype, warn=False)
+    options = EngineOptions(memory_budget=order.memory_budget, dtype=order.dtype, prefetch=order.prefetch, warn=False)
     with load(order.model_dir, options) as (model, engine):
 
         def begin() -> BatchedLM:

@@ -3,6 +3,7 @@
 What is reported of a choice comes from other texts: of many points measured on the same ones the best would look too good.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pydantic import BaseModel
@@ -11,6 +12,9 @@ from evaluation.engine.levers.drop import Drop
 from evaluation.engine.levers.spec import levers_of
 from evaluation.frontier.arguments import NO_LEVER
 from evaluation.frontier.points import Point
+
+ANY = ", any lever"
+"""What is compared of all levers together, where there are several kinds."""
 
 
 class Choice(BaseModel):
@@ -26,10 +30,13 @@ def kinds(points: Iterable[Point]) -> dict[str, list[Point]]:
     """What is compared with what: levers alone, routers alone, both."""
     found: dict[str, list[Point]] = {}
     for point in points:
-        levered = [] if point.lever == NO_LEVER else [f", {_kind_of(point.lever)}", ", any lever"]
+        levered = [] if point.lever == NO_LEVER else [f", {_kind_of(point.lever)}", ANY]
         for beside in levered or [""]:
             found.setdefault(f"{point.arm}{beside}", []).append(point)
-    return found
+    kinds_of_arm = Counter(name.split(", ")[0] for name in found if ", " in name)
+    return {
+        name: of for name, of in found.items() if not name.endswith(ANY) or kinds_of_arm[name.removesuffix(ANY)] > 2
+    }
 
 
 def _kind_of(lever: str) -> str:

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from configs.load import UserError, load
-from evaluation import results
 from evaluation.arguments import EvaluationArguments
+from evaluation.figures import figures
 from evaluation.measurement import Candidate, Measurement, pieces_of_text
 from evaluation.quality.batches import Answers
 from evaluation.quality.scores import Scores
@@ -54,7 +54,7 @@ class InTraining:
             run, scores = self._measurement.of_model(model, None, untouched, answers, base_scores=base)
         if is_base:
             self._base = scores
-        return {f"eval/{name}": value for name, value in results.figures(run)}
+        return {f"eval/{name}": value for name, value in figures(run)}
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from evaluation.results import Results, figures
+from evaluation.figures import figures
+from evaluation.results import Results
 from training.run_folder.metrics import start_wandb
 
 FILES = ("results.json", "report.html", "report.md")

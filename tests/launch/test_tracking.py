@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.figures import figures
 from evaluation.report.documents import write_results
-from evaluation.results import figures
 from launch.tracking import upload
 from tests.evaluation.made_results import made_results
 from tests.training.run_folder.test_wandb import records

@@ -18,9 +18,14 @@ def levers_of(text: str) -> tuple[Prior | Drop, ...]:
     """The levers that a line names, which act one after the other; between keys `;` may stand for a comma.
 
     Raises:
-        UserError: a name, a key or a value that is not known.
+        UserError: a name, a key or a value that is not known; or something after dropping, which leaves fewer experts.
     """
-    return tuple(_lever(part.strip()) for part in text.split("+"))
+    levers = tuple(_lever(part.strip()) for part in text.split("+"))
+    if any(isinstance(lever, Drop) for lever in levers[:-1]):
+        raise UserError(
+            f"lever {text!r}: what drop leaves out no other lever can choose again; write drop last, and once"
+        )
+    return levers
 
 
 def _lever(text: str) -> Prior | Drop:

@@ -273,6 +273,22 @@ def test_what_is_dropped_has_no_weight_and_asks_for_nothing_and_the_rest_keeps_i
     assert (ids, weights.tolist()[1:]) == ([0, 0, 0], [0.0, 0.0]), "the heaviest stays"
 
 
+@torch.no_grad()
+def test_what_a_prior_has_not_replaced_may_be_dropped(plain: Any) -> None:
+    resident = np.isin(np.arange(6), [3])[None]
+    how: Any = {"resident": lambda *_: resident, "is_decode": lambda: True, "counts": ReadCounts()}
+    attach(plain, levers_of("prior:delta=0.05+drop:below=0.3"), **how)
+    (hook,) = next(iter(find_routers(plain).values()))._forward_hooks.values()
+    p = Z.softmax(
+        -1
+    )  # 0.64, 0.24, 0.09, 0.05, ...: the resident 3 comes in for 2, and 1, which is missing, is left out
+    weights, ids = p.topk(3)
+    _, new_weights, new_ids = hook(torch.nn.Identity(), None, (Z, weights, ids))
+    assert new_ids[0].tolist() == [0, 3, 0]
+    torch.testing.assert_close(new_weights[0], torch.stack([p[0, 0], p[0, 3], torch.tensor(0.0)]))
+    assert how["counts"].swapped == 2
+
+
 def test_survivors_of_a_normalised_router_add_up_to_what_they_did(model_of: Callable[[str], Any]) -> None:
     model = model_of("normalised")
     counts = ReadCounts()
@@ -318,6 +334,8 @@ def test_levers_are_read_from_a_line() -> None:
         ("prior:delta=1,space=logit", "space=logit: .*'probability' or 'logits'"),
         ("prior:delta=1,swaps=-1", "swaps=-1"),
         ("prior:delta=1+", "lever '' is not known"),
+        ("drop:below=0.1+prior:delta=1", "write drop last, and once"),
+        ("drop:below=0.1+drop:below=0.2", "write drop last, and once"),
     ],
 )
 def test_what_is_not_understood_is_named(text: str, words: str) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from configs.load import UserError, load
 from evaluation.arguments import EvaluationArguments
 from evaluation.evaluate import evaluate, trained_arm
+from evaluation.in_training import _left_as_it_is
 from training import loop
 from training.arguments import TrainArguments
 from training.loop import train
+from training.model.loading import load_pretrained
 from training.run_folder import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -120,3 +123,16 @@ def test_how_often_and_what_go_together(train_args: Arguments) -> None:
         train_args(eval_steps=2)
     with pytest.raises(ValueError, match="eval_steps=0"):
         train_args(eval_steps=0, eval_config="x.yaml")
+
+
+def test_inside_nothing_trains_and_afterwards_modes_are_as_they_were() -> None:
+    """A layer that checkpoints does without a key-value cache while it trains, which generating needs."""
+    model = load_pretrained(MODEL)
+    checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in checkpointed:
+        module.training = True
+    with _left_as_it_is(model):
+        assert not any(module.training for module in model.modules())
+        torch.manual_seed(5)
+    assert {id(module) for module in model.modules() if module.training} == {id(module) for module in checkpointed}
+    assert torch.initial_seed() != 5

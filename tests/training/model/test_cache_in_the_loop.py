@@ -1,6 +1,7 @@
 """A cache in the training pass: choices are those of serving, step by step, and gradients those of the chosen weights."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from evaluation.benchmark.families import make_tiny, tiny_config
 from evaluation.engine.levers.prior import Prior
 from evaluation.frontier.steps import CacheKind, read_in_steps
 from training.arguments import TrainArguments
-from training.loop import train_step
+from training.loop import _cache_in_the_loop, train_step
 from training.model.cache_in_the_loop import CacheInTheLoop, served
 from training.model.loading import load_pretrained
+from training.model.packing import one_per_row
 from training.model.routers import RouterObserver
 from training.run import build
 
@@ -105,6 +107,18 @@ def test_gradients_go_through_the_weights_of_what_was_chosen(tmp_path: Any) -> N
     torch.testing.assert_close(routings[0].mass_BSE[0], logits.softmax(-1))
     assert not torch.equal(chosen, logits.topk(chosen.shape[1]).indices)
     observer.close()
+
+
+def test_every_document_of_a_packed_row_begins_with_an_empty_cache(train_args: Arguments) -> None:
+    args = train_args(objective="in_the_loop", cache_slots=[4], lever_delta=0.1)
+    documents = torch.tensor([[7, 7, 7, 9, 9, -1], [3, 3, 3, 3, 3, 3]])
+    batch: Any = SimpleNamespace(document_ids_BS=documents)
+    cache = _cache_in_the_loop(args, batch, None)
+    assert (cache.delta, cache.slots) == (0.1, 4)
+    assert cache.starts_BS[:, 1:].tolist() == [[False, False, True, False, True], [False] * 5]
+    alone = one_per_row(torch.arange(12).view(2, 6), documents)
+    assert not _cache_in_the_loop(args, batch, alone).starts_BS[:, 1:].any(), "each has a row of its own"
+    assert _cache_in_the_loop(args, batch, alone).starts_BS.shape == alone.input_ids_DT.shape
 
 
 def test_it_trains_and_misses_become_fewer_where_they_are_served_with_the_lever(train_args: Arguments) -> None:

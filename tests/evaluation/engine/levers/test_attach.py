@@ -273,6 +273,20 @@ def test_what_is_dropped_has_no_weight_and_asks_for_nothing_and_the_rest_keeps_i
     assert (ids, weights.tolist()[1:]) == ([0, 0, 0], [0.0, 0.0]), "the heaviest stays"
 
 
+@pytest.mark.parametrize("own", [[0, 1, 2], [0, 1, 3]])
+@pytest.mark.parametrize("space", ["probability", "logits"])
+@torch.no_grad()
+def test_of_experts_that_are_as_good_the_routers_own_stays(space: Any, own: list[int], plain: Any) -> None:
+    """Logits in bfloat16 are often equal, and a strength of 0 changes nothing."""
+    resident = np.isin(np.arange(6), [5])[None]
+    how: Any = {"resident": lambda *_: resident, "is_decode": lambda: True, "counts": ReadCounts()}
+    attach(plain, [Prior(delta=0.0, space=space)], **how)
+    (hook,) = next(iter(find_routers(plain).values()))._forward_hooks.values()
+    z = torch.tensor([[4.0, 3.0, 2.0, 2.0, 0.0, -4.0]])
+    ids = torch.tensor([own])
+    assert hook(torch.nn.Identity(), None, (z, z.softmax(-1).gather(1, ids), ids))[2].tolist() == [own]
+
+
 @torch.no_grad()
 def test_what_a_prior_has_not_replaced_may_be_dropped(plain: Any) -> None:
     resident = np.isin(np.arange(6), [3])[None]

@@ -159,7 +159,7 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
         with torch.no_grad(), run.observer.original_routers():
             base_outputs = outputs_of(run, batch, alone)
     place_BS = None if alone is None else alone.place_BS
-    cache = _cache_in_the_loop(run.args, batch, alone) if run.args.lever_delta else None
+    cache = _cache_in_the_loop(run.args, batch, alone) if run.args.is_in_the_loop else None
     with run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS, cache=cache) as routings:
         outputs = outputs_of(run, batch, alone)
     share = objective(
@@ -186,7 +186,8 @@ def _cache_in_the_loop(args: TrainArguments, batch: Batch, alone: OnePerRow | No
         starts_BS = ids_BS != torch.roll(ids_BS, 1, dims=1)
     else:
         starts_BS = torch.zeros(alone.input_ids_DT.shape, dtype=torch.bool)
-    return CacheInTheLoop(float(args.lever_delta or 0), args.cache_slots[0], starts_BS.numpy())
+    assert args.lever_delta is not None, "whoever asks for a cache in the loop has looked"
+    return CacheInTheLoop(args.lever_delta, tuple(args.cache_slots), args.cache_policy, starts_BS.numpy())
 
 
 def _not_finite(run: Run) -> str | None:
@@ -252,6 +253,8 @@ def _metrics(run: Run, shares: list[Objective]) -> dict[str, float]:
     metrics |= {f"moe/layer_{layer}/reuse_rate": float(rate) for layer, rate in enumerate(reuse_L)}
     metrics["moe/cv_mean"] = float((load_LE.std(-1, correction=0) / load_LE.mean(-1)).mean())
     metrics["moe/dead_expert_frac_mean"] = float((load_LE == 0).double().mean())
+    if run.args.is_in_the_loop:
+        return metrics | {"cache/in_the_loop/hit_rate": float(hits_C)}
     slots = run.args.cache_slots if run.args.rewards_cache else []
     return metrics | {f"cache/lru/C{n}/hit_rate": float(rate) for n, rate in zip(slots, hits_C, strict=True)}
 

@@ -105,19 +105,19 @@ def build(args: TrainArguments) -> Run:
 def _observe(args: TrainArguments, model: PreTrainedModel) -> RouterObserver:
     """The observer of the model's routers, which keeps the original ones where the objective may compare with them."""
     observer = RouterObserver(model, with_reference=args.trainable == "routers" or bool(args.router_kl_coef))
-    if args.miss_coef and not observer.kind.takes_largest:
+    if args.miss_coef and not args.is_in_the_loop and not observer.kind.takes_largest:
         raise UserError(
             f"miss_coef={args.miss_coef}: routers of {type(model).__name__} choose experts by groups or a correction bias, "
-            "not by the largest logits, which soft misses are made of; write objective=cache"
+            "not by the largest logits, which soft misses are made of; write objective=cache or in_the_loop"
         )
-    if args.lever_delta and (observer.kind.weighing is None or not observer.kind.takes_largest):
+    if args.is_in_the_loop and (observer.kind.weighing is None or observer.kind.choosing is None):
         raise UserError(
-            f"lever_delta={args.lever_delta}: with a lever in the loop routers must choose by the largest logits and weigh "
-            f"other choices in a way that is known; those of {type(model).__name__} do not; write objective=cache"
+            f"lever_delta={args.lever_delta}: with a cache in the loop routers must choose and weigh experts in a way that is "
+            f"known; those of {type(model).__name__} do not; write objective=cache"
         )
-    if args.lever_delta and args.gradient_checkpointing:
+    if args.is_in_the_loop and args.gradient_checkpointing:
         raise UserError(
-            "gradient_checkpointing=true: what is computed anew would be so without the lever in the loop; write false, or "
+            "gradient_checkpointing=true: what is computed anew would be so without the cache in the loop; write false, or "
             "objective=cache_miss"
         )
     return observer

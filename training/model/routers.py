@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from training.model.cache_in_the_loop import CacheInTheLoop
 from training.model.router_calls import AskedRouter, asked_routers
-from training.model.router_kind import RouterKind, kind_of
+from training.model.router_kind import RouterKind, correction_bias, kind_of
 from training.model.transformers_internals import router_classes
 
 ANOTHER = "use the model it was made for"
@@ -34,14 +34,16 @@ class Routing(NamedTuple):
         weights_BSK: mixing weights of the chosen experts, heaviest first, no gradient.
         ids_BSK: the chosen experts, in the order of `weights_BSK`.
         reference_logits_BSE: the original router's scores on the same hidden states, no gradient; None if not asked for.
-        mass_BSE: the mixing weight that each expert has or would have, with gradient; None but with a cache in the loop.
+        score_BSE: what experts are chosen by, what residents get included, with gradient; None but with a cache in the loop.
+        resident_BSE: bool: what that cache holds before each choice; None without one.
     """
 
     logits_BSE: Tensor
     weights_BSK: Tensor
     ids_BSK: Tensor
     reference_logits_BSE: Tensor | None = None
-    mass_BSE: Tensor | None = None
+    score_BSE: Tensor | None = None
+    resident_BSE: Tensor | None = None
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -136,9 +138,10 @@ class RouterObserver:
         self._place_BS: Tensor | None = None
         self._cache: CacheInTheLoop | None = None
         self._handles = []
-        for name, router in find_routers(model).items():
+        for name, asked in ask_routers(model).items():
+            router = asked.module
             reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
-            self._handles.append(router.register_forward_hook(self._hook(name, reference), with_kwargs=True))
+            self._handles.append(router.register_forward_hook(self._hook(name, asked, reference), with_kwargs=True))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -173,24 +176,28 @@ class RouterObserver:
         finally:
             self._uses_reference = False
 
+    def _bias(self, asked: AskedRouter) -> Tensor | None:
+        has_bias = self.kind.choosing is not None and self.kind.choosing.bias is not None
+        return correction_bias(asked, self.kind).float() if has_bias else None
+
     def _in_batch(self, output: Tensor) -> Tensor:
         """One of a router's outputs as [B, S, numbers of a token]."""
         if self._place_BS is None:
             return output.reshape(*self._shape, -1)
         return output.reshape(-1, output.shape[-1])[self._place_BS]
 
-    def _hook(self, name: str, reference: nn.Module | None) -> Any:
+    def _hook(self, name: str, asked: AskedRouter, reference: nn.Module | None) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, ...]) -> Any:
             if self._uses_reference:
                 assert reference is not None, "the original routers are kept with with_reference=True only"
                 return reference(*inputs, **named)
             if self._recorded is None:
                 return None
-            changed, mass = None, None
+            changed, score, resident = None, None, None
             if self._cache is not None:
-                choice = self._cache.choose(*output[:3], weighing=self.kind.weighing)
-                mass, changed = self._in_batch(choice.mass), (output[0], choice.weights, choice.ids, *output[3:])
-                output = changed
+                choice = self._cache.choose(*output[:3], kind=self.kind, bias_E=self._bias(asked))
+                score, resident = self._in_batch(choice.score), self._in_batch(choice.resident)
+                output = changed = (output[0], choice.weights, choice.ids, *output[3:])
             logits, weights, ids = (self._in_batch(tensor) for tensor in output[:3])
             # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
@@ -199,7 +206,9 @@ class RouterObserver:
                 with torch.no_grad():
                     reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
             log_scores = self.kind.log_scores(logits)
-            self._recorded[name] = Routing(log_scores, weights, ids.gather(-1, order), reference_logits, mass)
+            self._recorded[name] = Routing(
+                log_scores, weights, ids.gather(-1, order), reference_logits, score, resident
+            )
             return changed
 
         return hook

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.checks import in_range
+from training.model.cache_in_the_loop import HALF_LIVES
 from training.model.routers import Routing
 from training.objective import losses
 
@@ -48,8 +49,8 @@ class ObjectiveArguments:
     miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
     # how close a call must be to count as one: in router logits, or with a lever in the loop in mixing weight
     miss_temperature: float | None = None
-    # the lever in the loop: experts are chosen by their mixing weight, plus this if an LRU cache of `cache_slots` holds them;
-    # 0: by the router alone
+    # what experts that a cache holds get on top of their mixing weight, in the training pass too; with 0 they are chosen by
+    # the router alone, and misses counted in mixing weight; without it there is no cache in the loop
     lever_delta: float | None = None
     router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
     smooth_coef: float | None = None  # weight of the symmetric KL between neighbouring tokens
@@ -59,8 +60,10 @@ class ObjectiveArguments:
     # distances in tokens, over which the lag term is averaged
     lags: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     working_set_window: int = 16  # tokens of a window; not published, ours
-    # experts per layer in the LRU caches of `cache` and `cache_miss`, over which their terms are averaged
+    # experts per layer in the caches of `cache` and `cache_miss`, over which their terms are averaged, and of `in_the_loop`,
+    # where of several sizes the rows of a batch take one after the other
     cache_slots: list[int] = field(default_factory=lambda: [8])
+    cache_policy: str = "lru"  # of the cache in the loop: lru or decayed
     reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse and miss terms
     consistency_warmup_steps: int = 800  # steps of the linear ramp from 0 of the smooth, lag and working-set terms
 
@@ -71,18 +74,19 @@ class ObjectiveArguments:
             if getattr(self, key) is None:
                 setattr(self, key, value)
         self.miss_temperature = MISS_TEMPERATURE if self.miss_temperature is None else self.miss_temperature
-        self.lever_delta = 0.0 if self.lever_delta is None else self.lever_delta
-        coefficients = dict.fromkeys((*_NOTHING, "router_aux_loss_coef", "lever_delta"), (0, math.inf))
+        coefficients = dict.fromkeys((*_NOTHING, "router_aux_loss_coef"), (0, math.inf))
+        if self.lever_delta is not None:
+            coefficients["lever_delta"] = (0, math.inf)
         in_range(self, **coefficients, reuse_warmup_steps=(0, math.inf), consistency_warmup_steps=(0, math.inf))
         in_range(self, **dict.fromkeys(("working_set_window", "lags", "cache_slots"), (1, math.inf)))
         if not 0 < self.miss_temperature < math.inf:
             raise ValueError(f"miss_temperature={self.miss_temperature}: write a number above 0, as 0.25")
         if self.rewards_cache and not self.cache_slots:
             raise ValueError(f"cache_slots=[]: objective={self.objective} is about caches; write at least one, as [8]")
-        if self.lever_delta and not (self.rewards_cache and len(self.cache_slots) == 1):
-            raise ValueError(
-                f"lever_delta={self.lever_delta} acts on one cache: write objective=in_the_loop and one size, as cache_slots=[8]"
-            )
+        if self.is_in_the_loop and not self.rewards_cache:
+            raise ValueError(f"lever_delta={self.lever_delta} acts on a cache, and so with objective=in_the_loop only")
+        if self.cache_policy not in HALF_LIVES:
+            raise ValueError(f"cache_policy={self.cache_policy!r} is not known; write of {', '.join(HALF_LIVES)}")
         if self.coefficient("distill_coef") >= 1:
             raise ValueError(
                 f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
@@ -92,6 +96,11 @@ class ObjectiveArguments:
     @property
     def rewards_cache(self) -> bool:
         return self.objective in REWARDING_CACHES
+
+    @property
+    def is_in_the_loop(self) -> bool:
+        """Whether a cache, and what a lever makes of it, is part of the training pass."""
+        return self.lever_delta is not None
 
     def coefficient(self, key: str) -> float:
         value: float | None = getattr(self, key)
@@ -110,7 +119,8 @@ class Layers:
 
     Attributes:
         before_BSE: bool: the experts of the token before.
-        cached: [B, S, E] bool for each of `cache_slots`: what the cache holds; none if the objective is not about caches.
+        cached: [B, S, E] bool for each of `cache_slots`, or for the cache in the loop: what it holds; none if the objective is
+            not about caches.
         change: lag -> mean symmetric KL between tokens at that distance.
     """
 
@@ -124,7 +134,11 @@ class Layers:
         self.probs_BSE = self.log_probs_BSE.exp()
         events = (routing.ids_BSK, self.document_ids_BS, routing.logits_BSE.shape[-1])
         self.before_BSE = losses.previous_choice(*events)
-        self.cached = [losses.lru_content(*events, slots) for slots in (args.cache_slots if args.rewards_cache else [])]
+        if routing.resident_BSE is not None:
+            self.cached = [routing.resident_BSE & (self.document_ids_BS >= 0).unsqueeze(-1)]
+        else:
+            sizes = args.cache_slots if args.rewards_cache else []
+            self.cached = [losses.lru_content(*events, slots) for slots in sizes]
         lags = sorted({1, *args.lags})
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights["smooth_loss"] + weights["lag_loss"] > 0):
             sums_D = losses.symmetric_kl_sums(self.probs_BSE, self.log_probs_BSE, self.document_ids_BS, lags)
@@ -155,15 +169,12 @@ def working_set(layers: Layers) -> Tensor:
 
 
 def missed(layers: Layers) -> Tensor:
-    """On the scores that decide: logits, or with a lever in the loop mixing weights with what residents get on top."""
-    args, logits_BSE, temperature = layers.args, layers.routing.logits_BSE, layers.args.miss_temperature
+    """On the scores that decide: logits, or with a cache in the loop mixing weights with what residents get on top."""
+    temperature, routing = layers.args.miss_temperature, layers.routing
     assert temperature is not None, "presets and defaults fill it in"
+    scores_BSE = routing.logits_BSE if routing.score_BSE is None else routing.score_BSE
     others = (layers.document_ids_BS, layers.top_k, temperature)
-    if not args.lever_delta:
-        return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(logits_BSE, held_BSE, *others))
-    (held_BSE,), delta, mass_BSE = layers.cached, args.lever_delta, layers.routing.mass_BSE
-    assert mass_BSE is not None, "recorded with a cache in the loop"
-    return losses.miss_loss_sum(mass_BSE + delta * held_BSE, held_BSE, *others)
+    return layers.mean_over_reusable(lambda held_BSE: losses.miss_loss_sum(scores_BSE, held_BSE, *others))
 
 
 def trust(layers: Layers) -> Tensor | None:
@@ -208,7 +219,13 @@ TERMS = (  # added up in this order, on which last bits depend
     Term("lag_loss", "lag_coef", CONSISTENCY, None, lagged, settings=("lags",)),
     Term("working_set_loss", "working_set_coef", CONSISTENCY, "windows", working_set, settings=("working_set_window",)),
     Term(
-        "miss_loss", "miss_coef", REUSE, "positions", missed, False, ("miss_temperature", "cache_slots", "lever_delta")
+        "miss_loss",
+        "miss_coef",
+        REUSE,
+        "positions",
+        missed,
+        False,
+        ("miss_temperature", "cache_slots", "lever_delta", "cache_policy"),
     ),
     Term("trust_kl", "router_kl_coef", None, "positions", trust),
     Term("load_balance_loss", "router_aux_loss_coef", None, "positions", load_balance, False),
@@ -236,7 +253,7 @@ def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if config[term.coefficient]:
             keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
     without = set() if config["objective"] in REWARDING_CACHES else {"cache_slots"}
-    without |= set() if config.get("lever_delta") else {"lever_delta"}
+    without |= set() if config.get("lever_delta") is not None else {"lever_delta", "cache_policy"}
     return {key: config[key] for key in keys if key not in without}
 
 

@@ -104,13 +104,13 @@ def test_with_a_lever_in_the_loop_misses_are_of_the_score_that_decides() -> None
         objective="in_the_loop", cache_slots=[3], lever_delta=0.1, miss_coef=0.3, distill_coef=0.0
     )
     batch = a_batch()
-    layers = [layer._replace(mass_BSE=layer.logits_BSE.softmax(-1)) for layer in two_layers()]
-    found = evaluate(args, batch, layers)
-    slow = []
-    for layer in layers:
+    layers, slow = [], []
+    for layer in two_layers():
         held = losses.lru_content(layer.ids_BSK, batch.document_ids_BS, 6, 3)
         scores = layer.logits_BSE.softmax(-1) + 0.1 * held
+        layers.append(layer._replace(score_BSE=scores, resident_BSE=held))
         slow.append(losses.miss_loss_sum(scores, held, batch.document_ids_BS, 2, 0.02))
+    found = evaluate(args, batch, layers)
     miss = torch.stack(slow).mean() / 24
     torch.testing.assert_close(found.terms["miss_loss"], miss.detach())
     expected = found.terms["loss"] + PRESETS["in_the_loop"]["router_kl_coef"] * found.terms["trust_kl"] + 0.3 * miss
@@ -190,7 +190,11 @@ def test_layers_that_are_worked_on_together_give_what_each_gives_alone(
     for numbers in (1, 2 * 2 * 12 * 6, 2**20):  # one layer at a time, two, all
         monkeypatch.setattr(objective_module, "STACKED_NUMBERS", numbers)
         layers = two_layers() + [layer._replace(ids_BSK=layer.ids_BSK.flip(1)) for layer in two_layers()]
-        layers = [layer._replace(mass_BSE=layer.logits_BSE.softmax(-1)) for layer in layers]
+        if args.is_in_the_loop:
+            held = torch.arange(6) < 3
+            in_the_loop = [(layer.logits_BSE.softmax(-1), held.expand_as(layer.logits_BSE)) for layer in layers]
+            pairs = zip(layers, in_the_loop, strict=True)
+            layers = [layer._replace(score_BSE=score, resident_BSE=resident) for layer, (score, resident) in pairs]
         found = evaluate(args, a_batch(), layers)
         of_logits = torch.autograd.grad(found.loss, [layer.logits_BSE for layer in layers], allow_unused=True)
         outcomes.append((found.terms, found.reuse_L, found.load_LE, found.hits_C, found.loss.detach(), of_logits))

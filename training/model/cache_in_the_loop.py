@@ -94,12 +94,12 @@ def served(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:  # fmt: skip
     """[B, S, K] the choices, heaviest first, and [B, S, E] what was resident before each."""
     slots_B = np.resize(np.array(slots, dtype=np.int64), len(mass_BSE))
-    arrays = [np.ascontiguousarray(part, dtype=np.float64) for part in (mass_BSE, decisive_BSE)]
-    own = np.ascontiguousarray(own_BSK, dtype=np.int64)
-    return _serve(*arrays, own, np.ascontiguousarray(starts_BS), slots_B, delta, HALF_LIVES[policy])
+    mass, decisive = (np.ascontiguousarray(part, dtype=np.float64) for part in (mass_BSE, decisive_BSE))
+    own, starts = np.ascontiguousarray(own_BSK, dtype=np.int64), np.ascontiguousarray(starts_BS)
+    return _serve(mass, decisive, own, starts, slots_B, delta, HALF_LIVES[policy])
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _serve(
     mass_BSE: npt.NDArray[np.float64], decisive_BSE: npt.NDArray[np.float64], own_BSK: npt.NDArray[np.int64],
     starts_BS: npt.NDArray[np.bool_], slots_B: npt.NDArray[np.int64], delta: float, half_life: float,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -71,45 +72,61 @@ class LeveredRouter:
         if not active:
             return output
         own_TK, resident_TE = ids_TK.cpu().numpy(), self.resident(logits_TE.shape[1])
-        if resident_TE[0 if len(resident_TE) == 1 else np.arange(len(own_TK))[:, None], own_TK].all():
+        if _all_resident(own_TK, resident_TE):
             return output
         scores = self.scorer.scores(logits_TE, own_TK)
         chosen_TK = _chosen(active, scores, resident_TE)
-        stays_TK = (own_TK[:, :, None] == chosen_TK[:, None, :]).any(2)
-        if stays_TK.all():
+        assert self.scorer.kind.weighing is not None
+        new_TK, weights_TK, changed_T, swapped, lost_weight = _mixed(
+            chosen_TK, own_TK, scores.mass_TE, self.scorer.kind.weighing.normalised, self.scorer.kind.weighing.scale
+        )
+        if not swapped:
             return output
-        mass_TK = np.where(chosen_TK == DROPPED, 0, scores.mass_TE[np.arange(len(own_TK))[:, None], chosen_TK])
         if is_decode:
-            own_mass_TK = scores.mass_TE[np.arange(len(own_TK))[:, None], own_TK]
-            self.counts.swapped += int(stays_TK.size - stays_TK.sum())
-            self.counts.lost_weight += float(own_mass_TK.sum() - mass_TK.sum())
-        return logits, *self._mixed(weights, ids, chosen_TK, mass_TK, ~stays_TK.all(1)), *rest
+            self.counts.swapped += swapped
+            self.counts.lost_weight += lost_weight
+        new_ids = torch.from_numpy(new_TK).to(ids).reshape(ids.shape)
+        new_weights = torch.from_numpy(weights_TK).to(weights).reshape(weights.shape)
+        if not changed_T.all():  # the others keep their own bits
+            changed = torch.from_numpy(changed_T).to(ids.device).reshape(*ids.shape[:-1], 1)
+            new_ids, new_weights = new_ids.where(changed, ids), new_weights.where(changed, weights)
+        return logits, new_weights, new_ids, *rest
 
-    def _mixed(
-        self, weights: Tensor, ids: Tensor, chosen_TK: Ids, mass_TK: Array, changed_T: Mask
-    ) -> tuple[Tensor, Tensor]:
-        """Weights and ids, heaviest first where the choice is another, else the router's own bits."""
-        weighing = self.scorer.kind.weighing
-        assert weighing is not None
-        order_TK = np.argsort(-mass_TK, axis=1, kind="stable")
-        rows_T1 = np.arange(len(mass_TK))[:, None]
-        chosen_TK, mass_TK = chosen_TK[rows_T1, order_TK], mass_TK[rows_T1, order_TK]
-        chosen_TK = np.where(
-            chosen_TK == DROPPED, chosen_TK[:, :1], chosen_TK
-        )  # with no weight, and nothing to be read
-        if weighing.normalised:
-            mass_TK = mass_TK / mass_TK.sum(1, keepdims=True)
-        new = (
-            torch.from_numpy(weighing.scale * mass_TK).to(weights.device, weights.dtype),
-            torch.from_numpy(chosen_TK).to(ids),
-        )
-        if changed_T.all():
-            return new[0].reshape(weights.shape), new[1].reshape(ids.shape)
-        changed = torch.from_numpy(changed_T).to(ids.device)
-        changed = changed.reshape(*ids.shape[:-1], 1)
-        return torch.where(changed, new[0].reshape(weights.shape), weights), torch.where(
-            changed, new[1].reshape(ids.shape), ids
-        )
+
+@numba.njit(cache=True)
+def _all_resident(ids_TK: Ids, resident_TE: Mask) -> bool:
+    for t in range(len(ids_TK)):
+        for expert in ids_TK[t]:
+            if not resident_TE[t % len(resident_TE), expert]:
+                return False
+    return True
+
+
+@numba.njit(cache=True)
+def _mixed(
+    chosen_TK: Ids, own_TK: Ids, mass_TE: Array, is_normalised: bool, scale: float
+) -> tuple[Ids, Array, Mask, int, float]:
+    """Ids and weights of what is chosen, heaviest first; tokens whose choice is another; how many experts and how much mass
+    their own choice had more."""
+    tokens, top_k = own_TK.shape
+    ids_TK, weights_TK = np.empty((tokens, top_k), dtype=np.int64), np.empty((tokens, top_k))
+    changed_T, swapped, lost = np.zeros(tokens, dtype=np.bool_), 0, 0.0
+    for t in range(tokens):
+        mass_K = np.array([0.0 if e == DROPPED else mass_TE[t, e] for e in chosen_TK[t]])
+        order_K = np.argsort(-mass_K, kind="mergesort")
+        ids_TK[t], weights_TK[t] = chosen_TK[t][order_K], mass_K[order_K] * scale
+        for k in range(top_k):
+            if ids_TK[t, k] == DROPPED:  # with no weight, and nothing to be read
+                ids_TK[t, k] = ids_TK[t, 0]
+        if is_normalised:
+            weights_TK[t] /= mass_K.sum()
+        lost -= mass_K.sum()
+        for expert in own_TK[t]:
+            lost += mass_TE[t, expert]
+            if expert not in chosen_TK[t]:
+                swapped += 1
+                changed_T[t] = True
+    return ids_TK, weights_TK, changed_T, swapped, lost
 
 
 def _chosen(rules: Sequence[LayerPrior | LayerDrop], scores: Scores, resident_TE: Mask) -> Ids:

@@ -13,11 +13,12 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numba
 import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
-from evaluation.engine.levers.scores import Array, Ids, Mask, Scores, among, largest, number_of
+from evaluation.engine.levers.scores import Array, Ids, Mask, Scores, number_of
 
 if TYPE_CHECKING:  # options are read where torch is not loaded
     from torch import Tensor
@@ -66,57 +67,74 @@ class LayerPrior:
 
     def choose(self, scores: Scores, resident_TE: Mask) -> Ids:
         """The experts [T, K], in no order."""
-        experts, k = scores.mass_TE.shape[1], scores.ids_TK.shape[1]
-        preferred_TE = resident_TE
-        if self.prior.keep:
-            best_TK = np.argsort(-np.take_along_axis(scores.decisive_TE, scores.ids_TK, 1), axis=1)[
-                :, : self.prior.keep
-            ]
-            preferred_TE = resident_TE | among(np.take_along_axis(scores.ids_TK, best_TK, 1), experts)
-        own_TE = among(scores.ids_TK, experts)
-        ids_TK = largest(self._with_bonus(scores, preferred_TE) + TIE * own_TE, k)
-        if self.prior.is_bounded:
-            ids_TK = _bounded(
-                scores, ids_TK, regret=self.prior.regret, swaps=k if self.prior.swaps is None else self.prior.swaps
+        prior, own_TK = self.prior, scores.ids_TK
+        preferred_TE = _with_best(resident_TE, own_TK, scores.decisive_TE, prior.keep) if prior.keep else resident_TE
+        score_TE, bonus = scores.decisive_TE, self.delta
+        if prior.space == "logits":
+            score_TE, bonus = scores.logits_TE, self.delta * self._spread[0] / max(1.0, self._spread[1])
+        if math.isinf(self.delta):  # no larger than what puts the least before the best: inf plus inf is no order
+            finite = score_TE[np.isfinite(score_TE)]
+            bonus = 1.0 + float(finite.max() - finite.min())
+        # what decides rises with the logits: without bias and groups these decide alone, and nothing is lost by rounding
+        if prior.space == "logits" and scores.decisive_TE is not scores.mass_TE:
+            score_TE, bonus = scores.decided(score_TE + bonus * preferred_TE), 0.0
+        ids_TK = _largest(score_TE, preferred_TE, bonus, own_TK)
+        if prior.is_bounded:
+            _bound(
+                ids_TK, own_TK, scores.mass_TE, prior.regret, own_TK.shape[1] if prior.swaps is None else prior.swaps
             )
         return ids_TK
 
-    def _with_bonus(self, scores: Scores, preferred_TE: Mask) -> Array:
-        if self.prior.space == "probability":
-            return _raised(scores.decisive_TE, preferred_TE, self.delta)
-        bonus = self.delta * self._spread[0] / max(1.0, self._spread[1]) if self.delta else 0.0
-        raised_TE = _raised(scores.logits_TE, preferred_TE, bonus)
-        # what decides rises with the logits: without bias and groups these decide alone, and nothing is lost by rounding
-        if scores.decisive_TE is scores.mass_TE:
-            return raised_TE
-        return scores.decided(raised_TE.astype(np.float32))
+
+@numba.njit(cache=True)
+def _with_best(resident_TE: Mask, own_TK: Ids, decisive_TE: Array, keep: int) -> Mask:
+    """[T, E]: residents, and the router's own `keep` best."""
+    tokens, top_k = own_TK.shape
+    preferred_TE = np.empty(decisive_TE.shape, dtype=np.bool_)
+    for t in range(tokens):
+        preferred_TE[t] = resident_TE[t % len(resident_TE)]
+        order_K = np.argsort(-decisive_TE[t][own_TK[t]], kind="mergesort")
+        for k in range(min(keep, top_k)):
+            preferred_TE[t, own_TK[t, order_K[k]]] = True
+    return preferred_TE
 
 
-def _raised(scores_TE: Array, preferred_TE: Mask, bonus: float) -> Array:
-    """The scores with a bonus, which need be no larger than what puts the least before the best: inf plus inf is no order."""
-    if math.isinf(bonus):
-        finite = scores_TE[np.isfinite(scores_TE)]
-        bonus = 1.0 + float(finite.max() - finite.min())
-    return scores_TE + bonus * preferred_TE.astype(np.float64)
+@numba.njit(cache=True)
+def _largest(score_TE: Array, preferred_TE: Mask, bonus: float, own_TK: Ids) -> Ids:
+    """The ids [T, K] of the largest scores, the preferred ones with a bonus."""
+    tokens, experts = score_TE.shape
+    top_k = own_TK.shape[1]
+    ids_TK = np.empty((tokens, top_k), dtype=np.int64)
+    raised_E = np.empty(experts)
+    for t in range(tokens):
+        row = t % len(preferred_TE)
+        for e in range(experts):
+            raised_E[e] = score_TE[t, e] + (bonus if preferred_TE[row, e] else 0.0)
+        for k in range(top_k):
+            raised_E[own_TK[t, k]] += TIE
+        for k in range(top_k):
+            best = np.argmax(raised_E)
+            ids_TK[t, k] = best
+            raised_E[best] = -np.inf
+    return ids_TK
 
 
-def _bounded(scores: Scores, ids_TK: Ids, *, regret: float, swaps: int) -> Ids:
-    """The swaps that lead from the router's own choice to `ids_TK`, cheapest first, as far as the bounds allow.
+@numba.njit(cache=True)
+def _bound(ids_TK: Ids, own_TK: Ids, mass_TE: Array, regret: float, swaps: int) -> None:
+    """Leave of the swaps that lead from the router's own choice to `ids_TK` the cheapest, as far as the bounds allow.
 
     The one that loses least leaves first, for the best of those that come: so each sum of losses is the smallest possible.
     """
-    mass_TE, experts = scores.mass_TE, scores.mass_TE.shape[1]
-    own_TE, new_TE = among(scores.ids_TK, experts), among(ids_TK, experts)
-    k = ids_TK.shape[1]
-    leaves_TE, comes_TE = own_TE & ~new_TE, new_TE & ~own_TE
-    leaving_TK = np.argsort(np.where(leaves_TE, mass_TE, np.inf), axis=1, kind="stable")[:, :k]
-    coming_TK = np.argsort(np.where(comes_TE, -mass_TE, np.inf), axis=1, kind="stable")[:, :k]
-    is_swap_TK = np.arange(k) < leaves_TE.sum(1, keepdims=True)
-    lost_TK = np.take_along_axis(mass_TE, leaving_TK, 1) - np.take_along_axis(mass_TE, coming_TK, 1)
-    within_TK = is_swap_TK & (np.cumsum(np.where(is_swap_TK, lost_TK, 0), axis=1) <= regret) & (np.arange(k) < swaps)
-    within_TK = np.logical_and.accumulate(within_TK, axis=1)  # what is cheapest first stays first
-    final_TE = own_TE.copy()
-    token, place = within_TK.nonzero()
-    final_TE[token, leaving_TK[token, place]] = False
-    final_TE[token, coming_TK[token, place]] = True
-    return final_TE.nonzero()[1].reshape(len(mass_TE), k)
+    for t in range(len(ids_TK)):
+        leaving = np.array([e for e in own_TK[t] if e not in ids_TK[t]], dtype=np.int64)
+        coming = np.array([e for e in ids_TK[t] if e not in own_TK[t]], dtype=np.int64)
+        leaving = leaving[np.argsort(mass_TE[t][leaving], kind="mergesort")]
+        coming = coming[np.argsort(-mass_TE[t][coming], kind="mergesort")]
+        ids_TK[t], lost = own_TK[t], 0.0
+        for n in range(min(len(leaving), swaps)):
+            lost += mass_TE[t, leaving[n]] - mass_TE[t, coming[n]]
+            if lost > regret:
+                break
+            for k in range(ids_TK.shape[1]):
+                if ids_TK[t, k] == leaving[n]:
+                    ids_TK[t, k] = coming[n]

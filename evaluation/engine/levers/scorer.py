@@ -4,14 +4,13 @@ Axes: T tokens, E experts, K chosen.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.load import UserError
-from evaluation.engine.levers.scores import Array, Ids, Scores, probabilities
+from evaluation.engine.levers.scores import Array, Ids, Scores, mixing_mass
 from training.model.router_calls import AskedRouter
 from training.model.router_kind import RouterKind, correction_bias
 
@@ -42,23 +41,22 @@ class Scorer:
         """Of one call."""
         assert self.kind.weighing is not None
         assert self.kind.choosing is not None
-        z_TE = logits_TE.float().cpu().numpy()
-        mass_TE = probabilities(z_TE, self.kind.weighing.scoring)
-        own_T1: Any = 1.0
-        if self.kind.weighing.normalised:
-            own_T1 = np.take_along_axis(mass_TE, ids_TK, 1).sum(1, keepdims=True)
-            mass_TE = mass_TE / own_T1
-        scoring, choosing = self.kind.weighing.scoring, self.kind.choosing
+        z_TE, weighing, choosing = logits_TE.float().cpu().numpy(), self.kind.weighing, self.kind.choosing
+        mass_TE, own_T1 = mixing_mass(z_TE, ids_TK, weighing.scoring == "sigmoid", weighing.normalised)
         if choosing.is_plain:
-            return Scores(z_TE, mass_TE, mass_TE, ids_TK, lambda other_TE: probabilities(other_TE, scoring) / own_T1)
+            return Scores(z_TE, mass_TE, mass_TE, ids_TK, _never)
         bias_E = None if self.bias_E is None else self.bias_E.float().cpu()
         allowed_TE = choosing.allowed(choosing.scores(torch.from_numpy(z_TE), bias_E)).numpy()
 
         def decided(other_TE: Array) -> Array:
             if bias_E is None:
-                found_TE = probabilities(other_TE, scoring)
+                found_TE, _ = mixing_mass(other_TE, ids_TK, weighing.scoring == "sigmoid", False)
             else:
                 found_TE = choosing.scores(torch.from_numpy(other_TE), bias_E).numpy()
             return np.where(allowed_TE, found_TE / own_T1, -np.inf)
 
         return Scores(z_TE, mass_TE, decided(z_TE), ids_TK, decided)
+
+
+def _never(other_TE: Array) -> Array:
+    raise AssertionError("where the largest logits are chosen these decide")

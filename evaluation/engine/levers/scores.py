@@ -6,6 +6,7 @@ Axes: T tokens, E experts, K chosen.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -34,24 +35,19 @@ class Scores(NamedTuple):
     decided: Callable[[Array], Array]
 
 
-def probabilities(z_TE: Array, scoring: str) -> Array:
-    """`softmax` or `sigmoid` of logits."""
-    if scoring == "sigmoid":
-        return 1 / (1 + np.exp(-z_TE))
-    raised_TE = np.exp(z_TE - z_TE.max(1, keepdims=True))
-    return raised_TE / raised_TE.sum(1, keepdims=True)
-
-
-def largest(scores_TE: Array, k: int) -> Ids:
-    """The ids [T, k] of the largest scores, in no order."""
-    return np.argpartition(scores_TE, -k, axis=1)[:, -k:]
-
-
-def among(ids_TK: Ids, experts: int) -> Mask:
-    """[T, E]: which experts these are."""
-    chosen_TE = np.zeros((len(ids_TK), experts), dtype=bool)
-    chosen_TE[np.arange(len(ids_TK))[:, None], ids_TK] = True
-    return chosen_TE
+@numba.njit(cache=True)
+def mixing_mass(z_TE: Array, ids_TK: Ids, is_sigmoid: bool, is_normalised: bool) -> tuple[Array, Array]:
+    """The mass [T, E] of experts, and [T, 1] what it was divided by."""
+    mass_TE, own_T1 = np.empty(z_TE.shape), np.ones((len(z_TE), 1))
+    for t in range(len(z_TE)):
+        z_E = z_TE[t].astype(np.float64)
+        mass_TE[t] = 1 / (1 + np.exp(-z_E)) if is_sigmoid else np.exp(z_E - z_E.max())
+        if not is_sigmoid:
+            mass_TE[t] /= mass_TE[t].sum()
+        if is_normalised:
+            own_T1[t, 0] = mass_TE[t][ids_TK[t]].sum()
+            mass_TE[t] /= own_T1[t, 0]
+    return mass_TE, own_T1
 
 
 def number_of(given: float | tuple[float, ...], name: str, layer: int, layers: int) -> float:

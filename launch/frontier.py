@@ -14,8 +14,9 @@ from configs.files import prepare_folder, write_json, write_yaml
 from configs.load import keys_help, load
 from evaluation.engine.device import find_device
 from evaluation.frontier.arguments import FrontierArguments
-from evaluation.frontier.choice import Choice, choices, pareto
-from evaluation.frontier.points import Interval, Point, measure
+from evaluation.frontier.choice import Choice, choices, pareto, priced
+from evaluation.frontier.measure import Frontier as Measurement
+from evaluation.frontier.points import Interval, Point
 from evaluation.machine import machine_facts
 from evaluation.report.numbers import FINE_CHANGE, PERCENT, Unit
 from launch.narration import say
@@ -47,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     write_yaml(output / "config.yaml", args)
     model_dir = local_folder(args.model)
-    points = measure(args, model_dir, load_tokenizer(model_dir), device, kept=output / "answers", found=_say)
+    measurement = Measurement(args, model_dir, load_tokenizer(model_dir), device, kept=output / "answers")
+    points = measurement.points(found=_say)
     chosen = choices(points, args.gates)
+    prices = measurement.prices(priced(chosen, args.priced_at)) if args.new_tokens or args.with_tasks else []
     found = {
         "points": [point.model_dump() for point in points],
         "chosen": [choice.model_dump() for choice in chosen],
         "pareto": [point.model_dump(include={"arm", "lever", "slots", "policy"}) for point in pareto(points)],
+        "prices": [price.model_dump() for price in prices],
         "reproduce": {
             "command": " ".join(["remoe frontier", *(sys.argv[2:] if argv is None else argv)]),
             "commit": code_commit(), "config": asdict(args), "machine": machine_facts(),

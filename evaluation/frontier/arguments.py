@@ -9,6 +9,7 @@ from data.groups import source_of
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.levers.spec import levers_of
+from evaluation.quality.tasks import QualityArguments
 
 NO_LEVER = "none"
 
@@ -25,6 +26,10 @@ class FrontierArguments:
     levers: list[str] = field(
         default_factory=lambda: [f"prior:delta={delta}" for delta in (0.02, 0.04, 0.06, 0.08)]
     )  # as `remoe generate --lever`; without one everything is measured too
+    # levers without delta, as [prior]: for every gate one more point with a strength for each layer, which are found from
+    # points of each layer alone at `per_layer_deltas`
+    per_layer: list[str] = field(default_factory=list)
+    per_layer_deltas: list[float] = field(default_factory=lambda: [0.04, 0.08, 0.16])
     slots: list[int] = field(default_factory=lambda: [8])  # experts of a layer that are cached
     policies: list[str] = field(default_factory=lambda: ["lru", "decayed"])
     scope: str = "per_layer"  # or global: one pool of slots x layers
@@ -38,12 +43,21 @@ class FrontierArguments:
     gates: list[float] = field(
         default_factory=lambda: [0.0025, 0.005, 0.01, 0.02]
     )  # perplexity that may be lost at most
+    # gates whose best points are priced further: in text that they write themselves, and in tasks
+    priced_at: list[float] = field(default_factory=lambda: [0.01])
+    new_tokens: int = 96  # of the end of every text, written anew by sampling; 0: none
+    with_tasks: bool = False  # ask the tasks of `quality` too, step by step
+    quality: QualityArguments = field(default_factory=QualityArguments)
     dtype: str = "auto"  # as stored, or float32 or bfloat16
     device: str = "auto"  # the accelerator if there is one, or cpu, or cuda
 
     def __post_init__(self) -> None:
         in_range(self, slots=(1, float("inf")), max_length=(2, float("inf")), texts_per_domain=(2, float("inf")))
-        in_range(self, gates=(0, float("inf")))
+        in_range(self, gates=(0, float("inf")), new_tokens=(0, self.max_length - 1), per_layer_deltas=(0, float("inf")))
+        if not set(self.priced_at) <= set(self.gates):
+            raise ValueError(f"priced_at={self.priced_at} must be among gates={self.gates}")
+        if self.per_layer_deltas != sorted(set(self.per_layer_deltas) - {0}):
+            raise ValueError(f"per_layer_deltas={self.per_layer_deltas}: write rising numbers above 0, as [0.04, 0.08]")
         for name, known in (("policies", list(ONLINE)), ("scope", list(SCOPES))):
             given = getattr(self, name)
             if unknown := [value for value in ([given] if isinstance(given, str) else given) if value not in known]:
@@ -60,6 +74,8 @@ class FrontierArguments:
             )
         for lever in self.levers:
             levers_of(lever)
+        for lever in self.per_layer:
+            levers_of(f"{lever}{',' if ':' in lever else ':'}delta=0")
         for name, given in self.groups.items():
             source_of(name, given)
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel
 
 from evaluation.engine.levers.drop import Drop
+from evaluation.engine.levers.prior import Prior
 from evaluation.engine.levers.spec import levers_of
 from evaluation.frontier.arguments import NO_LEVER
-from evaluation.frontier.points import Point
+from evaluation.frontier.points import Combination, Point
 
 ANY = ", any lever"
 """What is compared of all levers together, where there are several kinds."""
@@ -40,10 +41,12 @@ def kinds(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def _kind_of(lever: str) -> str:
-    return " and ".join(
-        "dropping" if isinstance(one, Drop) else f"prior in {one.space}{' with bounds' if one.is_bounded else ''}"
-        for one in levers_of(lever)
-    )
+    return " and ".join("dropping" if isinstance(one, Drop) else _kind_of_prior(one) for one in levers_of(lever))
+
+
+def _kind_of_prior(prior: Prior) -> str:
+    by_layer = " by layer" if isinstance(prior.delta, tuple) else ""
+    return f"prior in {prior.space}{by_layer}{' with bounds' if prior.is_bounded else ''}"
 
 
 def best(points: Iterable[Point], *, gate: float) -> Point | None:
@@ -63,6 +66,13 @@ def choices(points: Sequence[Point], gates: Sequence[float]) -> list[Choice]:
             for gate in gates
         ]
     return found
+
+
+def priced(found: Iterable[Choice], gates: Sequence[float]) -> list[Combination]:
+    """What was chosen at these prices, each once."""
+    points = [choice.point for choice in found if choice.point is not None and choice.gate in gates]
+    names = Combination.model_fields
+    return list(dict.fromkeys(Combination(**point.model_dump(include=set(names))) for point in points))
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:

@@ -63,7 +63,6 @@ class CacheKind:
         return ExpertCache(slots, layers, scope=self.scope, make_policy=ONLINE[self.policy])
 
 
-@torch.no_grad()
 def read_in_steps(
     model: PreTrainedModel, texts_RS: npt.NDArray[np.integer], levers: Sequence[Prior | Drop], cache: CacheKind
 ) -> Steps:
@@ -87,15 +86,26 @@ def _read(
     model: PreTrainedModel, texts_RS: npt.NDArray[np.integer], levers: Sequence[Prior | Drop], kind: CacheKind
 ) -> Steps:
     ids_RS, counts = torch.from_numpy(texts_RS.astype(np.int64)).to(model.device), ReadCounts()
-    with _cached(model, len(texts_RS), levers, kind, counts) as caches:
-        losses_R, past = torch.zeros(len(ids_RS), dtype=torch.float64), None
-        for step in range(ids_RS.shape[1] - 1):
-            outputs: Any = model(input_ids=ids_RS[:, step : step + 1], past_key_values=past, use_cache=True)
-            past = outputs.past_key_values
-            losses_R += _loss(outputs.logits[:, -1], ids_RS[:, step + 1])
+    losses_R = torch.zeros(len(ids_RS), dtype=torch.float64)
+    with cached(model, len(texts_RS), levers, kind, counts) as caches:
+        for step, logits_RV in stepped(model, ids_RS):
+            losses_R += _loss(logits_RV, ids_RS[:, step + 1])
     totals = [cache.counts.total() for cache in caches]
     loads_R, accesses_R = (np.array([getattr(total, name) for total in totals]) for name in ("misses", "accesses"))
     return Steps(losses_R.numpy(), loads_R, accesses_R, counts.swapped, counts.lost_weight)
+
+
+@torch.no_grad()
+def stepped(model: PreTrainedModel, ids_RS: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Step after step the position that was read and the logits [R, V] of what comes next, of all but the last.
+
+    What stands at later positions may be written meanwhile: so texts are generated.
+    """
+    past = None
+    for step in range(ids_RS.shape[1] - 1):
+        outputs: Any = model(input_ids=ids_RS[:, step : step + 1], past_key_values=past, use_cache=True)
+        past = outputs.past_key_values
+        yield step, outputs.logits[:, -1]
 
 
 def _loss(logits_RV: Tensor, next_R: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ def _loss(logits_RV: Tensor, next_R: Tensor) -> Tensor:
 
 
 @contextmanager
-def _cached(
+def cached(
     model: PreTrainedModel, texts: int, levers: Sequence[Prior | Drop], kind: CacheKind, counts: ReadCounts
 ) -> Iterator[list[ExpertCache]]:
     """Inside, every text's choices go to a cache of its own, one text for each row, and levers look at that."""

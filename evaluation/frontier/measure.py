@@ -1,0 +1,234 @@
+"""Measures all points of a frontier, and what the chosen ones cost in generated text and in tasks; goes on where it was killed.
+
+Letters: L layers, D strengths, R texts, S tokens of each.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from configs.load import UserError
+from data.groups import own_pieces
+from data.pieces import spread_pieces
+from evaluation.engine.levers.spec import levers_of
+from evaluation.engine.store.experts import ExpertStore
+from evaluation.frontier.allocation import allocate
+from evaluation.frontier.arguments import NO_LEVER, UNTOUCHED, FrontierArguments
+from evaluation.frontier.generation import Written, write_on
+from evaluation.frontier.points import Combination, Found, Point, compare
+from evaluation.frontier.prices import Price, price_of
+from evaluation.frontier.steps import CacheKind, Steps, read_in_steps
+from evaluation.frontier.task_scores import StepLM
+from evaluation.quality.batches import Answers, identity_of
+from evaluation.quality.scores import Scores, scores_of
+from evaluation.quality.tasks import LoadedTasks, load_tasks
+from training.model.loading import load_pretrained
+from training.model.routers import copy_into_routers, find_routers, most_chosen, router_parameters
+from training.run_folder.router_delta import load_for
+
+Texts = npt.NDArray[np.integer]
+CHOSEN_BY, REPORTED = "chosen_by", "reported"
+WITHIN = 0.9
+"""Strengths for each layer are made for this part of a gate: what they cost together is not quite what it is apart."""
+
+
+def texts_of(args: FrontierArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Texts]:
+    """[R, S]: the texts that are chosen by, and other ones that are reported.
+
+    Raises:
+        UserError: there are too few of that length.
+    """
+    tokens, count = args.max_length, args.texts_per_domain
+    if not args.groups:
+        apart: dict[str, Any] = {"tokens": tokens, "at_least": tokens, "every": tokens, "per_domain": count}
+        splits = {CHOSEN_BY: args.choose_split, REPORTED: args.report_split}
+        return {
+            name: np.stack(spread_pieces(tokenizer, split, args.domains, **apart)) for name, split in splits.items()
+        }
+    found: dict[str, list[Any]] = {CHOSEN_BY: [], REPORTED: []}
+    for name, pieces in own_pieces(tokenizer, args.groups, tokens=tokens, per_group=2 * count).items():
+        whole = [piece for piece in pieces if len(piece) == tokens]
+        if len(whole) < 4:
+            raise UserError(f"group {name} has {len(whole)} pieces of {tokens} tokens, 4 are needed; lower max_length")
+        found[CHOSEN_BY] += whole[::2]
+        found[REPORTED] += whole[1::2]
+    return {name: np.stack(pieces) for name, pieces in found.items()}
+
+
+class Frontier:
+    """What is measured, all combinations alike; what was measured before is not measured again.
+
+    Args:
+        kept: a folder where answers are kept as they come.
+
+    Raises:
+        UserError: see the parts; everything that can be known is found out before anything is measured.
+    """
+
+    def __init__(
+        self, args: FrontierArguments, model_dir: str, tokenizer: PreTrainedTokenizerBase, device: Any, *, kept: Path
+    ) -> None:
+        self._args, self._model_dir, self._tokenizer, self._kept = args, model_dir, tokenizer, kept
+        self._texts = texts_of(args, tokenizer)
+        self._tasks: LoadedTasks | None = load_tasks(args.quality) if args.with_tasks else None
+        self._seeds: dict[str, list[Mapping[str, Tensor]]] = {
+            arm: [load_for(model_dir, folder) for folder in args.folders(arm)] for arm in args.arms
+        }
+        self._model = load_pretrained(model_dir, dtype=args.dtype, device=device)
+        if (smallest := most_chosen(self._model)) > min(args.slots):
+            raise UserError(
+                f"slots={min(args.slots)}: one token uses {smallest} experts of a layer; write at least that"
+            )
+        self._seeds[UNTOUCHED] = [
+            {name: weight.detach().clone() for name, weight in router_parameters(self._model).items()}
+        ]
+        try:
+            self._expert_bytes: int | None = ExpertStore(model_dir).format.expert_bytes
+        except UserError:  # a checkpoint that the engine could not page
+            self._expert_bytes = None
+
+    def points(self, found: Callable[[Point], None] = lambda _: None) -> list[Point]:
+        """Every combination; `found` is told of each as it comes."""
+        points = []
+        with tqdm(desc="frontier", unit="pass", leave=False) as bar:
+            for arm in (UNTOUCHED, *self._args.arms):
+                for slots, policy in itertools.product(self._args.slots, self._args.policies):
+                    for lever in (NO_LEVER, *self._args.levers, *self._by_layer(arm, slots, policy, bar)):
+                        at = Combination(arm=arm, lever=lever, slots=slots, policy=policy)
+                        measures = {name: self._compared(at, name, bar) for name in self._texts}
+                        points.append(Point(**at.model_dump(), **measures))
+                        found(points[-1])
+        return points
+
+    def prices(self, chosen: list[Combination]) -> list[Price]:
+        """What these cost in text that they write themselves, and in tasks; on the texts that are reported."""
+        prices, base = [], {}
+        for at in tqdm(chosen, desc="prices", unit="combination", leave=False):
+            if at.slots not in base:
+                base[at.slots] = self._written_and_scored(self._base(at.slots))
+            prices.append(price_of(at, *self._written_and_scored(at), *base[at.slots], new=self._args.new_tokens))
+        return prices
+
+    def _base(self, slots: int) -> Combination:
+        return Combination(arm=UNTOUCHED, lever=NO_LEVER, slots=slots, policy="lru")
+
+    def _by_layer(self, arm: str, slots: int, policy: str, bar: Any) -> list[str]:
+        """Levers with a strength for each layer, for every gate: from curves of each layer alone, by the texts to choose by."""
+        deltas, layers, levers = self._args.per_layer_deltas, len(find_routers(self._model)), []
+        for lever in self._args.per_layer:
+            measures = [
+                [
+                    self._compared(
+                        Combination(arm=arm, lever=_of_layers(lever, alone), slots=slots, policy=policy), CHOSEN_BY, bar
+                    )
+                    for alone in (np.eye(layers)[layer] * delta for delta in deltas)
+                ]
+                for layer in range(layers)
+            ]
+            none = self._compared(Combination(arm=arm, lever=NO_LEVER, slots=slots, policy=policy), CHOSEN_BY, bar)
+            cost_LD, saved_LD = (
+                np.array([[getattr(one, name).value - getattr(none, name).value for one in row] for row in measures])
+                for name in ("cost", "fewer")
+            )
+            for gate in self._args.gates:
+                left = WITHIN * gate - none.cost.value
+                if left > 0:
+                    levers.append(_of_layers(lever, allocate(deltas, cost_LD, saved_LD, within=left)))
+        return levers
+
+    def _compared(self, at: Combination, texts: str, bar: Any) -> Any:
+        here, base = self._found(at, texts, bar), self._found(self._base(at.slots), texts, bar)
+        return compare(here, base, self._texts[texts].shape, expert_bytes=self._expert_bytes)
+
+    def _found(self, at: Combination, texts: str, bar: Any) -> Found:
+        """What was found of every seed."""
+        found = []
+        for answers in self._with_routers(at.arm):
+            asked = ["frontier", self._texts[texts].tolist(), *_as_asked(self._args, at)]
+            (values,) = answers.of([asked], partial(self._read, at, texts), engine=None)
+            found.append(Steps(**_as_arrays(values)))
+            bar.update()
+        return Found(found)
+
+    def _read(self, at: Combination, texts: str, _: int) -> dict[str, Any]:
+        return _as_lists(read_in_steps(self._model, self._texts[texts], _levers(at), _cache(self._args, at)))
+
+    def _written_and_scored(self, at: Combination) -> tuple[list[Written], list[Scores]]:
+        """Of every seed what it writes, if that is asked for, and what it scores."""
+        written, scores, texts_RS = [], [], self._texts[REPORTED]
+        for answers in self._with_routers(at.arm):
+            if self._args.new_tokens:
+                asked = ["written", texts_RS.tolist(), self._args.new_tokens, *_as_asked(self._args, at)]
+                (values,) = answers.of([asked], partial(self._write, at), engine=None)
+                written.append(Written(**_as_arrays(values)))
+            if self._tasks is not None:
+                scores.append(self._scored(at))
+        return written, scores
+
+    def _write(self, at: Combination, _: int) -> dict[str, Any]:
+        how: dict[str, Any] = {
+            "new": self._args.new_tokens,
+            "untouched": _these(self._model, self._seeds[UNTOUCHED][0]),
+        }
+        return _as_lists(write_on(self._model, self._texts[REPORTED], _levers(at), _cache(self._args, at), **how))
+
+    def _scored(self, at: Combination) -> Scores:
+        assert self._tasks is not None
+        identity = f"{identity_of(self._model, self._model_dir, None)} {_as_asked(self._args, at)}"
+        with Answers(self._kept, identity) as answers:
+            lm = StepLM(self._model, self._tokenizer, _levers(at), _cache(self._args, at), answers)
+            return scores_of(lm, self._tokenizer, self._args.quality, self._tasks)
+
+    def _with_routers(self, arm: str) -> Iterator[Answers]:
+        """For every seed, while the model has its routers, what was answered with them."""
+        for routers in self._seeds[arm]:
+            with (
+                _these(self._model, routers),
+                Answers(self._kept, identity_of(self._model, self._model_dir, None)) as answers,
+            ):
+                yield answers
+
+
+@contextmanager
+def _these(model: PreTrainedModel, routers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has these routers; afterwards those that it had."""
+    before = {name: weight.detach().clone() for name, weight in router_parameters(model).items()}
+    copy_into_routers(model, routers)
+    try:
+        yield
+    finally:
+        copy_into_routers(model, before)
+
+
+def _levers(at: Combination) -> Any:
+    return () if at.lever == NO_LEVER else levers_of(at.lever)
+
+
+def _cache(args: FrontierArguments, at: Combination) -> CacheKind:
+    return CacheKind(at.slots, at.policy, args.scope)
+
+
+def _as_asked(args: FrontierArguments, at: Combination) -> list[Any]:
+    return [at.lever, [at.slots, at.policy, args.scope]]
+
+
+def _of_layers(lever: str, deltas: Any) -> str:
+    """A lever with these strengths."""
+    return f"{lever}{',' if ':' in lever else ':'}delta={'/'.join(f'{delta:.4g}' for delta in deltas)}"
+
+
+def _as_lists(found: Any) -> dict[str, Any]:
+    return {name: part.tolist() if isinstance(part, np.ndarray) else part for name, part in found._asdict().items()}
+
+
+def _as_arrays(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: np.array(part) if isinstance(part, list) else part for name, part in values.items()}

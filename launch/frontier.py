@@ -1,12 +1,14 @@
 """`remoe frontier`: routers, levers, cache sizes and policies on one axis, quality against expert loads."""
 
-import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import transformers
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.command import parse
@@ -14,11 +16,15 @@ from configs.files import prepare_folder, write_json, write_yaml
 from configs.load import keys_help, load
 from evaluation.engine.device import find_device
 from evaluation.frontier.arguments import FrontierArguments
-from evaluation.frontier.choice import Choice, choices, pareto, priced
+from evaluation.frontier.choice import choices, pareto, priced
 from evaluation.frontier.measure import Frontier as Measurement
-from evaluation.frontier.points import Interval, Point
+from evaluation.frontier.result import FrontierResult, Point
 from evaluation.machine import machine_facts
-from evaluation.report.numbers import FINE_CHANGE, PERCENT, Unit
+from evaluation.report import tables as report
+from evaluation.report.documents import write_frontier_page
+from evaluation.report.frontier_page import frontier_table, gate_sentence
+from evaluation.report.numbers import FINE_CHANGE, PERCENT
+from evaluation.results import Reproduction
 from launch.narration import say
 from training.model.loading import load_tokenizer, local_folder
 from training.run_folder.folder import code_commit
@@ -41,10 +47,20 @@ class Frontier:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure all points, write frontier.json, print what was chosen at each price."""
+    """Measure all points, write frontier.json and its page, print what was chosen at each price."""
     command = parse(Frontier, argv, prog="remoe frontier", epilog=keys_help(FrontierArguments))
     args = load(FrontierArguments, command.config, command.overrides)
-    output, device = prepare_folder(args.output_dir), find_device(args.device)
+    line = " ".join(["remoe frontier", command.config, *command.overrides])
+    found = measure(args, prepare_folder(args.output_dir), command=line)
+    for slots in args.slots:
+        Console().print(_table(frontier_table(found, slots)))
+    print(gate_sentence(found))
+    print(f"All points and the page are in {Path(args.output_dir) / 'frontier.html'}")
+
+
+def measure(args: FrontierArguments, output: Path, *, command: str) -> FrontierResult:
+    """Measure, write frontier.json, frontier.html, frontier.md and frontier.png."""
+    started, device = time.perf_counter(), find_device(args.device)
     transformers.utils.logging.disable_progress_bar()
     write_yaml(output / "config.yaml", args)
     model_dir = local_folder(args.model)
@@ -52,20 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = measurement.points(found=_say)
     chosen = choices(points, args.gates)
     prices = measurement.prices(priced(chosen, args.priced_at)) if args.new_tokens or args.with_tasks else []
-    found = {
-        "points": [point.model_dump() for point in points],
-        "chosen": [choice.model_dump() for choice in chosen],
-        "pareto": [point.model_dump(include={"arm", "lever", "slots", "policy"}) for point in pareto(points)],
-        "prices": [price.model_dump() for price in prices],
-        "reproduce": {
-            "command": " ".join(["remoe frontier", *(sys.argv[2:] if argv is None else argv)]),
-            "commit": code_commit(), "config": asdict(args), "machine": machine_facts(),
-        },
-    }  # fmt: skip
-    write_json(output / "frontier.json", found)
-    for slots in args.slots:
-        Console().print(_table([choice for choice in chosen if choice.slots == slots], slots))
-    print(f"All points are in {output / 'frontier.json'}")
+    made = Reproduction(
+        command=command, commit=code_commit(), config=asdict(args), machine=machine_facts(),
+        seconds={"frontier": time.perf_counter() - started},
+    )  # fmt: skip
+    pareto_line = [point.combination for point in pareto(points)]
+    found = FrontierResult(
+        model=args.model, scope=args.scope, gates=args.gates, points=points, chosen=chosen, pareto=pareto_line, prices=prices,
+        reproduce=made,
+    )  # fmt: skip
+    write_json(output / "frontier.json", found.model_dump(by_alias=True))
+    write_frontier_page(found, output)
+    return found
 
 
 def _say(point: Point) -> None:
@@ -74,25 +88,10 @@ def _say(point: Point) -> None:
     say(f"{point.arm}, lever {point.lever}, {point.slots} slots, {point.policy}: {saved}")
 
 
-def _table(chosen: Sequence[Choice], slots: int) -> Table:
-    """Kinds x prices: loads saved, the price that was really paid, and with what."""
-    gates = list(dict.fromkeys(choice.gate for choice in chosen))
-    table = Table("", *(f"at most {FINE_CHANGE.text(gate)}" for gate in gates), show_lines=True)
-    table.title = f"fewer expert loads than the untouched model with LRU, {slots} slots a layer"
-    table.caption = (
-        "chosen on other texts; in brackets 95 % intervals over texts; below the perplexity that it cost here"
+def _table(found: report.Table) -> Table:
+    table = Table(
+        *(cell.replace("\n", " ") for cell in found.header), title=found.title, caption=found.note, show_lines=True
     )
-    for kind in dict.fromkeys(choice.kind for choice in chosen):
-        table.add_row(kind, *(_cell(choice.point) for choice in chosen if choice.kind == kind))
+    for row in found.rows:
+        table.add_row(*map(escape, row))
     return table
-
-
-def _cell(point: Point | None) -> str:
-    if point is None:
-        return "none"
-    found = point.reported
-    return f"{_text(found.fewer, PERCENT)}\n{_text(found.cost, FINE_CHANGE)}\n{point.lever}, {point.policy}"
-
-
-def _text(found: Interval, unit: Unit) -> str:
-    return f"{unit.text(found.value)} \\[{unit.bare(found.low)}, {unit.bare(found.high)}]"

@@ -160,7 +160,9 @@ def _backward(run: Run, batch: Batch, count: Mapping[str, Tensor], index: int) -
             base_outputs = outputs_of(run, batch, alone)
     place_BS = None if alone is None else alone.place_BS
     cache = _cache_in_the_loop(run.args, batch, alone) if run.args.is_in_the_loop else None
-    with run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS, cache=cache) as routings:
+    local = run.args.is_local
+    recording = run.observer.recording(*batch.input_ids_BS.shape, place_BS=place_BS, cache=cache, local=local)
+    with recording as routings, torch.set_grad_enabled(not local):
         outputs = outputs_of(run, batch, alone)
     share = objective(
         run.args, outputs_BSX=outputs, routings=routings, batch=batch, count=count, step=run.step,

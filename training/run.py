@@ -85,6 +85,10 @@ def build(args: TrainArguments) -> Run:
     model = loading.build_model(args, seed=args.seed, weights=weights)
     n_parameters = model.num_parameters()
     move_whole_tensors(model, accelerator.device, layout=layout)
+    if layout != REPLICATED and args.is_local:
+        raise UserError(
+            f"objective=local asks each router by itself, which {layout} does not allow; use multi_gpu.yaml"
+        )
     observer, proof_step = _observe(args, model), _proof_step(args, model)
     trained, digest_of, head = _trained(model, accelerator, layout=layout, weights=weights)
     if args.trainable == "routers":  # what could not be exported in the end is not begun
@@ -128,10 +132,14 @@ def _proof_step(args: TrainArguments, model: PreTrainedModel) -> int:
 
     A `UserError` if nothing does: routers that give the one expert they choose the weight 1 leave the task loss no say.
     """
-    if args.trainable == "all" or task_reaches_routers(model):
+    if args.trainable == "all" or (task_reaches_routers(model) and not args.is_local):
         return 0
-    if any(args.coefficient(term.coefficient) for term in TERMS):
+    if any(args.coefficient(term.coefficient) for term in TERMS if not (args.is_local and term.name == "trust_kl")):
         return 1
+    if args.is_local:
+        raise UserError(
+            "objective=local has no term but trust, which holds routers where they are; write miss_coef=0.08"
+        )
     raise UserError(
         f"objective={args.objective}: routers of {type(model).__name__} choose one expert and give it the weight 1 whatever "
         "their logits, so that the task loss does not depend on them and cannot train them; write objective=remoe"

@@ -9,9 +9,8 @@ from data.groups import source_of
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.levers.spec import levers_of
+from evaluation.frontier.result import UNTOUCHED
 from evaluation.quality.tasks import QualityArguments
-
-NO_LEVER = "none"
 
 
 @dataclass
@@ -45,7 +44,7 @@ class FrontierArguments:
     )  # perplexity that may be lost at most
     # gates whose best points are priced further: in text that they write themselves, and in tasks
     priced_at: list[float] = field(default_factory=lambda: [0.01])
-    new_tokens: int = 96  # of the end of every text, written anew by sampling; 0: none
+    new_tokens: int | None = None  # of the end of every text, written anew by sampling; null: half of it, 0: none
     with_tasks: bool = False  # ask the tasks of `quality` too, step by step
     quality: QualityArguments = field(default_factory=QualityArguments)
     dtype: str = "auto"  # as stored, or float32 or bfloat16
@@ -53,7 +52,8 @@ class FrontierArguments:
 
     def __post_init__(self) -> None:
         in_range(self, slots=(1, float("inf")), max_length=(2, float("inf")), texts_per_domain=(2, float("inf")))
-        in_range(self, gates=(0, float("inf")), new_tokens=(0, self.max_length - 1), per_layer_deltas=(0, float("inf")))
+        in_range(self, gates=(0, float("inf")), new_tokens=(0, self.max_length), per_layer_deltas=(0, float("inf")))
+        self.new_tokens = self.max_length // 2 if self.new_tokens is None else self.new_tokens
         if not set(self.priced_at) <= set(self.gates):
             raise ValueError(f"priced_at={self.priced_at} must be among gates={self.gates}")
         if self.per_layer_deltas != sorted(set(self.per_layer_deltas) - {0}):
@@ -83,6 +83,3 @@ class FrontierArguments:
         """Of an arm's router deltas, one for each seed."""
         given = self.arms[arm]
         return [given] if isinstance(given, str) else list(given)
-
-
-UNTOUCHED = "untouched"

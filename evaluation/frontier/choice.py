@@ -6,25 +6,13 @@ What is reported of a choice comes from other texts: of many points measured on 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from pydantic import BaseModel
-
 from evaluation.engine.levers.drop import Drop
 from evaluation.engine.levers.prior import Prior
 from evaluation.engine.levers.spec import levers_of
-from evaluation.frontier.arguments import NO_LEVER
-from evaluation.frontier.points import Combination, Point
+from evaluation.frontier.result import NO_LEVER, Choice, Combination, Point
 
 ANY = ", any lever"
 """What is compared of all levers together, where there are several kinds."""
-
-
-class Choice(BaseModel):
-    """The best of a kind of combination at one price; None where none is within it."""
-
-    kind: str
-    gate: float  # perplexity that may be lost at most, relative
-    slots: int
-    point: Point | None
 
 
 def kinds(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -71,8 +59,7 @@ def choices(points: Sequence[Point], gates: Sequence[float]) -> list[Choice]:
 def priced(found: Iterable[Choice], gates: Sequence[float]) -> list[Combination]:
     """What was chosen at these prices, each once."""
     points = [choice.point for choice in found if choice.point is not None and choice.gate in gates]
-    names = Combination.model_fields
-    return list(dict.fromkeys(Combination(**point.model_dump(include=set(names))) for point in points))
+    return list(dict.fromkeys(point.combination for point in points))
 
 
 def pareto(points: Iterable[Point]) -> list[Point]:

@@ -22,10 +22,11 @@ from data.pieces import spread_pieces
 from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.frontier.allocation import allocate
-from evaluation.frontier.arguments import NO_LEVER, UNTOUCHED, FrontierArguments
+from evaluation.frontier.arguments import FrontierArguments
 from evaluation.frontier.generation import Written, write_on
-from evaluation.frontier.points import Combination, Found, Point, compare
-from evaluation.frontier.prices import Price, price_of
+from evaluation.frontier.points import Found, compare
+from evaluation.frontier.prices import price_of
+from evaluation.frontier.result import NO_LEVER, UNTOUCHED, Combination, Measure, Point, Price
 from evaluation.frontier.steps import CacheKind, Steps, read_in_steps
 from evaluation.frontier.task_scores import StepLM
 from evaluation.quality.batches import Answers, identity_of
@@ -78,7 +79,7 @@ class Frontier:
         self, args: FrontierArguments, model_dir: str, tokenizer: PreTrainedTokenizerBase, device: Any, *, kept: Path
     ) -> None:
         self._args, self._model_dir, self._tokenizer, self._kept = args, model_dir, tokenizer, kept
-        self._texts = texts_of(args, tokenizer)
+        self._texts, self._new = texts_of(args, tokenizer), args.new_tokens or 0
         self._tasks: LoadedTasks | None = load_tasks(args.quality) if args.with_tasks else None
         self._seeds: dict[str, list[Mapping[str, Tensor]]] = {
             arm: [load_for(model_dir, folder) for folder in args.folders(arm)] for arm in args.arms
@@ -104,8 +105,8 @@ class Frontier:
                 for slots, policy in itertools.product(self._args.slots, self._args.policies):
                     for lever in (NO_LEVER, *self._args.levers, *self._by_layer(arm, slots, policy, bar)):
                         at = Combination(arm=arm, lever=lever, slots=slots, policy=policy)
-                        measures = {name: self._compared(at, name, bar) for name in self._texts}
-                        points.append(Point(**at.model_dump(), **measures))
+                        here, there = (self._compared(at, name, bar) for name in (CHOSEN_BY, REPORTED))
+                        points.append(Point(**at.model_dump(), chosen_by=here, reported=there))
                         found(points[-1])
         return points
 
@@ -115,7 +116,7 @@ class Frontier:
         for at in tqdm(chosen, desc="prices", unit="combination", leave=False):
             if at.slots not in base:
                 base[at.slots] = self._written_and_scored(self._base(at.slots))
-            prices.append(price_of(at, *self._written_and_scored(at), *base[at.slots], new=self._args.new_tokens))
+            prices.append(price_of(at, *self._written_and_scored(at), *base[at.slots], new=self._new))
         return prices
 
     def _base(self, slots: int) -> Combination:
@@ -145,7 +146,7 @@ class Frontier:
                     levers.append(_of_layers(lever, allocate(deltas, cost_LD, saved_LD, within=left)))
         return levers
 
-    def _compared(self, at: Combination, texts: str, bar: Any) -> Any:
+    def _compared(self, at: Combination, texts: str, bar: Any) -> Measure:
         here, base = self._found(at, texts, bar), self._found(self._base(at.slots), texts, bar)
         return compare(here, base, self._texts[texts].shape, expert_bytes=self._expert_bytes)
 
@@ -166,8 +167,8 @@ class Frontier:
         """Of every seed what it writes, if that is asked for, and what it scores."""
         written, scores, texts_RS = [], [], self._texts[REPORTED]
         for answers in self._with_routers(at.arm):
-            if self._args.new_tokens:
-                asked = ["written", texts_RS.tolist(), self._args.new_tokens, *_as_asked(self._args, at)]
+            if self._new:
+                asked = ["written", texts_RS.tolist(), self._new, *_as_asked(self._args, at)]
                 (values,) = answers.of([asked], partial(self._write, at), engine=None)
                 written.append(Written(**_as_arrays(values)))
             if self._tasks is not None:
@@ -176,7 +177,7 @@ class Frontier:
 
     def _write(self, at: Combination, _: int) -> dict[str, Any]:
         how: dict[str, Any] = {
-            "new": self._args.new_tokens,
+            "new": self._new,
             "untouched": _these(self._model, self._seeds[UNTOUCHED][0]),
         }
         return _as_lists(write_on(self._model, self._texts[REPORTED], _levers(at), _cache(self._args, at), **how))

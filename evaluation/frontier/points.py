@@ -1,72 +1,21 @@
-"""Points of a frontier: what a point is, and what it costs and saves beside the untouched model.
+"""What a point of a frontier costs and saves beside the untouched model.
 
 Letters: R texts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
+from evaluation.frontier.result import Interval, Measure
 from evaluation.frontier.steps import Steps
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 Numbers = npt.NDArray[Any]
-
-
-class Interval(NamedTuple):
-    """A number with its paired 95 % interval over texts."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Measure(BaseModel):
-    """What was found of a point on one set of texts.
-
-    Attributes:
-        cost: relative change of perplexity against the untouched model without a lever.
-        fewer: share of the expert loads that are saved, against the untouched model with LRU and as many slots.
-        loads_per_token: experts that were read, over all layers.
-        bytes_per_token: the same in bytes, as the checkpoint stores them.
-        swapped_per_token: experts that levers replaced or dropped.
-        lost_weight_per_token: mixing weight that went with them.
-        costs_of_seeds, fewer_of_seeds: of each seed alone.
-    """
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    cost: Interval
-    fewer: Interval
-    loads_per_token: float
-    bytes_per_token: float | None
-    swapped_per_token: float
-    lost_weight_per_token: float
-    costs_of_seeds: list[float]
-    fewer_of_seeds: list[float]
-
-
-class Combination(BaseModel):
-    """Routers, a lever, and a cache."""
-
-    model_config = ConfigDict(frozen=True)
-
-    arm: str
-    lever: str
-    slots: int
-    policy: str
-
-
-class Point(Combination):
-    """One combination, measured on the texts that are chosen by and on those that are reported."""
-
-    chosen_by: Measure
-    reported: Measure
 
 
 @dataclass(frozen=True)

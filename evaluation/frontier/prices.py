@@ -7,40 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from pydantic import BaseModel
 
 from evaluation.frontier.generation import Written
-from evaluation.frontier.points import Combination, Interval, Numbers, relative_cost, with_interval
+from evaluation.frontier.points import Numbers, relative_cost, with_interval
+from evaluation.frontier.result import Combination, Interval, Price, WritingPrice
 from evaluation.quality.differences import differences, summarize
 from evaluation.quality.scores import Scores, TaskScores
-from evaluation.results import Difference, Quality
-
-
-class WritingPrice(BaseModel):
-    """What was found in freely generated text, with intervals over texts.
-
-    Attributes:
-        cost: relative change of the perplexity that the untouched model gives to what was written, against what it writes itself.
-        kl: nats a token by which predictions are away from the untouched model's, in what was written.
-        kl_given: the same, at the same places, in the texts' own words.
-        ratio: by how much the first is larger.
-        same: tokens until the first that the untouched model, with the same random numbers, did not write.
-    """
-
-    cost: Interval
-    kl: Interval
-    kl_given: Interval
-    ratio: Interval | None
-    same: Interval
-
-
-class Price(BaseModel):
-    """Of one combination; tasks against the untouched model with LRU, paired over items."""
-
-    at: Combination
-    written: WritingPrice | None
-    quality: Quality | None
-    tasks: Difference | None
 
 
 def price_of(

@@ -9,7 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.files import prepare, write_json, write_text
+from evaluation.frontier.result import FrontierResult
 from evaluation.report.drawing import TEMPLATES, colours
+from evaluation.report.frontier_page import frontier_contents, write_frontier_picture
 from evaluation.report.sections import contents
 from evaluation.results import Results
 
@@ -37,6 +39,18 @@ def page(results: Results) -> str:
     """The report as one HTML file: inline style and pictures."""
     template = _templates(autoescape=True).get_template("report.html.j2")
     return template.render(contents(results), results=results, colours=colours(results))
+
+
+def write_frontier_page(found: FrontierResult, output_dir: Path) -> None:
+    """Write `frontier.md`, `frontier.html` and `frontier.png` into a folder; a `UserError` if it cannot be."""
+    contents_of = frontier_contents(found)
+    environment = _templates(autoescape=False)
+    environment.filters["plain"] = _escape
+    text = environment.get_template("report.md.j2").render(contents_of)
+    html = _templates(autoescape=True).get_template("report.html.j2").render(contents_of, results=found, colours={})
+    for name, document in (("frontier.md", text), ("frontier.html", html)):
+        write_text(prepare(output_dir / name), document)
+    write_frontier_picture(found, output_dir / "frontier.png")
 
 
 def _templates(*, autoescape: bool) -> Environment:

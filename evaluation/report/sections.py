@@ -41,6 +41,7 @@ def contents(results: Results) -> dict[str, Any]:
         "subtitle": subtitle(results),
         "headline": headline(results),
         "headline_table": tables.headline_table(results),
+        "page": "report.html",
         "sections": sections(results),
         "reproduction": reproduction(results),
         "config": yaml.safe_dump(results.reproduce.config, sort_keys=False, allow_unicode=True),

@@ -137,6 +137,7 @@ class RouterObserver:
         self._shape = (0, 0)
         self._place_BS: Tensor | None = None
         self._cache: CacheInTheLoop | None = None
+        self._local = False
         self._handles = []
         for name, asked in ask_routers(model).items():
             router = asked.module
@@ -150,22 +151,24 @@ class RouterObserver:
     @contextmanager
     def recording(
         self, batch_size: int, sequence_length: int, *, place_BS: Tensor | None = None,
-        cache: CacheInTheLoop | None = None,
+        cache: CacheInTheLoop | None = None, local: bool = False,
     ) -> Iterator[list[Routing]]:  # fmt: skip
         """The list that is yielded is filled, in layer order, when the block ends.
 
         Args:
             place_BS: a token of the batch is the row of the routers' outputs that stands there; None: they are in order.
             cache: inside, experts are chosen as it says, which is what is recorded.
+            local: what is recorded has a graph that ends at each router's inputs, whether or not gradients are switched on.
         """
         routings: list[Routing] = []
         self._recorded, self._shape, self._place_BS = {}, (batch_size, sequence_length), place_BS
-        self._cache = cache
+        self._cache, self._local = cache, local
         try:
             yield routings
             routings += [self._recorded[name] for name in self.names]
         finally:
             self._recorded = self._cache = None
+            self._local = False
 
     @contextmanager
     def original_routers(self) -> Iterator[None]:
@@ -187,12 +190,18 @@ class RouterObserver:
         return output.reshape(-1, output.shape[-1])[self._place_BS]
 
     def _hook(self, name: str, asked: AskedRouter, reference: nn.Module | None) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, ...]) -> Any:
+        def hook(router: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, ...]) -> Any:
             if self._uses_reference:
                 assert reference is not None, "the original routers are kept with with_reference=True only"
                 return reference(*inputs, **named)
             if self._recorded is None:
                 return None
+            if self._local:
+                with torch.enable_grad():
+                    return record(router.forward(*inputs, **named), inputs, named)
+            return record(output, inputs, named)
+
+        def record(output: tuple[Tensor, ...], inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
             changed, score, resident = None, None, None
             if self._cache is not None:
                 choice = self._cache.choose(*output[:3], kind=self.kind, bias_E=self._bias(asked))
@@ -206,6 +215,7 @@ class RouterObserver:
                 with torch.no_grad():
                     reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
             log_scores = self.kind.log_scores(logits)
+            assert self._recorded is not None
             self._recorded[name] = Routing(
                 log_scores, weights, ids.gather(-1, order), reference_logits, score, resident
             )

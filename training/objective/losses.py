@@ -131,6 +131,43 @@ def miss_loss_sum(
     return miss_BS[document_ids_BS >= 0].sum()
 
 
+def soft_cache(requests_BSE: Tensor, document_ids_BS: Tensor, *, slots: int, top_k: int, decay: float) -> Tensor:
+    """[B, S, E] c_t: how far a soft cache holds each expert just before position t (MELINOE, arXiv 2602.11192).
+
+    c_{t+1} = (decay Z_t c_t + r_t) / Z_{t+1} and Z_{t+1} = decay Z_t + K / C, both 0 where a sequence starts: what was asked
+    for fades, and the parts add up to C. Worked out by doubling distances, with gradients to earlier requests.
+    """
+    follows_BS1 = same_document(document_ids_BS, 1).unsqueeze(-1).to(requests_BSE.dtype)
+    step = torch.cat([requests_BSE, torch.full_like(requests_BSE[..., :1], top_k / slots)], dim=-1)
+    sums = torch.nn.functional.pad(step, (0, 0, 1, 0))[:, :-1] * follows_BS1  # before position t: what t - 1 asked for
+    keeps = decay * follows_BS1
+    distance = 1
+    while distance < document_ids_BS.shape[1]:
+        earlier = torch.nn.functional.pad(sums, (0, 0, distance, 0))[:, :-distance]
+        sums = sums + keeps * earlier
+        keeps = keeps * torch.nn.functional.pad(keeps, (0, 0, distance, 0))[:, :-distance]
+        distance *= 2
+    return sums[..., :-1] / sums[..., -1:].clamp_min(EPSILON)
+
+
+def soft_request_sum(requests_BSE: Tensor, cache_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
+    """MELINOE's cache term: <r_t, 1 - c_t>, what is asked for and not held, over valid positions."""
+    return (requests_BSE * (1 - cache_BSE)).sum(-1)[document_ids_BS >= 0].sum()
+
+
+def margin_rank_sum(
+    probs_BSE: Tensor, reference_logits_BSE: Tensor, document_ids_BS: Tensor, *, margin: float
+) -> Tensor:
+    """MELINOE's rank term: relu(margin - (P_i - P_j)) of pairs that the original router orders so, their mean, over positions."""
+    order = reference_logits_BSE.argsort(dim=-1, descending=True)
+    ranked_nE = probs_BSE.gather(-1, order)[document_ids_BS >= 0]
+    experts = ranked_nE.shape[-1]
+    total = sum(
+        torch.relu(margin - (ranked_nE[:, :-apart] - ranked_nE[:, apart:])).sum() for apart in range(1, experts)
+    )
+    return torch.as_tensor(total, device=probs_BSE.device) / (experts * (experts - 1) / 2)
+
+
 def symmetric_kl_sums(probs_BSE: Tensor, log_probs_BSE: Tensor, document_ids_BS: Tensor, lags: Sequence[int]) -> Tensor:
     """[D] for each of `lags` half the sum of both KLs between P_t and P_{t-lag}, gradient to both: L_smooth, parts of L_lag."""
     pairs_DBS = [same_document(document_ids_BS, lag) for lag in lags]

@@ -1,4 +1,4 @@
-"""The terms of the objective, their coefficients and ramps, and the presets (ReMoE, arXiv 2605.27081, and two of ours).
+"""The terms of the objective, their coefficients and ramps, and the presets: ReMoE (arXiv 2605.27081), MELINOE, and ours.
 
 A new term is a pure function in `losses.py`, a field of `ObjectiveArguments` and a row of `TERMS`.
 Letters: B rows, S sequence, E experts, K chosen; B counts the rows of all layers that are worked on together.
@@ -21,7 +21,7 @@ from training.objective import losses
 # holds; `cache_miss` counts that cache's misses softly instead of rewarding probability mass, and learns the task mostly
 # from the base's own predictions. `in_the_loop` trains routers as they are served with a lever: see `cache_in_the_loop.py`.
 _REMOE = {"router_kl_coef": 0.45, "reuse_coef": 0.2, "smooth_coef": 0.05, "lag_coef": 0.05, "working_set_coef": 0.01}
-_NOTHING = dict.fromkeys(("distill_coef", "miss_coef", *_REMOE), 0.0)
+_NOTHING = dict.fromkeys(("distill_coef", "miss_coef", "soft_cache_coef", "rank_coef", *_REMOE), 0.0)
 PRESETS: dict[str, dict[str, float]] = {
     "ce_only": _NOTHING,
     "remoe": {**_NOTHING, **_REMOE},
@@ -30,11 +30,15 @@ PRESETS: dict[str, dict[str, float]] = {
     "remoe_no_consistency": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache": {**_NOTHING, "router_kl_coef": 0.45, "reuse_coef": 0.2},
     "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
+    "melinoe": {**_NOTHING, "soft_cache_coef": 0.1, "rank_coef": 1.0},
     "in_the_loop": {
         **_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.02, "miss_coef": 0.08, "miss_temperature": 0.02, "lever_delta": 0.06
     },
 }  # fmt: skip
-REWARDING_CACHES = ("cache", "cache_miss", "in_the_loop")
+PRESETS["local"] = {**PRESETS["in_the_loop"], "distill_coef": 0.0, "router_kl_coef": 1.0}
+LOCAL = "local"
+"""No task loss: every router learns from its inputs as they are, without a backward pass through the model (ours)."""
+REWARDING_CACHES = ("cache", "cache_miss", "melinoe", "in_the_loop", "local")
 """Objectives whose reuse and miss terms are about LRU caches of `cache_slots` instead of the previous token's experts."""
 MISS_TEMPERATURE = 0.25
 
@@ -43,7 +47,9 @@ MISS_TEMPERATURE = 0.25
 class ObjectiveArguments:
     """What is optimised. A coefficient that is left out has its preset's value."""
 
-    objective: str = "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache, cache_miss or in_the_loop
+    objective: str = (
+        "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache, cache_miss, melinoe, in_the_loop or local
+    )
     distill_coef: float | None = None  # share of the task loss that is the KL to the base's predictions, 0 to below 1
     reuse_coef: float | None = None  # weight of the reuse reward
     miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
@@ -53,6 +59,12 @@ class ObjectiveArguments:
     # the router alone, and misses counted in mixing weight; without it there is no cache in the loop
     lever_delta: float | None = None
     router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
+    soft_cache_coef: float | None = (
+        None  # weight of what is asked for and a soft cache of earlier requests does not hold
+    )
+    soft_cache_decay: float = 0.9  # part of that cache that is left after a token
+    rank_coef: float | None = None  # weight of pairs of experts that the original router has the other way round
+    rank_margin: float = 0.1  # probability by which a pair should be apart
     smooth_coef: float | None = None  # weight of the symmetric KL between neighbouring tokens
     lag_coef: float | None = None  # weight of the symmetric KL between tokens at the distances of `lags`
     working_set_coef: float | None = None  # weight of the entropy of the mean over windows of `working_set_window`
@@ -84,9 +96,13 @@ class ObjectiveArguments:
         if self.rewards_cache and not self.cache_slots:
             raise ValueError(f"cache_slots=[]: objective={self.objective} is about caches; write at least one, as [8]")
         if self.is_in_the_loop and not self.rewards_cache:
-            raise ValueError(f"lever_delta={self.lever_delta} acts on a cache, and so with objective=in_the_loop only")
+            raise ValueError(
+                f"lever_delta={self.lever_delta} acts on a cache, and so with objective=in_the_loop or local only"
+            )
         if self.cache_policy not in HALF_LIVES:
             raise ValueError(f"cache_policy={self.cache_policy!r} is not known; write of {', '.join(HALF_LIVES)}")
+        if self.is_local and self.coefficient("distill_coef"):
+            raise ValueError(f"distill_coef={self.distill_coef}: objective=local has no task loss; leave it out")
         if self.coefficient("distill_coef") >= 1:
             raise ValueError(
                 f"distill_coef={self.distill_coef} must be below 1: before the first step the base's predictions give no "
@@ -101,6 +117,11 @@ class ObjectiveArguments:
     def is_in_the_loop(self) -> bool:
         """Whether a cache, and what a lever makes of it, is part of the training pass."""
         return self.lever_delta is not None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether there is no task loss, and no gradient but inside each router."""
+        return self.objective == LOCAL
 
     def coefficient(self, key: str) -> float:
         value: float | None = getattr(self, key)
@@ -184,6 +205,29 @@ def trust(layers: Layers) -> Tensor | None:
     return losses.trust_kl_sum(layers.probs_BSE, layers.log_probs_BSE, reference_BSE, layers.document_ids_BS)
 
 
+def soft_requests(layers: Layers) -> Tensor:
+    """Requests are hard, with the gradient of P_t."""
+    args, ids_BSK = layers.args, layers.routing.ids_BSK
+    hard_BSE = torch.zeros_like(layers.probs_BSE).scatter_(-1, ids_BSK, 1.0)
+    requests_BSE = hard_BSE + layers.probs_BSE - layers.probs_BSE.detach()
+    how: dict[str, Any] = {"top_k": layers.top_k, "decay": args.soft_cache_decay}
+    return torch.stack([
+        losses.soft_request_sum(
+            requests_BSE, losses.soft_cache(requests_BSE, layers.document_ids_BS, slots=slots, **how), layers.document_ids_BS
+        )
+        for slots in args.cache_slots
+    ]).mean()  # fmt: skip
+
+
+def rank(layers: Layers) -> Tensor | None:
+    reference_BSE = layers.routing.reference_logits_BSE
+    if reference_BSE is None:
+        return None
+    return losses.margin_rank_sum(
+        layers.probs_BSE, reference_BSE, layers.document_ids_BS, margin=layers.args.rank_margin
+    )
+
+
 def load_balance(layers: Layers) -> Tensor:
     parts = (layers.probs_BSE, layers.routing.ids_BSK, layers.document_ids_BS)
     by_layer = zip(*(tensor.chunk(layers.n_layers) for tensor in parts), strict=True)
@@ -227,6 +271,16 @@ TERMS = (  # added up in this order, on which last bits depend
         False,
         ("miss_temperature", "cache_slots", "lever_delta", "cache_policy"),
     ),
+    Term(
+        "soft_cache_loss",
+        "soft_cache_coef",
+        REUSE,
+        "positions",
+        soft_requests,
+        False,
+        ("soft_cache_decay", "cache_slots"),
+    ),
+    Term("rank_loss", "rank_coef", None, "positions", rank, False, ("rank_margin",)),
     Term("trust_kl", "router_kl_coef", None, "positions", trust),
     Term("load_balance_loss", "router_aux_loss_coef", None, "positions", load_balance, False),
 )

@@ -212,3 +212,54 @@ def test_the_gradient_of_the_symmetric_kl_goes_to_both_positions_as_autograd_say
         for sums in (found, torch.stack(plain))
     )
     torch.testing.assert_close(ours, theirs)
+
+
+DECAY = 0.8
+
+
+def slow_soft_cache(case: Case, slots: int) -> dict[tuple[int, int], list[float]]:
+    """MELINOE's cache before every position, by its recurrence."""
+    held = {}
+    for positions in sequences(case.documents):
+        cache, total = [0.0] * E, 0.0
+        for at in positions:
+            held[at] = cache
+            requests = [float(expert in case.ids[at].tolist()) for expert in range(E)]
+            after = DECAY * total + K / slots
+            cache = [(DECAY * total * c + r) / after for c, r in zip(cache, requests, strict=True)]
+            total = after
+    return held
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+def test_a_soft_cache_follows_melinoes_recurrence_and_what_it_lacks_is_summed(case: Case, slots: int) -> None:
+    requests = torch.zeros_like(case.logits).scatter_(-1, case.ids, 1.0)
+    found = losses.soft_cache(requests, case.documents, slots=slots, top_k=K, decay=DECAY)
+    expected = slow_soft_cache(case, slots)
+    for at, cache in expected.items():
+        torch.testing.assert_close(found[at], torch.tensor(cache))
+    missing = sum(1 - expected[at][expert] for at in expected for expert in case.ids[at].tolist())
+    assert_equal(losses.soft_request_sum(requests, found, case.documents), missing)
+
+
+def test_what_a_soft_cache_lacks_pulls_at_earlier_requests_too() -> None:
+    case = make_case([[6]])
+    probs = case.logits.softmax(-1).requires_grad_()
+    requests = torch.zeros_like(case.logits).scatter_(-1, case.ids, 1.0) + probs - probs.detach()
+    cache = losses.soft_cache(requests, case.documents, slots=4, top_k=K, decay=DECAY)
+    last = (requests[0, 5].detach() * (1 - cache[0, 5])).sum()
+    (gradient,) = torch.autograd.grad(last, probs)
+    wanted = requests[0, 5].detach() > 0
+    assert (gradient[0, :5, wanted] < 0).all()
+    assert (gradient[0, :5, ~wanted] == 0).all()
+    assert (gradient[0, 5] == 0).all()
+
+
+def test_rank_margins_are_of_pairs_as_the_original_router_orders_them(case: Case) -> None:
+    expected = 0.0
+    for positions in sequences(case.documents):
+        for at in positions:
+            p, reference = softmax(case.logits[at]), case.reference[at].tolist()
+            pairs = [(i, j) for i in range(E) for j in range(E) if reference[i] > reference[j]]
+            expected += sum(max(0.0, 0.1 - (p[i] - p[j])) for i, j in pairs) / len(pairs)
+    assert_equal(losses.margin_rank_sum(case.logits.softmax(-1), case.reference, case.documents, margin=0.1), expected)

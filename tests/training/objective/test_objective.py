@@ -117,6 +117,28 @@ def test_with_a_lever_in_the_loop_misses_are_of_the_score_that_decides() -> None
     torch.testing.assert_close(found.loss, expected)
 
 
+def test_melinoe_adds_what_its_soft_cache_lacks_and_its_margins_to_the_task_loss() -> None:
+    args = ObjectiveArguments(objective="melinoe", cache_slots=[2, 4], soft_cache_coef=0.3, rank_coef=0.7)
+    batch, layers = a_batch(), two_layers()
+    found = evaluate(args, batch, layers)
+    lacking, margins = [], []
+    for layer in layers:
+        probs = layer.logits_BSE.softmax(-1)
+        hard = torch.zeros_like(probs).scatter_(-1, layer.ids_BSK, 1.0)
+        for slots in (2, 4):
+            cache = losses.soft_cache(hard, batch.document_ids_BS, slots=slots, top_k=2, decay=0.9)
+            lacking.append(losses.soft_request_sum(hard, cache, batch.document_ids_BS))
+        assert layer.reference_logits_BSE is not None
+        margins.append(
+            losses.margin_rank_sum(probs, layer.reference_logits_BSE, batch.document_ids_BS, margin=args.rank_margin)
+        )
+    terms = {"soft_cache_loss": torch.stack(lacking).mean() / 24, "rank_loss": torch.stack(margins).mean() / 24}
+    for name, slow in terms.items():
+        torch.testing.assert_close(found.terms[name], slow.detach())
+    expected = found.terms["loss"] + 0.3 * terms["soft_cache_loss"] + 0.7 * terms["rank_loss"]
+    torch.testing.assert_close(found.loss, expected)
+
+
 def test_distillation_takes_its_share_of_the_task_loss() -> None:
     args = ObjectiveArguments(objective="ce_only", distill_coef=0.75)
     batch, layers = a_batch(), two_layers()

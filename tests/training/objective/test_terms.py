@@ -24,7 +24,7 @@ def test_the_remoe_preset_has_the_published_coefficients() -> None:
 def test_there_is_a_test_for_every_preset() -> None:
     assert set(PRESETS) == {
         "ce_only", "remoe", "remoe_no_trust", "remoe_no_reuse", "remoe_no_consistency", "cache", "cache_miss",
-        "in_the_loop",
+        "melinoe", "in_the_loop", "local",
     }  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_weights_are_coefficients_times_their_ramps() -> None:
     args = ObjectiveArguments(miss_coef=0.5, router_aux_loss_coef=0.3)
     assert weights_at(args, 200) == {
         "reuse_loss": 0.5 * 0.2, "smooth_loss": 0.25 * 0.05, "lag_loss": 0.25 * 0.05, "working_set_loss": 0.25 * 0.01,
-        "miss_loss": 0.5 * 0.5, "trust_kl": 0.45, "load_balance_loss": 0.3,
+        "miss_loss": 0.5 * 0.5, "soft_cache_loss": 0.0, "rank_loss": 0.0, "trust_kl": 0.45, "load_balance_loss": 0.3,
     }  # fmt: skip
 
 

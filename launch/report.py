@@ -8,14 +8,16 @@ import tyro
 
 from configs.command import parse
 from configs.files import prepare, prepare_folder
+from evaluation.frontier.result import read_frontier
 from evaluation.report.documents import write_report
 from evaluation.report.plots import write_frontier
 from evaluation.results import read_results
+from launch.run import FRONTIER
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.md and report.html from the results of a run; nothing is measured.
+    """Write report.md and report.html from the results of a run, with its frontier if it has one; nothing is measured.
 
     example:
       remoe report runs/demo/results.json --output runs/demo --frontier runs/demo/frontier.png
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parse(Report, argv, prog="remoe report")
     results = read_results(command.results)
     output = prepare_folder(command.output or Path(command.results).parent)
-    write_report(results, output)
+    beside = Path(command.results).parent / FRONTIER
+    write_report(results, output, read_frontier(beside) if beside.exists() else None)
     if command.frontier is not None:
         write_frontier(results, prepare(command.frontier))
     print(output / "report.html")

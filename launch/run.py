@@ -1,7 +1,7 @@
 """`remoe run`: the whole loop. Train every arm, evaluate base and arms, write the report; all in one run folder."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,17 @@ from configs.files import prepare_folder, write_yaml
 from configs.load import UserError, keys_help, load
 from evaluation.arguments import EvaluationArguments
 from evaluation.evaluate import assemble, evaluate, trained_arm
+from evaluation.frontier.arguments import FrontierArguments
 from evaluation.measurement import Arm
 from evaluation.report.documents import write_results
+from evaluation.report.frontier_page import gate_sentence
+from launch.frontier import measure
 from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
 from training.train import launch_training
+
+FRONTIER = Path("frontier/frontier.json")
+"""Beside the results of a run."""
 
 
 @dataclass
@@ -29,9 +35,12 @@ class RunArguments:
     output_dir: str = "runs/demo"  # everything is written here
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> keys of the training config that differ
     seeds: list[int] = field(default_factory=lambda: [0])  # each arm is trained once with each
+    # routers, levers and caches on one axis, as `remoe frontier` measures them, of the arms of this run; a config of it
+    frontier: str | None = None
     accelerate_config: str | None = None  # train with accelerate, for example on several processes
     train_overrides: list[str] = field(default_factory=list)  # key=value for every training, as [max_steps=20]
     evaluation_overrides: list[str] = field(default_factory=list)  # key=value of what is measured, as [quality.limit=8]
+    frontier_overrides: list[str] = field(default_factory=list)  # key=value of the frontier, as [slots=[16]]
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
@@ -43,6 +52,8 @@ class RunArguments:
 def pipeline(args: RunArguments, *, command: str) -> Path:
     """Measure the base, then train and measure one arm after the other, then decode with all of them; write the report.
 
+    A frontier comes last, if one is asked for.
+
     Arms that are already trained are not trained again.
 
     Returns:
@@ -52,6 +63,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     evaluation = load(EvaluationArguments, args.evaluation, args.evaluation_overrides)
     trainings = {name: [_training(args, name, seed) for seed in args.seeds] for name in args.arms}
     model = str(next(iter(trainings.values()))[0].model_name_or_path)
+    frontier = _frontier(args, model, trainings)
     all_new = not any((Path(t.output_dir) / "config.yaml").exists() for of_arm in trainings.values() for t in of_arm)
     prepare_folder(out)
     write_yaml(out / "config.yaml", args)
@@ -66,9 +78,17 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     if all_new:  # time of a training that was only taken up again says nothing
         seconds["train"] = arms.seconds
     config = {"run": asdict(args), "evaluation": asdict(evaluation)}
+    found = None
+    if frontier is not None:
+        say("measuring routers, levers and caches on one axis")
+        measuring = time.perf_counter()
+        found = measure(frontier, prepare_folder(frontier.output_dir), command=command)
+        seconds["frontier"] = time.perf_counter() - measuring
     results = assemble(measured, command=command, config=config, seconds=seconds)
-    write_results(results, out)
+    write_results(results, out, found)
     say_the_end(results, out)
+    if found is not None:
+        print(gate_sentence(found))
     return out
 
 
@@ -87,6 +107,19 @@ class _Training:
                 launch_training(training, self._accelerate_config)
             self.seconds += time.perf_counter() - started
             yield name, trained_arm(self._model, [Path(t.output_dir) / "router_delta" for t in of_arm])
+
+
+def _frontier(
+    args: RunArguments, model: str, trainings: Mapping[str, Sequence[TrainArguments]]
+) -> FrontierArguments | None:
+    """What is measured on one axis; None if that is not asked for."""
+    if args.frontier is None:
+        return None
+    folders = {name: [str(Path(t.output_dir) / "router_delta") for t in of_arm] for name, of_arm in trainings.items()}
+    own = [f"model={model}", f"output_dir={(Path(args.output_dir) / FRONTIER).parent}"]
+    frontier = load(FrontierArguments, args.frontier, [*args.frontier_overrides, *own])
+    frontier.arms = dict(folders)
+    return frontier
 
 
 def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:

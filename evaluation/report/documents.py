@@ -5,50 +5,64 @@ Only presents: every number is in the results or is arithmetic on them (`summary
 """
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from configs.files import prepare, write_json, write_text
 from evaluation.frontier.result import FrontierResult
 from evaluation.report.drawing import TEMPLATES, colours
-from evaluation.report.frontier_page import frontier_contents, write_frontier_picture
+from evaluation.report.frontier_page import frontier_contents, report_sections, write_frontier_picture
 from evaluation.report.sections import contents
 from evaluation.results import Results
 
 
-def write_results(results: Results, output_dir: Path) -> None:
+def write_results(results: Results, output_dir: Path, frontier: FrontierResult | None = None) -> None:
     """Write `results.json`, `report.md` and `report.html` into one folder, which is made if need be."""
     write_json(prepare(output_dir / "results.json"), results.model_dump(by_alias=True))
-    write_report(results, output_dir)
+    write_report(results, output_dir, frontier)
 
 
-def write_report(results: Results, output_dir: Path) -> None:
-    """Write `report.md` and `report.html` into a folder, which is made if need be; a `UserError` if it cannot be."""
-    for name, text in (("report.md", markdown(results)), ("report.html", page(results))):
+def write_report(results: Results, output_dir: Path, frontier: FrontierResult | None = None) -> None:
+    """Write `report.md` and `report.html` into a folder, which is made if need be; a `UserError` if it cannot be.
+
+    Args:
+        frontier: of the same arms, to be shown too.
+    """
+    for name, text in (("report.md", markdown(results, frontier)), ("report.html", page(results, frontier))):
         write_text(prepare(output_dir / name), text)
 
 
-def markdown(results: Results) -> str:
+def markdown(results: Results, frontier: FrontierResult | None = None) -> str:
     """The report in GitHub's Markdown; the pictures are in `report.html`."""
-    environment = _templates(autoescape=False)
-    environment.filters["plain"] = _escape
-    return environment.get_template("report.md.j2").render(contents(results))
+    return _markdown(_contents(results, frontier))
 
 
-def page(results: Results) -> str:
+def page(results: Results, frontier: FrontierResult | None = None) -> str:
     """The report as one HTML file: inline style and pictures."""
     template = _templates(autoescape=True).get_template("report.html.j2")
-    return template.render(contents(results), results=results, colours=colours(results))
+    return template.render(_contents(results, frontier), results=results, colours=colours(results))
+
+
+def _contents(results: Results, frontier: FrontierResult | None) -> dict[str, Any]:
+    found = contents(results)
+    if frontier is not None:
+        first, *others = found["sections"]
+        found["sections"] = [first, *report_sections(frontier), *others]
+    return found
+
+
+def _markdown(filled: dict[str, Any]) -> str:
+    environment = _templates(autoescape=False)
+    environment.filters["plain"] = _escape
+    return environment.get_template("report.md.j2").render(filled)
 
 
 def write_frontier_page(found: FrontierResult, output_dir: Path) -> None:
     """Write `frontier.md`, `frontier.html` and `frontier.png` into a folder; a `UserError` if it cannot be."""
-    contents_of = frontier_contents(found)
-    environment = _templates(autoescape=False)
-    environment.filters["plain"] = _escape
-    text = environment.get_template("report.md.j2").render(contents_of)
-    html = _templates(autoescape=True).get_template("report.html.j2").render(contents_of, results=found, colours={})
-    for name, document in (("frontier.md", text), ("frontier.html", html)):
+    filled = frontier_contents(found)
+    html = _templates(autoescape=True).get_template("report.html.j2").render(filled, results=found, colours={})
+    for name, document in (("frontier.md", _markdown(filled)), ("frontier.html", html)):
         write_text(prepare(output_dir / name), document)
     write_frontier_picture(found, output_dir / "frontier.png")
 

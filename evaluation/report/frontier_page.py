@@ -5,6 +5,7 @@ Only presents: every number is in the result. `templates/frontier.yaml` has what
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def frontier_sections(found: FrontierResult, *, further: Sequence[Table] = ()) -
         "prices": {"tables": [_writing_table(found), _tasks_table(found)]},
     }
     return [Section(**words[name], **shown[name]) for name in words]
+
+
+def report_sections(found: FrontierResult) -> list[Section]:
+    """What the report of a run shows of its frontier."""
+    picture, parts, prices = frontier_sections(found)
+    tables = [frontier_table(found, slots) for slots in _sizes(found)]
+    lead = f"{gate_sentence(found)} {picture.lead}"
+    return [replace(picture, title=PROSE["title"], lead=lead, tables=[*tables, *parts.tables, *prices.tables])]
 
 
 def gate_sentence(found: FrontierResult) -> str:

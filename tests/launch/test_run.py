@@ -1,14 +1,17 @@
 """The whole loop on the shipped model, with a handful of steps."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from configs.command import run
 from configs.load import UserError, load
+from evaluation.frontier.result import read_frontier
+from launch import report as report_module
 from launch import run as pipeline_module
-from launch.run import RunArguments, pipeline
+from launch.run import FRONTIER, RunArguments, pipeline
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides
@@ -18,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn a
 def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     out = tmp_path / "run"
-    assert run(pipeline_module.main, ["configs/run/smoke.yaml", f"output_dir={out}"]) == 0
+    small = "frontier_overrides=[texts_per_domain=2,max_length=32,new_tokens=4,'domains=[prose,code]']"
+    frontier = ["frontier=configs/frontier/demo.yaml", small]
+    assert run(pipeline_module.main, ["configs/run/smoke.yaml", f"output_dir={out}", *frontier]) == 0
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert list(results["arms"]) == ["base", "remoe", "cache"]
     assert results["reproduce"]["command"].startswith("remoe run configs/run/smoke.yaml")
@@ -40,9 +45,18 @@ def test_run_trains_evaluates_and_reports(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("report.html", "report.md"):
         assert "cache" in (out / name).read_text(encoding="utf-8")
 
+    found = read_frontier(out / FRONTIER)
+    assert {point.arm for point in found.points} == {"untouched", "remoe", "cache"}
+    for name in ("report.html", "report.md"):
+        assert "Quality against expert loads, with levers" in (out / name).read_text(encoding="utf-8")
+    shutil.copytree(out / "frontier", tmp_path / "copy" / "frontier")
+    shutil.copy(out / "results.json", tmp_path / "copy" / "results.json")
+    assert run(report_module.main, [str(tmp_path / "copy" / "results.json")]) == 0
+    assert (tmp_path / "copy" / "report.md").read_bytes() == (out / "report.md").read_bytes()
+
     trained = (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns
     pipeline(load(RunArguments, ROOT / "configs/run/smoke.yaml", [f"output_dir={out}"]), command="again")
-    assert set(results["reproduce"]["seconds"]) == {"train", "evaluate"}
+    assert set(results["reproduce"]["seconds"]) == {"train", "evaluate", "frontier"}
     again = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert set(again["reproduce"]["seconds"]) == {"evaluate"}  # nothing was trained
     assert (out / "cache-seed0" / "checkpoint-6" / "trained.safetensors").stat().st_mtime_ns == trained

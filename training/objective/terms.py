@@ -47,9 +47,8 @@ MISS_TEMPERATURE = 0.25
 class ObjectiveArguments:
     """What is optimised. A coefficient that is left out has its preset's value."""
 
-    objective: str = (
-        "remoe"  # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache, cache_miss, melinoe, in_the_loop or local
-    )
+    # ce_only, remoe, remoe_no_{trust,reuse,consistency}, cache, cache_miss, melinoe, in_the_loop or local
+    objective: str = "remoe"
     distill_coef: float | None = None  # share of the task loss that is the KL to the base's predictions, 0 to below 1
     reuse_coef: float | None = None  # weight of the reuse reward
     miss_coef: float | None = None  # weight of the soft misses of the caches of `cache_slots`
@@ -59,9 +58,8 @@ class ObjectiveArguments:
     # the router alone, and misses counted in mixing weight; without it there is no cache in the loop
     lever_delta: float | None = None
     router_kl_coef: float | None = None  # weight of the KL to the original router (trust)
-    soft_cache_coef: float | None = (
-        None  # weight of what is asked for and a soft cache of earlier requests does not hold
-    )
+    # weight of what is asked for and a soft cache of earlier requests does not hold
+    soft_cache_coef: float | None = None
     soft_cache_decay: float = 0.9  # part of that cache that is left after a token
     rank_coef: float | None = None  # weight of pairs of experts that the original router has the other way round
     rank_margin: float = 0.1  # probability by which a pair should be apart

@@ -145,7 +145,10 @@ def test_it_trains_and_misses_become_fewer_where_they_are_served_so(changed: Any
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"objective": "remoe", "lever_delta": 0.1}, "acts on a cache, and so with objective=in_the_loop only"),
+        (
+            {"objective": "remoe", "lever_delta": 0.1},
+            "acts on a cache, and so with objective=in_the_loop or local only",
+        ),
         ({"objective": "in_the_loop", "cache_slots": [4], "cache_policy": "lfu"}, "write of lru, decayed"),
         (
             {"objective": "in_the_loop", "cache_slots": [4], "lever_delta": -1.0},

@@ -20,6 +20,7 @@ GROUPS = {
         "replay": ("launch.replay", "what a cache of each size and policy would miss on a trace"),
         "report": ("launch.report", "the report of a results.json again"),
         "frontier": ("launch.frontier", "quality against expert loads: routers, levers, cache sizes, policies"),
+        "search": ("launch.search", "trainings and levers that save most at each price, found by optuna"),
         "compare": ("launch.compare", "one report of several evaluations of a model"),
     },
     "use": {

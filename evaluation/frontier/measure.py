@@ -110,6 +110,11 @@ class Frontier:
                         found(points[-1])
         return points
 
+    def chosen_by(self, at: Combination) -> Measure:
+        """One combination on the texts to choose by alone."""
+        with tqdm(disable=True) as bar:
+            return self._compared(at, CHOSEN_BY, bar)
+
     def prices(self, chosen: list[Combination]) -> list[Price]:
         """What these cost in text that they write themselves, and in tasks; on the texts that are reported."""
         prices, base = [], {}

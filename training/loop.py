@@ -189,7 +189,8 @@ def _cache_in_the_loop(args: TrainArguments, batch: Batch, alone: OnePerRow | No
     else:
         starts_BS = torch.zeros(alone.input_ids_DT.shape, dtype=torch.bool)
     assert args.lever_delta is not None, "whoever asks for a cache in the loop has looked"
-    return CacheInTheLoop(args.lever_delta, tuple(args.cache_slots), args.cache_policy, starts_BS.numpy())
+    how: dict[str, Any] = {"candidates": args.candidate_experts, "temperature": args.miss_temperature}
+    return CacheInTheLoop(args.lever_delta, tuple(args.cache_slots), args.cache_policy, starts_BS.numpy(), **how)
 
 
 def _not_finite(run: Run) -> str | None:

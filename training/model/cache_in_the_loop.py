@@ -4,7 +4,7 @@ All logits of a layer are known at once, but which experts are resident depends 
 gone through one after the other, by a compiled loop and without a graph: an expert is chosen by what its router decides by
 in the unit of mixing weights, plus delta if it is resident (`evaluation/engine/levers/prior.py`), and each document has a
 cache that starts empty. Mixing weights then follow from the logits of the chosen experts, with a graph.
-Letters: B rows, S positions, T = B S tokens, E experts, K chosen.
+Letters: B rows, S positions, T = B S tokens, E experts, K chosen, C candidates.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from training.model.router_kind import RouterKind
+from training.model.soft_choice import soft_choice
 
 TIE = 1e-12
 """What the router itself has chosen stays where others are as good."""
@@ -29,8 +30,9 @@ RULED_OUT = -1e4
 class Choice(NamedTuple):
     """What is chosen of one layer's experts, in the forms in which its router gives weights, ids and logits."""
 
-    weights: Tensor  # with the graph of the logits
-    ids: Tensor  # heaviest first
+    weights: Tensor  # with the graph of the logits; of candidates 0
+    ids: Tensor  # heaviest first, then candidates
+    top_k: int  # how many are chosen
     score: Tensor  # what experts are chosen by, with the graph
     resident: Tensor  # bool: which experts the cache holds before the choice
 
@@ -43,12 +45,17 @@ class CacheInTheLoop(NamedTuple):
         slots: experts of a layer that a cache holds; of several sizes the rows take one after the other.
         policy: of `HALF_LIVES`.
         starts_BS: bool: a document begins here, with an empty cache; rows always begin with one.
+        candidates: so many of the next best experts are computed too, with weight 0: then the loss has a gradient for whether
+            an expert is chosen, and not only for its weight.
+        temperature: how close a call must be for that, in mixing weight.
     """
 
     delta: float
     slots: tuple[int, ...]
     policy: str
     starts_BS: npt.NDArray[np.bool_]
+    candidates: int = 0
+    temperature: float = 0.02
 
     def choose(
         self, logits: Tensor, weights: Tensor, ids: Tensor, *, kind: RouterKind, bias_E: Tensor | None
@@ -65,10 +72,29 @@ class CacheInTheLoop(NamedTuple):
             mass_BSE, decisive_BSE, own_BSK, self.starts_BS, slots=self.slots, delta=self.delta, policy=self.policy
         )
         new_TK = torch.from_numpy(chosen_BSK).to(ids).reshape(own_TK.shape)
-        new_weights = kind.weighing.weights(logits_TE, new_TK).to(weights.dtype).reshape(weights.shape)
-        resident = torch.from_numpy(resident_BSE).to(ids.device).reshape(logits.shape)
-        score = decisive_TE.reshape(logits.shape) + self.delta * resident
-        return Choice(new_weights, new_TK.reshape(ids.shape), score, resident)
+        weights_TK, top_k = kind.weighing.weights(logits_TE, new_TK), own_TK.shape[1]
+        resident_TE = torch.from_numpy(resident_BSE).to(ids.device).reshape(logits_TE.shape)
+        score_TE = decisive_TE + self.delta * resident_TE
+        if self.candidates and torch.is_grad_enabled():
+            # of value 0, so that weights stay what they are
+            swaps_TE = soft_choice(score_TE, top_k, self.temperature)
+            swaps_TE = swaps_TE - swaps_TE.detach()
+            next_TC = (
+                score_TE.detach()
+                .scatter(1, new_TK, -torch.inf)
+                .topk(min(self.candidates, score_TE.shape[1] - top_k), dim=1)
+                .indices
+            )
+            would_have_TC = kind.weighing.scale * mass_TE.detach().gather(1, next_TC)
+            weights_TK = torch.cat(
+                [weights_TK * (1 + swaps_TE.gather(1, new_TK)), would_have_TC * swaps_TE.gather(1, next_TC)], dim=1
+            )
+            new_TK = torch.cat([new_TK, next_TC.to(new_TK)], dim=1)
+        shaped = (*ids.shape[:-1], -1)
+        return Choice(
+            weights_TK.to(weights.dtype).reshape(shaped), new_TK.reshape(shaped), top_k, score_TE.reshape(logits.shape),
+            resident_TE.reshape(logits.shape),
+        )  # fmt: skip
 
 
 def scores(logits_TE: Tensor, ids_TK: Tensor, kind: RouterKind, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -208,6 +208,8 @@ class RouterObserver:
                 score, resident = self._in_batch(choice.score), self._in_batch(choice.resident)
                 output = changed = (output[0], choice.weights, choice.ids, *output[3:])
             logits, weights, ids = (self._in_batch(tensor) for tensor in output[:3])
+            if changed is not None:  # what was computed beside the choice is no part of it
+                weights, ids = weights[..., : choice.top_k], ids[..., : choice.top_k]
             # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
             reference_logits = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from data.batches import IGNORE_LABEL
+from training.model.soft_choice import soft_choice
 
 EPSILON = 1e-8
 
@@ -115,18 +116,10 @@ def miss_loss_sum(
 ) -> Tensor:
     """L_miss: the miss rate of a cache that holds `held_BSE`, made soft, over valid positions; ours, not published.
 
-    An expert counts as chosen by c = sigmoid((z - threshold) / temperature), the threshold midway between the last
-    logit that is chosen and the first that is not; the term is the sum of c outside the cache / K. When logits move the
-    threshold moves along, so that the sum of all c stays: one expert can only come in for another. So there is no
-    gradient where all close calls are held or none is, and clear choices and their mixing weights stay as they are. No
-    gradient through the set.
+    The sum of `soft_choice` outside the cache / K. There is no gradient where all close calls are held or none is, and clear
+    choices and their mixing weights stay as they are. No gradient through the set.
     """
-    z_BSE = logits_BSE.detach()
-    threshold_BS1 = z_BSE.topk(top_k + 1, dim=-1).values[..., -2:].mean(-1, keepdim=True)
-    closeness_BSE = torch.sigmoid((z_BSE - threshold_BS1) / temperature)
-    closeness_BSE = closeness_BSE * (1 - closeness_BSE)
-    moves_BSE = closeness_BSE / closeness_BSE.sum(-1, keepdim=True) * (logits_BSE - z_BSE)  # of value 0
-    chosen_BSE = torch.sigmoid((logits_BSE - threshold_BS1 - moves_BSE.sum(-1, keepdim=True)) / temperature)
+    chosen_BSE = soft_choice(logits_BSE, top_k, temperature)
     miss_BS = chosen_BSE.masked_fill(held_BSE, 0.0).sum(-1) / top_k
     return miss_BS[document_ids_BS >= 0].sum()
 

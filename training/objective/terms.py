@@ -32,15 +32,18 @@ PRESETS: dict[str, dict[str, float]] = {
     "cache_miss": {**_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.1, "miss_coef": 0.25},
     "melinoe": {**_NOTHING, "soft_cache_coef": 0.1, "rank_coef": 1.0},
     "in_the_loop": {
-        **_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.02, "miss_coef": 0.08, "miss_temperature": 0.02, "lever_delta": 0.06
+        **_NOTHING, "distill_coef": 0.9, "router_kl_coef": 0.02, "miss_coef": 0.08, "miss_temperature": 0.02, "lever_delta": 0.06,
+        "candidate_experts": 4,
     },
 }  # fmt: skip
-PRESETS["local"] = {**PRESETS["in_the_loop"], "distill_coef": 0.0, "router_kl_coef": 1.0}
+PRESETS["local"] = {**PRESETS["in_the_loop"], "distill_coef": 0.0, "router_kl_coef": 1.0, "candidate_experts": 0}
 LOCAL = "local"
 """No task loss: every router learns from its inputs as they are, without a backward pass through the model (ours)."""
 REWARDING_CACHES = ("cache", "cache_miss", "melinoe", "in_the_loop", "local")
 """Objectives whose reuse and miss terms are about LRU caches of `cache_slots` instead of the previous token's experts."""
 MISS_TEMPERATURE = 0.25
+IN_THE_LOOP = ("lever_delta", "cache_slots", "cache_policy", "candidate_experts", "miss_temperature")
+"""What a cache in the loop depends on, whatever the coefficients."""
 
 
 @dataclass
@@ -73,6 +76,8 @@ class ObjectiveArguments:
     # experts per layer in the caches of `cache` and `cache_miss`, over which their terms are averaged, and of `in_the_loop`,
     # where of several sizes the rows of a batch take one after the other
     cache_slots: list[int] = field(default_factory=lambda: [8])
+    # experts beside the chosen ones that are computed with weight 0, so that the task loss has a say in which are chosen
+    candidate_experts: int | None = None
     cache_policy: str = "lru"  # of the cache in the loop: lru or decayed
     reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse and miss terms
     consistency_warmup_steps: int = 800  # steps of the linear ramp from 0 of the smooth, lag and working-set terms
@@ -89,6 +94,12 @@ class ObjectiveArguments:
             coefficients["lever_delta"] = (0, math.inf)
         in_range(self, **coefficients, reuse_warmup_steps=(0, math.inf), consistency_warmup_steps=(0, math.inf))
         in_range(self, **dict.fromkeys(("working_set_window", "lags", "cache_slots"), (1, math.inf)))
+        self.candidate_experts = self.candidate_experts or 0
+        if self.candidate_experts < 0 or (self.candidate_experts and (not self.is_in_the_loop or self.is_local)):
+            raise ValueError(
+                f"candidate_experts={self.candidate_experts}: write a number of at least 0; more than 0 has a meaning with "
+                "objective=in_the_loop only"
+            )
         if not 0 < self.miss_temperature < math.inf:
             raise ValueError(f"miss_temperature={self.miss_temperature}: write a number above 0, as 0.25")
         if self.rewards_cache and not self.cache_slots:
@@ -267,7 +278,7 @@ TERMS = (  # added up in this order, on which last bits depend
         "positions",
         missed,
         False,
-        ("miss_temperature", "cache_slots", "lever_delta", "cache_policy"),
+        ("miss_temperature", "cache_slots"),
     ),
     Term(
         "soft_cache_loss",
@@ -304,9 +315,10 @@ def objective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for term in TERMS:
         if config[term.coefficient]:
             keys += [term.coefficient, *term.settings, *([term.ramp] if term.ramp else [])]
+    if config.get("lever_delta") is not None:
+        keys += IN_THE_LOOP
     without = set() if config["objective"] in REWARDING_CACHES else {"cache_slots"}
-    without |= set() if config.get("lever_delta") is not None else {"lever_delta", "cache_policy"}
-    return {key: config[key] for key in keys if key not in without}
+    return {key: config[key] for key in dict.fromkeys(keys) if key not in without}
 
 
 def values_of(layers: Layers, weights: Mapping[str, float]) -> dict[str, Tensor]:

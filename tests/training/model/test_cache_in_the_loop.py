@@ -1,5 +1,6 @@
 """A cache in the training pass: choices are those of serving, step by step, and gradients those of the chosen weights."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from training.loop import _cache_in_the_loop, train_step
 from training.model.cache_in_the_loop import HALF_LIVES, CacheInTheLoop, served
 from training.model.loading import load_pretrained
 from training.model.packing import one_per_row
-from training.model.routers import RouterObserver
+from training.model.router_kind import Choosing, RouterKind, Weighing
+from training.model.routers import RouterObserver, router_parameters
 from training.objective import losses
 from training.run import build
 
@@ -119,6 +121,69 @@ def test_gradients_go_through_the_weights_of_what_was_chosen(tmp_path: Any) -> N
     observer.close()
 
 
+def test_candidates_let_the_loss_say_which_expert_is_chosen() -> None:
+    """One expert of three, nearly a tie between the first two, and only the second would give what is wanted."""
+    kind = RouterKind("softmax", ("weight",), True, Weighing("softmax", False), Choosing())
+    outputs, wanted = torch.tensor([0.0, 2.0, 0.0]), 0.7
+    gradients = {}
+    for candidates in (0, 1, 2, 9):
+        logits = torch.tensor([[1.0, 0.99, -3.0]], requires_grad=True)
+        own = logits.detach().softmax(-1).topk(1)
+        cache = CacheInTheLoop(0.0, (2,), "lru", np.ones((1, 1), dtype=bool), candidates, 0.1)
+        choice = cache.choose(logits, own.values, own.indices, kind=kind, bias_E=None)
+        assert choice.ids.tolist() == [[0, 1, 2][: 1 + candidates]]
+        assert float(choice.weights[0, 0].detach()) == pytest.approx(float(own.values))
+        assert (choice.weights[0, 1:] == 0).all()
+        loss = ((choice.weights * outputs[choice.ids]).sum() - wanted) ** 2
+        gradients[candidates] = torch.autograd.grad(loss, logits)[0][0]
+    assert gradients[0].abs().sum() == 0, "the output of the chosen one is 0 whatever its weight"
+    assert gradients[1][1] < 0 < gradients[1][0], "the second is to come in for the first"
+    p = torch.tensor([1.0, 0.99, -3.0]).softmax(-1)
+    slope = -2 * wanted * outputs[1] * p[1]  # of the loss, by how far the second is chosen
+    rise = 1e-3
+    moved = [torch.tensor([1.0, 0.99 + sign * rise, -3.0]).softmax(-1)[None] for sign in (1, -1)]
+    soft = [_soft_with_moving_threshold(m[0].tolist(), p.tolist(), 0.1)[1] for m in moved]
+    assert float(gradients[1][1]) == pytest.approx(float(slope) * (soft[0] - soft[1]) / (2 * rise), rel=1e-2)
+    torch.testing.assert_close(gradients[2], gradients[9])
+
+
+def _soft_with_moving_threshold(scores: list[float], at: list[float], temperature: float) -> list[float]:
+    """What sigmoids come to where the threshold lies between the two best of `at`, and moves so that their sum stays."""
+    best, second = sorted(at, reverse=True)[:2]
+
+    def soft(threshold: float, values: list[float]) -> list[float]:
+        return [1 / (1 + math.exp(-(value - threshold) / temperature)) for value in values]
+
+    wanted = sum(soft((best + second) / 2, at))
+    low, high = min(scores) - 1, max(scores) + 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(soft(middle, scores)) > wanted else (low, middle)
+    return soft(low, scores)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_computed_beside_the_choice_changes_no_number_and_gives_other_gradients(
+    family: str, tmp_path: Any
+) -> None:
+    make_tiny(tiny_config(getattr(transformers, family), **FAMILIES[family]), tmp_path)
+    model = load_pretrained(str(tmp_path), dtype=torch.float32)
+    observer, ids = RouterObserver(model), torch.arange(4, 28).view(2, 12)
+    starts = np.zeros((2, 12), dtype=bool)
+    found = []
+    for candidates in (0, 3):
+        with observer.recording(2, 12, cache=CacheInTheLoop(0.05, (4,), "lru", starts, candidates)) as routings:
+            logits = model(input_ids=ids, use_cache=False).logits
+        first = next(iter(router_parameters(model).values()))
+        gradient = torch.autograd.grad(logits.log_softmax(-1)[..., 7].sum(), first)[0]
+        found.append((logits.detach(), [routing.ids_BSK for routing in routings], gradient))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    for plain, with_candidates in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(plain, with_candidates)
+    assert not torch.allclose(found[0][2], found[1][2], rtol=1e-2)
+    observer.close()
+
+
 def test_every_document_of_a_packed_row_begins_with_an_empty_cache(train_args: Arguments) -> None:
     args = train_args(objective="in_the_loop", cache_slots=[4, 6], lever_delta=0.1, cache_policy="decayed")
     documents = torch.tensor([[7, 7, 7, 9, 9, -1], [3, 3, 3, 3, 3, 3]])
@@ -150,6 +215,9 @@ def test_it_trains_and_misses_become_fewer_where_they_are_served_so(changed: Any
             "acts on a cache, and so with objective=in_the_loop or local only",
         ),
         ({"objective": "in_the_loop", "cache_slots": [4], "cache_policy": "lfu"}, "write of lru, decayed"),
+        ({"objective": "cache_miss", "candidate_experts": 2}, "has a meaning with objective=in_the_loop only"),
+        ({"objective": "local", "candidate_experts": 2}, "has a meaning with objective=in_the_loop only"),
+        ({"objective": "in_the_loop", "candidate_experts": -1}, "candidate_experts=-1: write a number of at least 0"),
         (
             {"objective": "in_the_loop", "cache_slots": [4], "lever_delta": -1.0},
             "lever_delta=-1.0: write a number of at least 0",

@@ -27,6 +27,7 @@ from evaluation.benchmark.processes import Limits, SideRun, run_side
 from evaluation.benchmark.sides.contenders import OPPONENTS, Contender, opponent, our_contenders
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
+from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
 from training.model.lazy_weights import read_config
@@ -63,6 +64,9 @@ class DecodeBenchmark:
     repeats: int = 3  # processes of every side
     cache_policy: str = DEFAULT  # ours
     prefetch: str = "0"  # ours: experts of a layer to read ahead; 0,3: without and with it, in turns
+    lever: str = (
+        ""  # ours: with this lever too, in turns; it changes outputs. prior:delta=0 shows what a lever itself takes
+    )
     threads: int = field(default_factory=torch.get_num_threads)  # of every side; all cores if not given
     timeout: float = 3600  # seconds for one process
     work_dir: str = "runs/bench_files"  # for the GGUF, which is kept, and accelerate's offload; on the model's disk
@@ -79,7 +83,7 @@ class DecodeBenchmark:
             raise UserError(
                 "our engine needs a size: write --expert-cache 400MiB (experts) or --memory-budget 900MiB (all)"
             )
-        _ = self.prefetches, self.opponents, self.limit_bytes
+        _ = self.prefetches, self.opponents, self.limit_bytes, self.lever and levers_of(self.lever)
 
     @property
     def prefetches(self) -> list[int]:
@@ -156,7 +160,8 @@ def _contenders(model_dir: str, options: DecodeBenchmark, hierarchy: Hierarchy |
     work_dir = Path(options.work_dir).resolve()
     gguf = Path(options.gguf).resolve() if options.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
     caches, budgets = words(options.expert_cache), words(options.memory_budget)
-    ours = our_contenders(base, limits, caches=caches, budgets=budgets, prefetches=options.prefetches)
+    turns: dict[str, Any] = {"prefetches": options.prefetches, "levers": [None, *filter(None, [options.lever])]}
+    ours = our_contenders(base, limits, caches=caches, budgets=budgets, **turns)
     return ours + [
         opponent(name, base, limits, work_dir=work_dir, gguf=gguf, ours=ours[0].order)
         for name in tqdm(options.opponents, desc="prepare", unit="opponent")

@@ -30,6 +30,7 @@ class Order:
     memory_budget: str | None = None  # ours: memory for everything
     cache_policy: str = DEFAULT  # ours
     prefetch: int = 0  # ours: experts of a layer to read ahead
+    lever: str | None = None  # ours
     gguf: str | None = None  # llamacpp
     kv_cache: str = "F16"  # llamacpp: precision of keys and values; F16 is its own choice
     resident_bytes: int | None = None  # accelerate: weights to keep in memory

@@ -29,15 +29,21 @@ class Contender:
 
 
 def our_contenders(
-    base: Order, limits: Limits, *, caches: Sequence[str], budgets: Sequence[str], prefetches: Sequence[int]
-) -> list[Contender]:
-    """Our engine, once for each size of the expert cache and each memory budget, with each number to read ahead."""
+    base: Order, limits: Limits, *, caches: Sequence[str], budgets: Sequence[str], prefetches: Sequence[int],
+    levers: Sequence[str | None] = (None,),
+) -> list[Contender]:  # fmt: skip
+    """Our engine, once for each size of the expert cache and each memory budget, each number to read ahead and each lever."""
     orders = {f"remoe {cache}": replace(base, side="remoe", expert_cache=cache) for cache in caches}
     orders |= {f"remoe {size} for all": replace(base, side="remoe", memory_budget=size) for size in budgets}
     return [
-        Contender(f"{name}, prefetch {ahead}" if ahead else name, replace(order, prefetch=ahead), limits)
+        Contender(
+            ", ".join([name, *([f"prefetch {ahead}"] if ahead else []), *([lever] if lever else [])]),
+            replace(order, prefetch=ahead, lever=lever),
+            limits,
+        )
         for name, order in orders.items()
         for ahead in prefetches
+        for lever in levers
     ]
 
 

@@ -121,6 +121,15 @@ def test_reading_ahead_takes_part_beside_not_doing_it(
     ]  # fmt: skip
 
 
+def test_a_lever_takes_part_beside_not_having_one(
+    model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]
+) -> None:
+    bench.benchmark(options(model, tmp_path, expert_cache="30%", repeats=1, against="", lever="prior:delta=0"))
+    assert [(name, order.lever) for name, _, order in ran] == [
+        ("remoe 30%", None), ("remoe 30%, prior:delta=0", "prior:delta=0"),
+    ]  # fmt: skip
+
+
 def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
     bench.benchmark(options(model, tmp_path, against=""))
     prompts = {tuple(leg.prompt_ids) for _, _, order in ran for leg in order.legs}
@@ -155,6 +164,7 @@ def test_a_model_llamacpp_cannot_have_is_told(
         ({"against_new_tokens": 1}, "--against-new-tokens is 1; write at least 2"),
         ({"repeats": 0}, "--repeats is 0; write at least 1"),
         ({"expert_cache": ""}, "our engine needs a size: write --expert-cache 400MiB"),
+        ({"lever": "prio"}, "lever 'prio' is not known"),
         ({"prefetch": "some"}, "--prefetch 'some' is no list of numbers; write for example 3, or 0,3 for both"),
         ({"max_new_tokens": 500}, "do not fit the model's context of 512"),
         ({"memory_limit_cgroup": "25%"}, "--memory-limit-cgroup '25%' is not understood"),

@@ -72,7 +72,8 @@ def measure(args: FrontierArguments, output: Path, *, command: str) -> FrontierR
         command=command, commit=code_commit(), config=asdict(args), machine=machine_facts(),
         seconds={"frontier": time.perf_counter() - started},
     )  # fmt: skip
-    pareto_line = [point.combination for point in pareto(points)]
+    by_size = [[point for point in points if point.slots == slots] for slots in args.slots]
+    pareto_line = [point.combination for of_size in by_size for point in pareto(of_size)]
     found = FrontierResult(
         model=args.model, scope=args.scope, gates=args.gates, points=points, chosen=chosen, pareto=pareto_line, prices=prices,
         reproduce=made,

@@ -78,7 +78,7 @@ class ObjectiveArguments:
     cache_slots: list[int] = field(default_factory=lambda: [8])
     # experts beside the chosen ones that are computed with weight 0, so that the task loss has a say in which are chosen
     candidate_experts: int | None = None
-    cache_policy: str = "lru"  # of the cache in the loop: lru or decayed
+    cache_policy: str = "decayed"  # of the cache in the loop: decayed, which engines have, or lru
     reuse_warmup_steps: int = 400  # steps of the linear ramp from 0 of the reuse and miss terms
     consistency_warmup_steps: int = 800  # steps of the linear ramp from 0 of the smooth, lag and working-set terms
 

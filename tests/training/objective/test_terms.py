@@ -92,7 +92,7 @@ def test_weights_are_coefficients_times_their_ramps() -> None:
             "in_the_loop",
             {
                 "distill_coef": 0.9, "miss_coef": 0.08, "miss_temperature": 0.02, "cache_slots": [8], "lever_delta": 0.06,
-                "cache_policy": "lru", "candidate_experts": 4,
+                "cache_policy": "decayed", "candidate_experts": 4,
                 "router_kl_coef": 0.02, "reuse_warmup_steps": 400,
             },
         ),

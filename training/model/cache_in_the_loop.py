@@ -10,12 +10,12 @@ Letters: B rows, S positions, T = B S tokens, E experts, K chosen, C candidates.
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from training.model.compiled import compiled
 from training.model.router_kind import RouterKind
 from training.model.soft_choice import soft_choice
 
@@ -125,7 +125,7 @@ def served(
     return _serve(mass, decisive, own, starts, slots_B, delta, HALF_LIVES[policy])
 
 
-@numba.njit(cache=True)
+@compiled
 def _serve(
     mass_BSE: npt.NDArray[np.float64], decisive_BSE: npt.NDArray[np.float64], own_BSK: npt.NDArray[np.int64],
     starts_BS: npt.NDArray[np.bool_], slots_B: npt.NDArray[np.int64], delta: float, half_life: float,

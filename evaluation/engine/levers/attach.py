@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from evaluation.engine.levers.prior import LayerPrior, Prior
 from evaluation.engine.levers.scorer import Scorer
 from evaluation.engine.levers.scores import Array, Ids, Mask, Scores
 from evaluation.engine.stats import ReadCounts
+from training.model.compiled import compiled
 from training.model.router_kind import kind_of
 from training.model.routers import ask_routers, router_kind
 
@@ -93,7 +93,7 @@ class LeveredRouter:
         return logits, new_weights, new_ids, *rest
 
 
-@numba.njit(cache=True)
+@compiled
 def _all_resident(ids_TK: Ids, resident_TE: Mask) -> bool:
     for t in range(len(ids_TK)):
         for expert in ids_TK[t]:
@@ -102,7 +102,7 @@ def _all_resident(ids_TK: Ids, resident_TE: Mask) -> bool:
     return True
 
 
-@numba.njit(cache=True)
+@compiled
 def _mixed(
     chosen_TK: Ids, own_TK: Ids, mass_TE: Array, is_normalised: bool, scale: float
 ) -> tuple[Ids, Array, Mask, int, float]:

@@ -13,12 +13,12 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numba
 import numpy as np
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
 from evaluation.engine.levers.scores import Array, Ids, Mask, Scores, number_of
+from training.model.compiled import compiled
 
 if TYPE_CHECKING:  # options are read where torch is not loaded
     from torch import Tensor
@@ -86,7 +86,7 @@ class LayerPrior:
         return ids_TK
 
 
-@numba.njit(cache=True)
+@compiled
 def _with_best(resident_TE: Mask, own_TK: Ids, decisive_TE: Array, keep: int) -> Mask:
     """[T, E]: residents, and the router's own `keep` best."""
     tokens, top_k = own_TK.shape
@@ -99,7 +99,7 @@ def _with_best(resident_TE: Mask, own_TK: Ids, decisive_TE: Array, keep: int) ->
     return preferred_TE
 
 
-@numba.njit(cache=True)
+@compiled
 def _largest(score_TE: Array, preferred_TE: Mask, bonus: float, own_TK: Ids) -> Ids:
     """The ids [T, K] of the largest scores, the preferred ones with a bonus."""
     tokens, experts = score_TE.shape
@@ -119,7 +119,7 @@ def _largest(score_TE: Array, preferred_TE: Mask, bonus: float, own_TK: Ids) -> 
     return ids_TK
 
 
-@numba.njit(cache=True)
+@compiled
 def _bound(ids_TK: Ids, own_TK: Ids, mass_TE: Array, regret: float, swaps: int) -> None:
     """Leave of the swaps that lead from the router's own choice to `ids_TK` the cheapest, as far as the bounds allow.
 

@@ -6,9 +6,10 @@ Axes: T tokens, E experts, K chosen.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from training.model.compiled import compiled
 
 Array = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.integer]
@@ -35,7 +36,7 @@ class Scores(NamedTuple):
     decided: Callable[[Array], Array]
 
 
-@numba.njit(cache=True)
+@compiled
 def mixing_mass(z_TE: Array, ids_TK: Ids, is_sigmoid: bool, is_normalised: bool) -> tuple[Array, Array]:
     """The mass [T, E] of experts, and [T, 1] what it was divided by."""
     mass_TE, own_T1 = np.empty(z_TE.shape), np.ones((len(z_TE), 1))

@@ -6,7 +6,7 @@ text and position, the same for all: two models write the same until their predi
 Letters: R texts, S tokens of each, N of them new, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from evaluation.engine.levers.prior import Prior
 from evaluation.engine.stats import ReadCounts
 from evaluation.frontier.steps import CacheKind, cached, stepped
 
-MOST_NUMBERS = 2**26
+MOST_NUMBERS = 2**25
 """Predictions that are held at once."""
 
 
@@ -44,9 +44,9 @@ class Written(NamedTuple):
 @torch.no_grad()
 def write_on(
     model: PreTrainedModel, texts_RS: npt.NDArray[np.integer], levers: Sequence[Prior | Drop], cache: CacheKind, *,
-    new: int, untouched: "AbstractContextManager[None]", seed: int = 0,
+    new: int, untouched: Callable[[], AbstractContextManager[None]], seed: int = 0,
 ) -> Written:  # fmt: skip
-    """Write the last `new` tokens of every text anew, by sampling; `untouched`: inside, the model has its own routers."""
+    """Write the last `new` tokens of every text anew, by sampling; inside `untouched()` the model has its own routers."""
     vocabulary = model.config.get_text_config().vocab_size
     together = max(1, MOST_NUMBERS // (new * vocabulary))
     draws_RN = torch.from_numpy(np.random.default_rng(seed).random((len(texts_RS), new)))
@@ -57,7 +57,7 @@ def write_on(
             _predictions(model, ids_RS, levers, cache, new=new, draws_RN=draws)
             for draws in (draws_RN[start : start + together], None)
         ]
-        with untouched:
+        with untouched():
             parts.append([_judged(model, written_RS, log_q_RNV, new=new) for written_RS, log_q_RNV in own])
     ids, losses, kl = (np.concatenate([part[0][n] for part in parts]) for n in range(3))
     return Written(ids, losses, kl, np.concatenate([part[1][2] for part in parts]))

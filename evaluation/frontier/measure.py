@@ -183,7 +183,7 @@ class Frontier:
     def _write(self, at: Combination, _: int) -> dict[str, Any]:
         how: dict[str, Any] = {
             "new": self._new,
-            "untouched": _these(self._model, self._seeds[UNTOUCHED][0]),
+            "untouched": partial(_these, self._model, self._seeds[UNTOUCHED][0]),
         }
         return _as_lists(write_on(self._model, self._texts[REPORTED], _levers(at), _cache(self._args, at), **how))
 

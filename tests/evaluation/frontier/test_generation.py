@@ -32,7 +32,7 @@ def texts() -> np.ndarray:
 
 
 def written(model: PreTrainedModel, texts: np.ndarray, levers: Any = (), **changed: Any) -> Written:
-    how: dict[str, Any] = {"new": NEW, "untouched": nullcontext(), **changed}
+    how: dict[str, Any] = {"new": NEW, "untouched": nullcontext, **changed}
     return write_on(model, texts, levers, CacheKind(8, "decayed"), **how)
 
 

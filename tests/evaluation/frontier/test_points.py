@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs.load import UserError, load
+from evaluation.frontier import generation
 from evaluation.frontier import measure as measure_module
 from evaluation.frontier.arguments import FrontierArguments
 from evaluation.frontier.choice import best, choices, pareto, priced
@@ -157,6 +158,7 @@ def test_a_frontier_from_its_config_to_its_table_and_on_after_a_kill(
             raise KeyboardInterrupt
         return read(*args)
 
+    monkeypatch.setattr(generation, "MOST_NUMBERS", 1)  # text by text
     monkeypatch.setattr(measure_module, "read_in_steps", killed)
     with pytest.raises(KeyboardInterrupt):
         main([*given, f"output_dir={tmp_path / 'out'}"])

@@ -73,22 +73,42 @@ def report_sections(found: FrontierResult) -> list[Section]:
 
 
 def gate_sentence(found: FrontierResult) -> str:
-    """Whether the public gate was met, by what, and what it would have been without training."""
-    best = [choice.point for choice in found.chosen if choice.gate == GATE_COST and choice.point is not None]
-    if not best:
+    """The best within the public gate's price, and whether it or what was chosen at a lower price meets the gate."""
+    best = [_best_at(found, gate) for gate in sorted(found.gates, reverse=True) if gate <= GATE_COST]
+    points = [point for point in best if point is not None]
+    if not points:
         return f"Nothing that was measured costs at most {FINE_CHANGE.text(GATE_COST)} perplexity on the texts to choose by."
-    top = max(best, key=lambda point: point.chosen_by.fewer.value)
-    fewer, cost = top.reported.fewer, top.reported.cost
-    if fewer.low >= GATE_FEWER and cost.high <= GATE_COST:
-        verdict = "is met, intervals included"
-    elif fewer.value >= GATE_FEWER and cost.value <= GATE_COST:
-        verdict = "is met by the numbers and not by their intervals"
-    else:
-        verdict = "is missed"
+    met = [(_meets(point, by_intervals=True), _meets(point, by_intervals=False), point) for point in points]
+    surely, hardly = ([one for one in met if one[place]] for place in (0, 1))
+    verdict, by = ("is missed", points[0])
+    if hardly:
+        verdict, by = "is met by the numbers and not by their intervals", hardly[0][2]
+    if surely:
+        verdict, by = "is met, intervals included", surely[0][2]
+    shown = "" if by is points[0] else f": {_saves(by)}"
+    return (
+        f"{_saves(points[0])}. The gate of at least {PERCENT.text(GATE_FEWER)} fewer at most {FINE_CHANGE.text(GATE_COST)} "
+        f"{verdict}{shown}."
+    )
+
+
+def _best_at(found: FrontierResult, gate: float) -> Point | None:
+    within = [choice.point for choice in found.chosen if choice.gate == gate and choice.point is not None]
+    return max(within, key=lambda point: point.chosen_by.fewer.value, default=None)
+
+
+def _meets(point: Point, *, by_intervals: bool) -> bool:
+    fewer, cost = point.reported.fewer, point.reported.cost
+    if by_intervals:
+        return fewer.low >= GATE_FEWER and cost.high <= GATE_COST
+    return fewer.value >= GATE_FEWER and cost.value <= GATE_COST
+
+
+def _saves(point: Point) -> str:
+    fewer, cost = point.reported.fewer, point.reported.cost
     return (
         f"{with_interval(fewer, PERCENT)} fewer expert loads at {with_interval(cost, FINE_CHANGE)} perplexity "
-        f"({describe(top)}, {top.slots} slots a layer). The gate of at least {PERCENT.text(GATE_FEWER)} fewer at most "
-        f"{FINE_CHANGE.text(GATE_COST)} {verdict}."
+        f"({describe(point)}, {point.slots} slots a layer)"
     )
 
 

@@ -69,6 +69,11 @@ def test_the_gate_is_judged_by_the_texts_that_are_reported(reported: Measure, ve
     sentence = gate_sentence(found([*UNTOUCHED, trained]))
     assert "perplexity (routers of trained, prior:delta=0.04, decayed, 8 slots a layer)" in sentence
     assert sentence.endswith(f"at most +1.00\N{NO-BREAK SPACE}% {verdict}.")
+    cheaper = point("trained", "prior:delta=0.02", 0.7, 0.004)
+    sentence = gate_sentence(found([*UNTOUCHED, trained, cheaper]))
+    if "intervals included" not in verdict:
+        assert "is met, intervals included: 70.0" in sentence
+        assert sentence.endswith("(routers of trained, prior:delta=0.02, decayed, 8 slots a layer).")
     nothing = found([point("untouched", "none", 0.1, 0.02)])
     assert gate_sentence(nothing).startswith("Nothing that was measured costs at most +1.00")
 

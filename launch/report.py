@@ -8,11 +8,10 @@ import tyro
 
 from configs.command import parse
 from configs.files import prepare, prepare_folder
-from evaluation.frontier.result import read_frontier
+from evaluation.frontier.result import FRONTIER, read_frontier
 from evaluation.report.documents import write_report
 from evaluation.report.plots import write_frontier
 from evaluation.results import read_results
-from launch.run import FRONTIER
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from configs.load import UserError, keys_help, load
 from evaluation.arguments import EvaluationArguments
 from evaluation.evaluate import assemble, evaluate, trained_arm
 from evaluation.frontier.arguments import FrontierArguments
+from evaluation.frontier.result import FRONTIER
 from evaluation.measurement import Arm
 from evaluation.report.documents import write_results
 from evaluation.report.frontier_page import gate_sentence
@@ -21,9 +22,6 @@ from launch.frontier import measure
 from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
 from training.train import launch_training
-
-FRONTIER = Path("frontier/frontier.json")
-"""Beside the results of a run."""
 
 
 @dataclass

@@ -11,6 +11,8 @@ from evaluation.results import Difference, Quality, Reproduction, naming_the_pla
 
 FORMAT_VERSION = 1
 NO_LEVER, UNTOUCHED = "none", "untouched"
+FRONTIER = Path("frontier/frontier.json")
+"""Beside the results of a run."""
 
 
 class Interval(NamedTuple):

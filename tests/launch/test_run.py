@@ -8,10 +8,10 @@ import pytest
 
 from configs.command import run
 from configs.load import UserError, load
-from evaluation.frontier.result import read_frontier
+from evaluation.frontier.result import FRONTIER, read_frontier
 from launch import report as report_module
 from launch import run as pipeline_module
-from launch.run import FRONTIER, RunArguments, pipeline
+from launch.run import RunArguments, pipeline
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval and datasets warn about their own insides

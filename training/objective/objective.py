@@ -1,6 +1,7 @@
 """The objective of a micro-batch, and what is recorded beside it.
 
-L = (1 - distill) * L_CE + distill * L_distill + the sum over `TERMS` of ramp(step) * coefficient * term; `local` is that sum
+L = (1 - distill) * L_CE + distill * L_distill + the sum over `TERMS` of ramp(step) * coefficient * term; for `local` the
+task loss is a number without a gradient
 
 Pure arithmetic over `terms.py`, `losses.py` and `token_loss.py`; knows nothing of models, optimizers or processes.
 """
@@ -73,7 +74,7 @@ def objective(
     terms = {name: torch.stack([group[name] for group in values]).sum() / len(routings) for name in values[0]}
     assert not distill or base_outputs_BSX is not None, "distillation needs the base's predictions"
     tokens, base_BSX = count["tokens"].clamp(min=1).float(), base_outputs_BSX if distill else None
-    shares = (0.0, 0.0) if args.is_local else ((1.0 - distill) / tokens, distill / tokens)
+    shares = ((1.0 - distill) / tokens, distill / tokens)
     task = token_sums(outputs_BSX, batch.labels_BS, base_BSX, head=head, weights=shares)
     loss = torch.stack([task.loss, *(weights[name] * value for name, value in terms.items() if weights[name])]).sum()
     terms["loss"] = task.cross_entropy / tokens

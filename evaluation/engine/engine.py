@@ -57,6 +57,7 @@ class Engine:
         demand: Demand,
         device: Device,
         division: Division | None,
+        as_stored: bool = False,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
         self.options, self.is_exact = options, options.lever is None
@@ -69,7 +70,9 @@ class Engine:
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
         ahead = SLOTS_PER_GUESS * options.prefetch
-        self._memory = SlotMemory(store, cache.total_slots, model.dtype, passing=passing, ahead=ahead, device=device)
+        self._memory = SlotMemory(
+            store, cache.total_slots, model.dtype, passing=passing, ahead=ahead, device=device, as_stored=as_stored
+        )
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()
         self._reads = ReadCounts()

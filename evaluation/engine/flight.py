@@ -6,7 +6,7 @@ after reading, take turns in the passing slots, as many at a time as there are p
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from evaluation.engine.store.reader import Reader, Request
 class _Reading(NamedTuple):
     read_into: int  # a slot
     meant_for: int | None  # the slot it stays in
-    roles: Sequence[str] | None  # the matrices; None: all
+    matrix: str | None  # the one that is read; None: all
 
 
 class Flight(AbstractContextManager["Flight"]):
@@ -38,7 +38,7 @@ class Flight(AbstractContextManager["Flight"]):
         self._memory, self._reader, self._layer_id, self._prefetch = memory, reader, layer_id, prefetch
         self._landed: SimpleQueue[Request] = SimpleQueue()
         self._under_way: dict[Key, _Reading] = {}
-        self._waiting: deque[tuple[Key, int | None, Sequence[str] | None]] = deque()
+        self._waiting: deque[tuple[Key, int | None, str | None]] = deque()
         self._free = deque(memory.passing_slots)
         self.stall_seconds, self.bytes_read, self.device_bytes = 0.0, 0, 0
 
@@ -47,16 +47,16 @@ class Flight(AbstractContextManager["Flight"]):
         while self._under_way:
             self._free_after_use(self._under_way.pop(self._landed.get().key).read_into)
 
-    def start(self, wanted: Mapping[Key, int | None], *, roles: Sequence[str] | None = None) -> None:
-        """Read these experts, or some of their matrices, into these slots; None: into any passing slot."""
+    def start(self, wanted: Mapping[Key, int | None], *, matrix: str | None = None) -> None:
+        """Read these experts, or one of their matrices, into these slots; None: into any passing slot."""
         for key, slot in wanted.items():
-            ahead = self._prefetch.take(key) if self._prefetch is not None and roles is None else None
+            ahead = self._prefetch.take(key) if self._prefetch is not None and matrix is None else None
             if ahead is not None:
                 self._take_over(key, slot, ahead)
             elif slot is None or self._memory.converts:
-                self._waiting.append((key, slot, roles))
+                self._waiting.append((key, slot, matrix))
             else:
-                self._read(key, slot, slot, roles)
+                self._read(key, slot, slot, matrix)
         self._fill_passing_slots()
 
     def landings(self) -> Iterator[tuple[Key, int]]:
@@ -66,19 +66,19 @@ class Flight(AbstractContextManager["Flight"]):
             request = self._landed.get()
             self.stall_seconds += time.perf_counter() - started
             self.device_bytes += request.device_bytes
-            read_into, meant_for, roles = self._under_way.pop(request.key)
+            read_into, meant_for, matrix = self._under_way.pop(request.key)
             if request.error is not None:
                 self._free_after_use(read_into)
                 raise request.error
-            slot = self._memory.convert(read_into, meant_for, roles) if self._memory.converts else read_into
+            slot = self._memory.convert(read_into, meant_for, matrix) if self._memory.converts else read_into
             yield request.key, slot
             self._free_after_use(read_into)
             self._fill_passing_slots()
 
     def _fill_passing_slots(self) -> None:
         while self._free and self._waiting:
-            key, slot, roles = self._waiting.popleft()
-            self._read(key, self._free.popleft(), slot, roles)
+            key, slot, matrix = self._waiting.popleft()
+            self._read(key, self._free.popleft(), slot, matrix)
 
     def _free_after_use(self, slot: int) -> None:
         """Where what was read does not stay, something else may be read."""
@@ -98,8 +98,8 @@ class Flight(AbstractContextManager["Flight"]):
         self._under_way[key] = _Reading(read_into, slot, None)
         self._reader.wait_for(ahead.request, self._landed)
 
-    def _read(self, key: Key, read_into: int, meant_for: int | None, roles: Sequence[str] | None) -> None:
-        spans = self._memory.spans(read_into, self._layer_id, key[1], roles)
+    def _read(self, key: Key, read_into: int, meant_for: int | None, matrix: str | None) -> None:
+        spans = self._memory.spans(read_into, self._layer_id, key[1], matrix)
         self._reader.start(key, spans, self._landed, what=f"layer {self._layer_id} expert {key[1]}")
-        self._under_way[key] = _Reading(read_into, meant_for, roles)
+        self._under_way[key] = _Reading(read_into, meant_for, matrix)
         self.bytes_read += sum(len(span.target) for span in spans)

@@ -24,7 +24,7 @@ from evaluation.engine.resident import compute_dtype, load_resident
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.lazy_weights import empty_model, read_config
+from training.model.lazy_weights import empty_model, quantisation_of, read_config
 from training.model.routers import copy_into_routers, most_chosen
 
 KERNELS = 24
@@ -57,7 +57,9 @@ def load(
     config, store = read_config(model_dir), ExpertStore(model_dir)
     generation_config = read_generation_config(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
-    demand = _demand(store, config=config, dtype=dtype)
+    check_announced(config, store)
+    as_stored = holds_stored(options.slots, store, device)
+    demand = _demand(store, config=config, dtype=dtype, as_stored=as_stored)
     slots = _slots_of_cache(options, demand)  # before anything is loaded, so that too few are refused at once
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
@@ -72,8 +74,9 @@ def load(
         make_policy = ONLINE[options.cache_policy]
         cache = ExpertCache(slots, demand.layers, scope=options.cache_scope, make_policy=make_policy)
         engine = Engine(
-            model, options, store=store, reader=reader, cache=cache, demand=demand, device=device, division=division
-        )
+            model, options, store=store, reader=reader, cache=cache, demand=demand, device=device, division=division,
+            as_stored=as_stored,
+        )  # fmt: skip
         yield model, engine
 
 
@@ -135,7 +138,26 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(variable, str(KERNELS))
 
 
-def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype) -> Demand:
+def check_announced(config: PretrainedConfig, store: ExpertStore) -> None:
+    """Refuse by a `UserError` experts in another format than config.json says: transformers would make others of them."""
+    announced, numbers = quantisation_of(config)[0], store.format.numbers
+    if numbers.method is not None and numbers.method != announced:
+        raise UserError(
+            f"{store.model_dir}: experts are stored as {numbers.name}, which config.json announces by a quantization_config "
+            f"with quant_method {numbers.method!r}, and it has {announced!r}; copy the model again, with its config.json"
+        )
+
+
+def holds_stored(slots: str, store: ExpertStore, device: Device) -> bool:
+    """Whether slots are to hold experts as they are stored; a `UserError` if that is asked for and cannot be."""
+    possible = store.format.is_quantised and device.reads_into_slots
+    if slots == "stored" and not possible:
+        why = "its experts are not quantised" if device.reads_into_slots else "they are decoded on the processor"
+        raise UserError(f"{store.model_dir}: slots cannot hold experts as they are stored: {why}; write slots=ready")
+    return possible and slots != "ready"
+
+
+def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype, as_stored: bool) -> Demand:
     text_config = config.get_text_config()
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
@@ -143,4 +165,5 @@ def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype)
     top_k = getattr(text_config, "num_experts_per_tok", None)
     if not isinstance(top_k, int):  # under another name, or a number for each layer
         top_k = most_chosen(empty_model(str(store.model_dir), dtype=dtype))
-    return Demand(len(layers), store.num_experts, top_k, store.record(dtype.itemsize).total_bytes)
+    record = store.stored_record() if as_stored else store.record(dtype.itemsize)
+    return Demand(len(layers), store.num_experts, top_k, record.total_bytes)

@@ -14,6 +14,7 @@ from evaluation.engine.levers.drop import Drop
 from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import budget_bytes
 
+SLOTS = ("auto", "stored", "ready")
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
 
@@ -43,6 +44,9 @@ class EngineOptions:
     cache_scope: str = "global"
     # how many experts of the next layer to read ahead, those that its router is likely to choose; same tokens, more reads
     prefetch: int = 0
+    # what the slots of quantised experts hold: stored (their bytes, two to four times as many experts, decoded at every use),
+    # ready (matrices to multiply by) or auto
+    slots: str = "auto"
     # the precision to compute in: auto (as stored), bfloat16, float16 or float32
     dtype: str = "auto"
     # where to compute: cpu, cuda (slots in its memory; with an expert cache only), or auto (cuda if there is one)
@@ -63,6 +67,8 @@ class EngineOptions:
             raise UserError(f"unknown cache policy {self.cache_policy!r}; known: {', '.join(ONLINE)}")
         if self.cache_scope not in SCOPES:
             raise UserError(f"unknown cache scope {self.cache_scope!r}; known: {', '.join(SCOPES)}")
+        if self.slots not in SLOTS:
+            raise UserError(f"unknown slots {self.slots!r}; known: {', '.join(SLOTS)}")
         at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0)
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError(

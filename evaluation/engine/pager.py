@@ -140,14 +140,14 @@ def _compute_in_two_parts(
         products.activate()
         products.down(service.leaving)
     flight.start(service.coming)
-    flight.start(dict.fromkeys(service.passing), roles=products.memory.roles_before_activation)
+    flight.start(dict.fromkeys(service.passing), matrix="gate_up")
     if guess:
         guess()
     products.up(service.staying)
     for key, slot in flight.landings():
         products.up({key: slot})
     products.activate()
-    flight.start(dict.fromkeys(service.passing), roles=("down",))
+    flight.start(dict.fromkeys(service.passing), matrix="down")
     products.down(service.staying | service.coming)
     for key, slot in flight.landings():
         products.down({key: slot})

@@ -13,14 +13,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from configs.load import UserError
 from evaluation.engine.device import Device
 from evaluation.engine.store.experts import ExpertStore
-from training.model.lazy_weights import TORCH_DTYPES, StaysOnMeta, lazy_slices, load_slices, stored_dtype
+from training.model.lazy_weights import StaysOnMeta, lazy_slices, load_slices, stored_dtype
+from training.model.number_formats.formats import PLAIN_DTYPES
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
     """The precision to compute in, or `UserError`; `auto`: as transformers decides."""
     if dtype == "auto":
         dtype = config.dtype if config.dtype is not None else stored_dtype(store.model_dir)
-    known = {str(known).removeprefix("torch."): known for known in TORCH_DTYPES.values()}
+    known = {str(known).removeprefix("torch."): known for known in PLAIN_DTYPES.values()}
     name = str(dtype).removeprefix("torch.")
     if name not in known:
         raise UserError(f"dtype {name!r} is not supported; write auto, {', '.join(known)}")

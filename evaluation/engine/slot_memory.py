@@ -8,22 +8,27 @@ from functools import cached_property
 
 import torch
 
+from configs.load import UserError
 from evaluation.engine.device import HOST, Block, Device
 from evaluation.engine.filled_rows import filled_rows
-from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads
+from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads, Record, StoredRecord
 from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.reader import Bytes, Span
-from training.model.lazy_weights import TORCH_DTYPES
+from training.model.number_formats.formats import PLAIN_DTYPES, Plain
+from training.model.shards import AGAIN
 
+DECODED = -1
+"""What stands for the matrix that is decoded on its way to an accelerator, where slots do."""
 NOT_FILLED: Mapping[str, tuple[int, ...]] = {"gate_up": (), "down": ()}
 
 
 class SlotMemory:
     """`slots` records for the experts of a store, in `dtype`, and more for experts that do not stay: `passing` and `ahead`.
 
-    If the checkpoint's precision is another, or the slots lie on an accelerator, experts are read into `passing` and
-    `ahead` records of that precision in the processor's memory (pinned, where there is an accelerator) and copied from
-    there.
+    If the checkpoint's numbers are packed or of another precision, or the slots lie on an accelerator, experts are read into
+    `passing` and `ahead` records as they are stored, in the processor's memory (pinned, where there is an accelerator), and
+    converted from there. With `as_stored` the slots themselves hold packed numbers, and each matrix is decoded when it is
+    asked for.
 
     Attributes:
         device: where products are computed.
@@ -43,52 +48,69 @@ class SlotMemory:
         passing: int = 1,
         ahead: int = 0,
         device: Device = HOST,
+        as_stored: bool = False,
     ) -> None:
-        stored, self.device = TORCH_DTYPES[store.format.dtype], device
-        self._store, self.dtype = store, dtype
-        self.converts = stored != dtype or not self.device.reads_into_slots
+        form = store.format
+        assert form.is_quantised or not as_stored, "numbers that are not packed are what is computed with"
+        self._store, self.dtype, self.device, self._as_stored = store, dtype, device, as_stored
+        ready = store.record(dtype.itemsize)
+        stored = PLAIN_DTYPES[form.numbers.dtype] if isinstance(form.numbers, Plain) else None
+        self.converts = not as_stored and (stored != dtype or not device.reads_into_slots)
         staying = slots + (1 if self.converts else passing + ahead)
-        self._records = _Records(store, dtype, staying, self.device.allocate)
+        self._records = _Records(store.stored_record() if as_stored else ready, dtype, staying, device.allocate)
         self._landing = self._records
+        self._decoded: _Records | None = None  # one record, for a matrix that no slot holds
         if self.converts:
-            self._landing = _Records(store, stored, passing + ahead, self.device.allocate_landing)
+            record = store.record(stored.itemsize) if stored else store.stored_record()
+            self._landing = _Records(record, stored or dtype, passing + ahead, device.allocate_landing)
+        if form.is_quantised and (as_stored or not device.reads_into_slots):
+            self._decoded = _Records(ready, dtype, 1, device.allocate_landing)
         self.passing_slots = range(slots, slots + passing)
         self.ahead_slots = range(slots + passing, slots + passing + ahead)
         self._first_landing = slots if self.converts else 0
+        self._held: dict[int, tuple[int, int]] = {}  # slot -> layer id and expert that were read into it last
         self.filled_rows, self.filled_for_threads = NOT_FILLED, 0
 
     def fill_rows(self) -> None:
         """Fill products up to few numbers of rows from now on; called before any expert is in a slot."""
         self.filled_for_threads = torch.get_num_threads()
-        self.filled_rows = {role: filled_rows(self._records.matrix(0, role)) for role in NOT_FILLED}
+        records = self._decoded if self._as_stored else self._records
+        assert records is not None
+        self.filled_rows = {role: filled_rows(records.matrix(0, role)) for role in NOT_FILLED}
 
     @property
     def gate_up_columns(self) -> int:
         return 2 * self._store.format.intermediate
 
     @property
-    def roles_before_activation(self) -> list[str]:
-        return self._store.format.roles_of("gate_up")
-
-    @property
     def passing_bytes(self) -> int:
         """Memory on top of the cache's slots."""
         of_cache = self.passing_slots.start * self._records.record_bytes
-        return self._records.total_bytes - of_cache + (self._landing.total_bytes if self.converts else 0)
+        beside = {
+            id(records): records for records in (self._records, self._landing, self._decoded) if records is not None
+        }
+        return sum(records.total_bytes for records in beside.values()) - of_cache
 
     def gate_up_HJ(self, slot: int) -> torch.Tensor:
-        """Gate and up of the expert in `slot`, as hidden states are multiplied by it; a view."""
-        return self._records.matrix(slot, "gate_up")
+        """Gate and up of the expert in `slot`, as hidden states are multiplied by it; a view that holds until the next call."""
+        return self._matrix(slot, "gate_up")
 
     def down_IH(self, slot: int) -> torch.Tensor:
-        """Down of the expert in `slot`, as activations are multiplied by it; a view."""
-        return self._records.matrix(slot, "down")
+        """Down of the expert in `slot`, as activations are multiplied by it; a view that holds until the next call."""
+        return self._matrix(slot, "down")
 
-    def spans(self, slot: int, layer_id: int, expert: int, roles: Sequence[str] | None = None) -> list[Span]:
-        """Where in `slot` an expert, or some of its matrices, goes; if precisions differ, a passing slot is meant."""
-        extents = self._store.extents(layer_id, expert, roles)
+    def _matrix(self, slot: int, matrix: str) -> torch.Tensor:
+        if self._decoded is None or not self._as_stored:
+            return self._records.matrix(slot, matrix)
+        return self._decode(slot, slot, matrix, self._decoded.matrix(0, matrix))
+
+    def spans(self, slot: int, layer_id: int, expert: int, matrix: str | None = None) -> list[Span]:
+        """Where in `slot` an expert, or one of its matrices, goes; if it must be converted, a passing slot is meant."""
+        parts = None if matrix is None else self._store.format.parts_of(matrix)
+        extents = self._store.extents(layer_id, expert, parts)
         self.device.wait(slot)
         leads = NO_LEADS if self.converts else self._store.leads(layer_id, expert)
+        self._held[slot] = layer_id, expert
         return self._landing.spans(slot - self._first_landing, extents, leads)
 
     def release(self, slot: int) -> None:
@@ -99,22 +121,52 @@ class SlotMemory:
         """Exchange the places of two slots; nothing is copied. Not for memory that converts."""
         assert not self.converts, "what is read ahead is converted, not swapped"
         self._records.swap(slot, ahead_slot)
+        self._held[slot] = self._held[ahead_slot]
 
-    def convert(self, passing_slot: int, into: int | None, roles: Sequence[str] | None = None) -> int:
+    def convert(self, passing_slot: int, into: int | None, matrix: str | None = None) -> int:
         """Move what was read into slot `into`, or into the one that stands in for it; returns that slot."""
-        slot, place = self.passing_slots.start if into is None else into, passing_slot - self._first_landing
-        matrices = [m for m in MATRICES if roles is None or set(roles).intersection(self._store.format.roles_of(m))]
-        pairs = [(self._records.matrix(slot, role), self._landing.matrix(place, role)) for role in matrices]
-        self.device.copy_in(pairs, passing_slot=passing_slot, slot=slot)
+        slot = self.passing_slots.start if into is None else into
+        for one in MATRICES if matrix is None else (matrix,):
+            self._convert(passing_slot, slot, one)
         return slot
+
+    def _convert(self, passing_slot: int, slot: int, matrix: str) -> None:
+        into, place = self._records.matrix(slot, matrix), passing_slot - self._first_landing
+        if not self._store.format.is_quantised:
+            self.device.copy_in([(into, self._landing.matrix(place, matrix))], passing_slot=passing_slot, slot=slot)
+        elif self._decoded is None:
+            self._decode(passing_slot, place, matrix, into)
+        else:
+            self.device.wait(DECODED)
+            decoded = self._decode(passing_slot, place, matrix, self._decoded.matrix(0, matrix))
+            self.device.copy_in([(into, decoded)], passing_slot=DECODED, slot=slot)
+
+    def _decode(self, slot: int, place: int, matrix: str, into: torch.Tensor) -> torch.Tensor:
+        """Fill `into`, a right-hand side, with what lies packed in a place of the records that are read into; returns it."""
+        form, row = self._store.format, 0
+        for role in form.roles:
+            if (role == "down") != (matrix == "down"):
+                continue
+            stored = {
+                part.ending: self._landing.part(place, name) for name, part in form.parts.items() if part.role == role
+            }
+            rows = form.stored_shape(role)[0]
+            try:
+                form.numbers.decode(stored, into.T[row : row + rows])
+            except ValueError as error:
+                layer, expert = self._held[slot]
+                raise UserError(f"layer {layer} expert {expert}: {error}; {AGAIN}") from error
+            row += rows
+        return into
 
 
 class _Records:
     """Raw records and the matrices in them as views."""
 
-    def __init__(self, store: ExpertStore, dtype: torch.dtype, slots: int, allocate: Callable[[int], Block]) -> None:
-        self._dtype, self._record = dtype, store.record(dtype.itemsize)
-        self.record_bytes = self._record.total_bytes
+    def __init__(
+        self, record: Record | StoredRecord, dtype: torch.dtype, slots: int, allocate: Callable[[int], Block]
+    ) -> None:
+        self._dtype, self._record, self.record_bytes = dtype, record, record.total_bytes
         self.total_bytes = slots * self.record_bytes
         with torch.inference_mode(False):  # or nothing could be written outside of it, see `matrix`
             self._raw, self._release = allocate(self.total_bytes)
@@ -128,6 +180,7 @@ class _Records:
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
         """A matrix of the expert in `slot` as the right-hand side of a product: [H, J] or [I, H]."""
+        assert isinstance(self._record, Record), "what lies as it is stored is decoded"
         where = self._place[slot], role, self.leads[slot]
         if where not in self._matrices:
             start, length = self._record.place(role, self.leads[slot])
@@ -136,6 +189,12 @@ class _Records:
                 matrix = self._raw[start : start + length].view(self._dtype).view(self._record.format.shape(role))
                 self._matrices[where] = matrix if self._record.format.transposed else matrix.T
         return self._matrices[where]
+
+    def part(self, slot: int, part: str) -> Bytes:
+        """What is stored of the expert in `slot`, and in which part."""
+        start, length = self._record.place(part, NO_LEADS)
+        start += self._place[slot] * self.record_bytes
+        return self._memory[start : start + length]
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the places of two slots."""
@@ -153,8 +212,8 @@ class _Records:
         spans: list[Span] = []
         for extent in extents:
             offset, target_end = extent.offset, -1
-            for role in extent.roles:
-                start, length = self._record.place(role, leads)
+            for part in extent.parts:
+                start, length = self._record.place(part, leads)
                 start += self._place[slot] * self.record_bytes
                 if start == target_end:
                     first = spans.pop()

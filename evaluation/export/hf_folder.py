@@ -21,7 +21,8 @@ from yaml import YAMLError
 from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.packing import OTHER_WEIGHTS
-from training.model.lazy_weights import TORCH_DTYPES, lazy_slices
+from training.model.lazy_weights import lazy_slices
+from training.model.number_formats.formats import PLAIN_DTYPES
 from training.model.shards import StoredTensor, read_index
 
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder beside a model's files that transformers reads
@@ -63,9 +64,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _write_over(shard: Path, place: StoredTensor, weight: Tensor) -> None:
-    dtype = TORCH_DTYPES.get(place.dtype)
+    dtype = PLAIN_DTYPES.get(place.dtype)
     if dtype is None:
-        raise UserError(f"{shard.name} stores {place.name} as {place.dtype}; known: {', '.join(TORCH_DTYPES)}")
+        raise UserError(f"{shard.name} stores {place.name} as {place.dtype}; known: {', '.join(PLAIN_DTYPES)}")
     raw = weight.to(dtype).contiguous().view(torch.uint8).numpy()
     assert raw.nbytes == place.length_bytes, place
     with shard.open("r+b") as file:
@@ -77,7 +78,7 @@ def _read_back(folder: Path, routers: Routers, stored: Mapping[str, StoredTensor
     """Read the routers as any reader of the folder would; a `UserError` if one is not what it should be."""
     written = lazy_slices({place.name: read_index(folder)[place.name] for place in stored.values()})
     for name, place in stored.items():
-        if not torch.equal(written[place.name][...], routers[name].to(TORCH_DTYPES[place.dtype])):
+        if not torch.equal(written[place.name][...], routers[name].to(PLAIN_DTYPES[place.dtype])):
             raise UserError(f"{place.name} was not written as it should be; check the disk that holds {folder.parent}")
 
 

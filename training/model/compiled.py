@@ -5,6 +5,8 @@ from typing import ParamSpec, TypeVar, cast
 
 import numba
 
+inlined = numba.njit(inline="always")
+"""For a few lines of a compiled loop that have a name: they become part of it before it is compiled."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -12,8 +14,8 @@ T = TypeVar("T")
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """The function, compiled; where nothing can be kept, as in a container that may write nowhere, by every process anew."""
     try:
-        return cast(Callable[P, T], numba.njit(cache=True)(function))
+        return cast(Callable[P, T], numba.njit(cache=True, nogil=True, error_model="python")(function))
     except RuntimeError as error:
         if "cache" not in str(error):
             raise
-        return cast(Callable[P, T], numba.njit(function))
+        return cast(Callable[P, T], numba.njit(nogil=True)(function))

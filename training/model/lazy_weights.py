@@ -27,11 +27,12 @@ from transformers.utils import logging
 from configs.load import UserError
 from training.model import transformers_internals as internals
 from training.model.host_memory import spare_memory
+from training.model.number_formats.formats import PLAIN_DTYPES
 from training.model.routers import find_routers
 from training.model.shards import INDEX_NAME, StoredTensor, read_index
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Precisions in which weights can be computed with, by the names that safetensors has for them."""
+QUANTISED = ("mxfp4", "fp8", "compressed-tensors")
+"""Ways to quantise (`quant_method` of config.json) that transformers undoes on loading, on any device."""
 
 ADAPTER = re.compile(r"\.(lora_|adapter|modules_to_save\.)")
 """In names of tensors that are no part of a model, but of an adapter beside it."""
@@ -48,6 +49,10 @@ class StaysOnMeta:
     def __getitem__(self, _: Any) -> "StaysOnMeta":
         return self
 
+    def get_dtype(self) -> str:
+        """A precision to compute in: it is not to be dequantised."""
+        return "BF16"
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.empty(self._shape, dtype=dtype, device="meta")
 
@@ -62,15 +67,24 @@ def read_config(model_dir: str | Path) -> PretrainedConfig:
         assert isinstance(text_config, PretrainedConfig), "its text_config is none of a model that is known"
     except Exception as error:  # whatever transformers raises where values are none that it expects
         raise UserError(f"{model_dir}/config.json is not understood: {error}") from error
-    parts = (getattr(part, "quantization_config", None) for part in (config, text_config))
-    quantised: Any = next((part for part in parts if part is not None), None)
-    if quantised is not None:
-        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(
-            f"{model_dir} is quantised (quantization_config of config.json: {kind}), which is not supported yet; give the "
-            "unquantised model, or remove that entry if the weights are not"
-        )
+    method, announced = quantisation_of(config)
+    if method is not None:
+        if method not in QUANTISED or not isinstance(announced, dict):
+            raise UserError(
+                f"{model_dir} is quantised as {method} (quantization_config of config.json), which is not supported; supported "
+                f"are {', '.join(QUANTISED)}. Give the unquantised model, or remove that entry if the weights are not quantised"
+            )
+        announced["dequantize"] = True  # what transformers loads is what it would compute with on a CPU
     return config
+
+
+def quantisation_of(config: PretrainedConfig) -> tuple[str | None, Any]:
+    """How config.json says that weights are quantised, and the entry that does; None, None: it does not."""
+    parts = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+    announced: Any = next((part for part in parts if part is not None), None)
+    if announced is None:
+        return None, None
+    return str(announced.get("quant_method") if isinstance(announced, dict) else announced), announced
 
 
 def causal_lm_class(model_dir: str | Path, config: PretrainedConfig) -> Any:
@@ -103,7 +117,16 @@ def load_slices(
         raise UserError(f"{model_dir}/config.json is that of no model that can be made: {error}") from error
     check_loaded(model_dir, model, info)
     model.config.name_or_path = str(model_dir)
+    if quantisation_of(read_config(model_dir))[0] is not None:
+        in_one_precision(model, dtype)
     return cast(PreTrainedModel, model)
+
+
+def in_one_precision(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is left in another precision of 16 bits: beside quantised weights transformers (5.23) leaves it as stored."""
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_loaded(model_dir: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
@@ -260,7 +283,7 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
             return cast(torch.dtype, getattr(torch, named))
     with safe_open(min(tensor.shard for tensor in tensors.values()), framework="pt") as first:
         names = [first.get_slice(name).get_dtype() for name in first.keys()]  # noqa: SIM118
-    known = {**TORCH_DTYPES, "F64": torch.float64}
+    known = {**PLAIN_DTYPES, "F64": torch.float64}
     return next((known[name] for name in names if name in known), torch.float32)
 
 

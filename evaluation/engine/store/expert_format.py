@@ -1,21 +1,22 @@
 """What an expert is, on disk and in a slot: one description for all experts of a checkpoint. Numbers only; no files, no torch.
 
-Roles are what an expert is stored as, whatever a family calls it: `gate` and `up` [I, H] (or `gate_up`, both in one) and
-`down` [H, I] (I intermediate, H hidden); a transposed family (gpt-oss) has `gate_up` [H, 2 I] and `down` [I, H]. A slot holds
-two matrices, `down` and `gate_up`, in the precision that is computed in. Matrices of 16- and 32-bit numbers need nothing but
-a cast on the way; a format that packs its numbers is another class like this one and another form in
-`expert_layout.py`.
+Roles are the matrices that an expert is stored as, whatever a family calls them: `gate` and `up` [I, H] (or `gate_up`, both in
+one) and `down` [H, I] (I intermediate, H hidden); a transposed family (gpt-oss) computes with `gate_up` [H, 2 I] and `down`
+[I, H]. How the numbers of a matrix are stored, `training/model/number_formats/` knows: as one tensor or several, which are the
+parts of an expert. A slot holds two matrices, `down` and `gate_up`, in the precision that is computed in, or the parts.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+from training.model.number_formats.formats import NumberFormat, Stored
 
 SEPARATE = ("gate", "up", "down")
 FUSED = ("gate_up", "down")
 MATRICES = FUSED
-"""What a slot holds."""
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+"""What is computed with."""
 ALIGN_BYTES = 64
 
 
@@ -29,34 +30,56 @@ class Leads(NamedTuple):
 NO_LEADS = Leads()
 
 
+class Part(NamedTuple):
+    """One stored tensor of an expert."""
+
+    role: str
+    ending: str  # of its name, by which its format knows it
+    stored: Stored
+
+
 @dataclass(frozen=True)
 class ExpertFormat:
     """What all experts of a checkpoint have in common."""
 
     hidden: int
     intermediate: int
-    dtype: str  # as stored, spelled as in safetensors
+    numbers: NumberFormat
     roles: tuple[str, ...] = SEPARATE  # what an expert is stored as: SEPARATE or FUSED
-    transposed: bool = False
+    transposed: bool = False  # in the model
 
     def shape(self, role: str) -> tuple[int, int]:
-        """Rows and columns of one of an expert's matrices."""
+        """Rows and columns of one of an expert's matrices, as the model has it."""
         rows = {"down": self.hidden, "gate_up": 2 * self.intermediate}.get(role, self.intermediate)
         columns = self.intermediate if role == "down" else self.hidden
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def role_bytes(self, role: str) -> int:
-        """Stored bytes of one of an expert's matrices."""
-        return math.prod(self.shape(role)) * DTYPE_BYTES[self.dtype]
+    @property
+    def is_quantised(self) -> bool:
+        """Whether numbers are decoded before anything is computed with them."""
+        return self.numbers.method is not None
+
+    def stored_shape(self, role: str) -> tuple[int, int]:
+        """Rows and columns of one of an expert's matrices, as it is stored: packed numbers lie output by output."""
+        return self.shape(role)[::-1] if self.transposed and self.is_quantised else self.shape(role)
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Name -> what is stored: a role, and how the name of the tensor ends. A `ValueError` if it cannot be stored so."""
+        found = {}
+        for role in self.roles:
+            for ending, stored in self.numbers.tensors(*self.stored_shape(role)).items():
+                found[role + ending] = Part(role, ending, stored)
+        return found
 
     @property
     def expert_bytes(self) -> int:
         """Stored bytes of one expert."""
-        return sum(self.role_bytes(role) for role in self.roles)
+        return sum(part.stored.length_bytes for part in self.parts.values())
 
-    def roles_of(self, matrix: str) -> list[str]:
-        """What is stored of one of the matrices of a slot."""
-        return [role for role in self.roles if (role == "down") == (matrix == "down")]
+    def parts_of(self, matrix: str) -> list[str]:
+        """What is stored of one of the matrices that are computed with."""
+        return [name for name, part in self.parts.items() if (part.role == "down") == (matrix == "down")]
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,30 @@ class Record:
             "up": (gate_up + self.matrix_bytes, self.matrix_bytes),
             "gate_up": (gate_up, 2 * self.matrix_bytes),
         }[role]
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """Where an expert lies in its slot if it stays as it is stored: its parts one after the other, each on a boundary."""
+
+    format: ExpertFormat
+
+    @cached_property
+    def _starts(self) -> dict[str, int]:
+        starts, end = {}, 0
+        for name, part in self.format.parts.items():
+            starts[name] = end
+            end += _aligned(part.stored.length_bytes)
+        return starts
+
+    @property
+    def total_bytes(self) -> int:
+        """What one slot takes."""
+        return sum(_aligned(part.stored.length_bytes) for part in self.format.parts.values())
+
+    def place(self, part: str, leads: Leads = NO_LEADS) -> tuple[int, int]:
+        """Where in a record a part starts, and its length."""
+        return self._starts[part], self.format.parts[part].stored.length_bytes
 
 
 def _aligned(size_bytes: int) -> int:

@@ -1,7 +1,7 @@
-"""How checkpoints write experts down: names to (layer, expert, role), and the one format all experts of a model have.
+"""How checkpoints write experts down: names to (layer, expert, part), and the one format all experts of a model have.
 
-Two forms: three matrices for every expert, or two tensors a layer that hold all its experts. Names and shapes only: no files
-are opened.
+Two forms: three matrices for every expert, or two a layer that hold all its experts. A matrix is one tensor, or several if its
+numbers are packed. Names and shapes only: no files are opened.
 """
 
 import re
@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.load import UserError
-from evaluation.engine.store.expert_format import DTYPE_BYTES, FUSED, ExpertFormat
+from evaluation.engine.store.expert_format import FUSED, SEPARATE, ExpertFormat
+from training.model.number_formats.formats import Plain, Stored
+from training.model.number_formats.found import BESIDE, KNOWN, format_of
+from training.model.number_formats.mxfp4 import Mxfp4
 from training.model.shards import AGAIN, StoredTensor
 
 
 class Form(NamedTuple):
-    """How names tell layer, module, part, and where each is a tensor of its own the expert; what parts are; axes of a tensor."""
+    """How names tell layer, module, what of an expert, and where each is a tensor of its own the expert; the matrices."""
 
     name: re.Pattern[str]
-    roles: Mapping[str, str]
-    axes: int
+    roles: Mapping[str, str]  # how names go on, but for how they end if numbers are packed
 
 
 SEPARATE_FORM = Form(
     re.compile(r"(?P<module>.*\blayers\.(?P<layer>\d+)\..*\bexperts)\.(?P<expert>\d+)\.(?P<part>.+)"),
     {"gate_proj.weight": "gate", "up_proj.weight": "up", "down_proj.weight": "down"}
     | {"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"},
-    axes=2,
 )
 FUSED_FORM = Form(  # biases are small: they are resident
     re.compile(
@@ -36,15 +37,16 @@ FUSED_FORM = Form(  # biases are small: they are resident
     ),
     {"gate_up_proj": "gate_up", "down_proj": "down"}
     | {"input_linear.weight": "gate_up", "output_linear.weight": "down"},
-    axes=3,
 )
 LOOKED_FOR = (
     "`...mlp.experts.N.{gate,up,down}_proj.weight`, `...block_sparse_moe.experts.N.{w1,w2,w3}.weight`, "
     "`...experts.{gate_up,down}_proj` or `...block_sparse_moe.{input,output}_linear.weight`"
 )
 
+Matrices = dict[str, dict[str, StoredTensor]]
+"""Role -> how the name of a tensor ends -> where it lies: an expert as it was found."""
 PartsByExpert = dict[tuple[int, int], dict[str, StoredTensor]]
-"""(layer id, expert) -> role -> where it lies."""
+"""(layer id, expert) -> part -> where it lies."""
 
 
 @dataclass(frozen=True)
@@ -73,20 +75,24 @@ def expert_layout(tensors: Mapping[str, StoredTensor], model_dir: Path) -> Exper
         UserError: there are none, they are in a form that is not supported, or one is incomplete or unlike the others.
     """
     form, names, others = _model_experts(tensors, model_dir)
-    parts, module_of = _find({name: tensors[name] for name in names}, form, model_dir)
+    found, module_of = _find({name: tensors[name] for name in names}, form, model_dir)
     fused = form is FUSED_FORM
-    some = next(iter(parts.values()))
-    expert_format = _fused_format(some, model_dir) if fused else _separate_format(parts, model_dir)
-    layer_ids = sorted({layer for layer, _ in parts})
-    num_experts = 1 + max(expert for _, expert in parts)
+    layer_ids = sorted({layer for layer, _ in found})
+    num_experts = 1 + max(expert for _, expert in found)
     if fused and len(numbers := {tensors[name].shape[0] for name in names}) > 1:
         raise UserError(
             f"{model_dir}: gate_up and down are of {numbers} experts; experts without weights are not supported"
         )
-    for layer in layer_ids:
-        for expert in range(num_experts):
-            _check_expert(parts.get((layer, expert), {}), expert_format, layer=layer, expert=expert)
-    if fused:
+    try:
+        expert_format = (_fused_format if fused else _separate_format)(_whole_expert(found, form, model_dir))
+    except ValueError as error:
+        raise UserError(f"{model_dir}: experts cannot be paged: {error}") from error
+    parts = {
+        (layer, expert): _checked(found.get((layer, expert), {}), expert_format, layer=layer, expert=expert)
+        for layer in layer_ids
+        for expert in range(num_experts)
+    }
+    if fused and not expert_format.is_quantised:
         meta_shapes = {name: tensors[name].shape for name in module_of}
     else:
         modules = dict.fromkeys(module_of.values())
@@ -120,73 +126,123 @@ def _model_experts(tensors: Mapping[str, StoredTensor], model_dir: Path) -> tupl
     return form, list(found[main]), {name for block in found.keys() - {main} for name in found[block]}
 
 
-def _find(tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path) -> tuple[PartsByExpert, dict[str, str]]:
-    """The parts of all experts in this form, and the tensors they are from, each with its module."""
-    parts: PartsByExpert = {}
+def _find(
+    tensors: Mapping[str, StoredTensor], form: Form, model_dir: Path
+) -> tuple[dict[tuple[int, int], Matrices], dict[str, str]]:
+    """All experts in this form by layer id and number, and the tensors they are from, each with its module."""
+    found: dict[tuple[int, int], Matrices] = {}
     module_of: dict[str, str] = {}
     for name, tensor in tensors.items():
         match = form.name.fullmatch(name)
         assert match, f"{name} is of another form"
-        role = form.roles.get(match["part"])
-        if role is None or tensor.dtype not in DTYPE_BYTES or len(tensor.shape) != form.axes:
-            raise UserError(
-                f"{model_dir}: expert tensor {name} ({tensor.dtype} {list(tensor.shape)}) is not supported"
-                f"{', nor are other quantised experts' if tensor.dtype not in DTYPE_BYTES else ''}; "
-                f"supported are matrices of {', '.join(DTYPE_BYTES)} named {LOOKED_FOR}"
-            )
         module_of[name] = match["module"]
+        if name.endswith(BESIDE):
+            continue
+        matrix = next((matrix for matrix in form.roles if re.fullmatch(rf"{matrix}(_\w+)?", match["part"])), None)
+        if matrix is None or (form is FUSED_FORM and not tensor.shape):
+            raise UserError(
+                f"{model_dir}: expert tensor {name} ({tensor.dtype} {list(tensor.shape)}) is not supported; supported are "
+                f"{KNOWN}, named {LOOKED_FOR}"
+            )
+        role, ending = form.roles[matrix], match["part"].removeprefix(matrix)
         for expert, part in _slices(tensor) if form is FUSED_FORM else [(int(match["expert"]), tensor)]:
-            roles = parts.setdefault((int(match["layer"]), expert), {})
-            if role in roles:
+            stored = found.setdefault((int(match["layer"]), expert), {}).setdefault(role, {})
+            if ending in stored:
                 raise UserError(f"{model_dir}: layer {match['layer']} has two sets of experts, the second is {name}")
-            roles[role] = part
-    return parts, module_of
+            stored[ending] = part
+    return found, module_of
 
 
 def _slices(tensor: StoredTensor) -> list[tuple[int, StoredTensor]]:
-    """One expert after the other; a truncated length is found by `_check_expert`."""
+    """One expert after the other; a truncated length is found by `_checked`."""
     experts = tensor.shape[0]
-    each: dict[str, Any] = {"shape": tensor.shape[1:], "length_bytes": tensor.length_bytes // experts}
+    each: dict[str, Any] = {"shape": tensor.shape[1:], "length_bytes": tensor.length_bytes // max(1, experts)}
     offsets = [tensor.offset + expert * each["length_bytes"] for expert in range(experts)]
     return [(i, replace(tensor, name=f"{tensor.name}[{i}]", offset=offset, **each)) for i, offset in enumerate(offsets)]
 
 
-def _separate_format(parts: PartsByExpert, model_dir: Path) -> ExpertFormat:
-    roles = next(iter(parts.values()))
-    if not any("gate" in roles for roles in parts.values()):
+def _whole_expert(found: Mapping[tuple[int, int], Matrices], form: Form, model_dir: Path) -> Matrices:
+    """The first expert that has all its matrices."""
+    roles = set(form.roles.values())
+    whole = next((matrices for matrices in found.values() if set(matrices) == roles), None)
+    if whole is not None:
+        return whole
+    if form is SEPARATE_FORM and not any("gate" in matrices for matrices in found.values()):
         raise UserError(f"{model_dir}: experts have no gate matrix; experts without a gate are not supported")
-    role, tensor = next(iter(roles.items()))
-    intermediate, hidden = tensor.shape if role != "down" else tensor.shape[::-1]
-    return ExpertFormat(hidden, intermediate, tensor.dtype)
-
-
-def _fused_format(roles: Mapping[str, StoredTensor], model_dir: Path) -> ExpertFormat:
-    """A fused family is transposed if gate_up has twice as many columns as down has rows, and not rows as down columns."""
-    if set(roles) != set(FUSED):
-        present = ", ".join(tensor.name for tensor in roles.values())
-        raise UserError(f"{model_dir}: of gate_up and down there is only {present}; {AGAIN}")
-    gate_up, down = roles["gate_up"].shape, roles["down"].shape
-    for transposed in (False, True):
-        hidden, intermediate = down[::-1] if transposed else down
-        found = ExpertFormat(hidden, intermediate, roles["down"].dtype, FUSED, transposed)
-        if gate_up == found.shape("gate_up"):
-            return found
+    matrices = next(iter(found.values()))
+    present = ", ".join(tensor.name for stored in matrices.values() for tensor in stored.values())
     raise UserError(
-        f"{model_dir}: {roles['gate_up'].name} {list(gate_up)} and {roles['down'].name} {list(down)} do not belong to a "
-        "gated expert; experts without a gate are not supported"
+        f"{model_dir}: of {' and '.join(dict.fromkeys(form.roles.values()))} there is only {present}; {AGAIN}"
     )
 
 
-def _check_expert(roles: Mapping[str, StoredTensor], expected: ExpertFormat, *, layer: int, expert: int) -> None:
-    for role in expected.roles:
-        if role not in roles:
+def _separate_format(whole: Matrices) -> ExpertFormat:
+    """Every matrix is stored output by output."""
+    hidden, intermediate = _rows(whole["down"]), _rows(whole["gate"])
+    return _format(whole, ExpertFormat(hidden, intermediate, Plain("F32"), SEPARATE))
+
+
+def _fused_format(whole: Matrices) -> ExpertFormat:
+    """A fused family is transposed if gate_up has twice as many columns as down has rows, and not rows as down columns.
+
+    Packed numbers are those of gpt-oss, which is transposed in the model and not as it is stored.
+    """
+    if "" not in whole["down"]:
+        hidden, intermediate = _rows(whole["down"]), _rows(whole["gate_up"]) // 2
+        return _format(whole, ExpertFormat(hidden, intermediate, Mxfp4(is_gpt_oss=True), FUSED, transposed=True))
+    gate_up, down = whole["gate_up"][""], whole["down"][""]
+    for transposed in (False, True):
+        hidden, intermediate = down.shape[::-1] if transposed else down.shape
+        found = ExpertFormat(hidden, intermediate, Plain("F32"), FUSED, transposed)
+        if gate_up.shape == found.shape("gate_up"):
+            return _format(whole, found)
+    raise ValueError(
+        f"{gate_up.name} {list(gate_up.shape)} and {down.name} {list(down.shape)} do not belong to a gated expert; experts "
+        "without a gate are not supported"
+    )
+
+
+def _rows(stored: Mapping[str, StoredTensor]) -> int:
+    """Rows of a matrix as it is stored."""
+    numbers = next((stored[ending] for ending in ("", "_packed", "_blocks") if ending in stored), None)
+    if numbers is None or len(numbers.shape) < 2:
+        raise ValueError(f"{next(iter(stored.values())).name} is no matrix in a format that is known: {KNOWN}")
+    return numbers.shape[0]
+
+
+def _format(whole: Matrices, like: ExpertFormat) -> ExpertFormat:
+    """What `like` is, with numbers as they are stored; a `ValueError` if they are in no known format."""
+    matrices = {
+        like.stored_shape(role): {ending: Stored(tensor.dtype, tensor.shape) for ending, tensor in whole[role].items()}
+        for role in ("down", like.roles[0])
+    }
+    return replace(like, numbers=format_of(matrices))
+
+
+def _checked(matrices: Matrices, expected: ExpertFormat, *, layer: int, expert: int) -> dict[str, StoredTensor]:
+    """The parts of an expert, which are as the others are."""
+    parts = {}
+    for name, (role, ending, (dtype, shape)) in expected.parts.items():
+        if role not in matrices:
             raise UserError(
                 f"layer {layer} expert {expert} has no {role} matrix in the checkpoint; {AGAIN}, "
                 "unless it has experts that compute nothing, which are not supported"
             )
-        tensor, wanted_bytes = roles[role], expected.role_bytes(role)
-        if (tensor.shape, tensor.dtype, tensor.length_bytes) != (expected.shape(role), expected.dtype, wanted_bytes):
+        if (tensor := matrices[role].get(ending)) is None:
+            other = next(iter(matrices[role].values())).name
+            raise UserError(
+                f"layer {layer} expert {expert}: beside {other} there is nothing that ends in {ending!r}; {AGAIN}"
+            )
+        wanted_bytes = expected.parts[name].stored.length_bytes
+        if (tensor.shape, tensor.dtype, tensor.length_bytes) != (shape, dtype, wanted_bytes):
             raise UserError(
                 f"{tensor.shard}: {tensor.name} is {tensor.dtype} {list(tensor.shape)} in {tensor.length_bytes} bytes, "
-                f"not {expected.dtype} {list(expected.shape(role))} in {wanted_bytes} as the others; {AGAIN}"
+                f"not {dtype} {list(shape)} in {wanted_bytes} as the others; {AGAIN}"
             )
+        parts[name] = tensor
+    unread = [
+        tensor.name for role in matrices for ending, tensor in matrices[role].items() if role + ending not in parts
+    ]
+    if unread:
+        raise UserError(f"layer {layer} expert {expert} has {unread[0]}, which the others have not; {AGAIN}")
+    return parts

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.engine.store.expert_format import ALIGN_BYTES, FUSED, NO_LEADS, Leads, Record
+from evaluation.engine.store.expert_format import ALIGN_BYTES, FUSED, NO_LEADS, Leads, Record, StoredRecord
 from evaluation.engine.store.expert_layout import expert_layout
 from training.model.shards import StoredTensor, read_index
 
@@ -18,7 +18,7 @@ class Extent(NamedTuple):
 
     shard: Path
     offset: int
-    roles: tuple[str, ...]  # in file order
+    parts: tuple[str, ...]  # in file order
     length_bytes: int
 
 
@@ -30,6 +30,7 @@ class ExpertStore:
         layer_ids: the layers that have experts, ascending, as the checkpoint numbers them.
         meta_shapes: what stands for the experts when a model is made without them; see `ExpertLayout`.
         module_bytes: bytes of the experts of each layer, by the checkpoint's name of their module, in layer order.
+        names: of the tensors that are experts.
         resident: the tensors that are no experts, of the model's layers or of others.
         stored_tensors: how many tensors the checkpoint has.
         shards: the files that hold experts.
@@ -41,19 +42,24 @@ class ExpertStore:
         layout = expert_layout(tensors, self.model_dir)
         self.format, self.layer_ids, self.num_experts = layout.format, layout.layer_ids, layout.num_experts
         self.meta_shapes, self._parts = layout.meta_shapes, layout.parts
-        self._whole = {key: _extents(roles) for key, roles in self._parts.items()}
+        self._whole = {key: _extents(parts) for key, parts in self._parts.items()}
         layer_bytes = self.num_experts * self.format.expert_bytes
         self.module_bytes = dict.fromkeys(sorted(set(layout.module_of.values()), key=_numbers), layer_bytes)
-        experts = layout.module_of.keys() | layout.others
+        self.names = set(layout.module_of)
+        experts = self.names | layout.others
         self.resident = {name: tensor for name, tensor in tensors.items() if name not in experts}
         self.stored_tensors = len(tensors)
-        self.shards = sorted({tensor.shard for roles in self._parts.values() for tensor in roles.values()})
+        self.shards = sorted({tensor.shard for parts in self._parts.values() for tensor in parts.values()})
 
-    def extents(self, layer_id: int, expert: int, roles: Collection[str] | None = None) -> list[Extent]:
-        """The ranged reads that bring this expert, or only some of its matrices: one if they are adjacent."""
-        if roles is None:
+    def tensors(self, layer_id: int, expert: int) -> dict[str, StoredTensor]:
+        """Part -> where it lies."""
+        return self._parts[layer_id, expert]
+
+    def extents(self, layer_id: int, expert: int, parts: Collection[str] | None = None) -> list[Extent]:
+        """The ranged reads that bring this expert, or only some of its parts: one if they are adjacent."""
+        if parts is None:
             return self._whole[layer_id, expert]
-        return _extents({role: self._parts[layer_id, expert][role] for role in roles})
+        return _extents({part: self._parts[layer_id, expert][part] for part in parts})
 
     @property
     def longest_bytes(self) -> int:
@@ -90,10 +96,14 @@ class ExpertStore:
 
         It maps fused tensors as they lie in the file; all others it copies onto a boundary.
         """
-        if self.format.roles != FUSED:
+        if self.format.roles != FUSED or self.format.is_quantised:
             return NO_LEADS
-        roles = self._parts[layer_id, expert]
-        return Leads(*(roles[matrix].offset % ALIGN_BYTES for matrix in Leads._fields))
+        parts = self._parts[layer_id, expert]
+        return Leads(*(parts[matrix].offset % ALIGN_BYTES for matrix in Leads._fields))
+
+    def stored_record(self) -> StoredRecord:
+        """What one slot is that holds experts as they are stored."""
+        return StoredRecord(self.format)
 
     def record(self, itemsize: int) -> Record:
         """What one slot is in a precision of `itemsize` bytes."""
@@ -105,16 +115,16 @@ def _numbers(name: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", name)]
 
 
-def _extents(roles: Mapping[str, StoredTensor]) -> list[Extent]:
+def _extents(parts: Mapping[str, StoredTensor]) -> list[Extent]:
     """Adjacent parts joined: as few ranged reads as the file allows."""
     extents: list[Extent] = []
     end: tuple[Path, int] | None = None
-    for role, tensor in sorted(roles.items(), key=lambda item: (item[1].shard, item[1].offset)):
+    for part, tensor in sorted(parts.items(), key=lambda item: (item[1].shard, item[1].offset)):
         if end == (tensor.shard, tensor.offset):
             extent = extents.pop()
             length_bytes = extent.length_bytes + tensor.length_bytes
-            extents.append(extent._replace(roles=(*extent.roles, role), length_bytes=length_bytes))
+            extents.append(extent._replace(parts=(*extent.parts, part), length_bytes=length_bytes))
         else:
-            extents.append(Extent(tensor.shard, tensor.offset, (role,), tensor.length_bytes))
+            extents.append(Extent(tensor.shard, tensor.offset, (part,), tensor.length_bytes))
         end = (tensor.shard, tensor.offset + tensor.length_bytes)
     return extents

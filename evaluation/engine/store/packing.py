@@ -39,13 +39,13 @@ def pack_shard(shard: Path, packed: Path) -> None:
     metadata, tensors = read_shard(shard)
     order = sorted(tensors, key=lambda tensor: (tensor.length_bytes % PAGE_BYTES != 0, tensor.offset))
     with writing_aside(packed) as aside, shard.open("rb") as source, aside.open("wb") as target:
-        target.write(_header(metadata, order))
+        target.write(header(metadata, order))
         for tensor in order:
-            for chunk in _chunks(source, tensor):
+            for chunk in chunks(source, tensor):
                 target.write(chunk)
 
 
-def _header(metadata: dict[str, str], order: Iterable[StoredTensor]) -> bytes:
+def header(metadata: dict[str, str], order: Iterable[StoredTensor]) -> bytes:
     """Length and JSON of a safetensors file with these tensors, filled up with spaces to whole pages."""
     entries: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -57,7 +57,8 @@ def _header(metadata: dict[str, str], order: Iterable[StoredTensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _chunks(source: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
+def chunks(source: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
+    """The bytes of a tensor, some at a time; a `UserError` if the file became shorter."""
     source.seek(tensor.offset)
     left_bytes = tensor.length_bytes
     while left_bytes:

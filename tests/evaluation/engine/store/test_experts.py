@@ -28,7 +28,7 @@ def read(store: ExpertStore, layer: int, expert: int) -> dict[str, bytes]:
     for extent in store.extents(layer, expert):
         with extent.shard.open("rb") as file:
             file.seek(extent.offset)
-            parts |= {role: file.read(store.format.role_bytes(role)) for role in extent.roles}
+            parts |= {part: file.read(store.format.parts[part].stored.length_bytes) for part in extent.parts}
     return parts
 
 
@@ -75,9 +75,9 @@ def test_parts_that_are_not_adjacent_are_read_apart(tmp_path: Path) -> None:
     path = tmp_path / "m" / "model.safetensors"
     rewrite_in_order(path, sorted(tensors, key=lambda name: (".1.up_proj" in name, "norm" in name)))
     store = ExpertStore(tmp_path / "m")
-    assert [extent.roles for extent in store.extents(2, 0)] == [("gate", "up", "down")]
-    assert [extent.roles for extent in store.extents(2, 1)] == [("gate", "down"), ("up",)]
-    assert [extent.roles for extent in store.extents(2, 0, ("gate", "up"))] == [("gate", "up")]
+    assert [extent.parts for extent in store.extents(2, 0)] == [("gate", "up", "down")]
+    assert [extent.parts for extent in store.extents(2, 1)] == [("gate", "down"), ("up",)]
+    assert [extent.parts for extent in store.extents(2, 0, ("gate", "up"))] == [("gate", "up")]
     for expert in range(2):
         for role, part in read(store, 2, expert).items():
             assert part == raw(tensors[f"model.layers.2.mlp.experts.{expert}.{role}_proj.weight"])

@@ -1,0 +1,101 @@
+"""What a number format is, the plain one, and which format the matrices of a checkpoint are in.
+
+A matrix of `rows` x `columns` is stored as one tensor or several, whose names end differently: the numbers, their scales.
+Decoding gives what transformers (5.23) gives when it loads the same tensors on a CPU, bit for bit.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+PLAIN_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Precisions in which weights can be computed with, by the names that safetensors has for them."""
+STORED_DTYPES = {
+    **PLAIN_DTYPES,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+class Stored(NamedTuple):
+    """What is said of a tensor of a checkpoint."""
+
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+    @property
+    def length_bytes(self) -> int:
+        return math.prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+class NumberFormat(Protocol):
+    """How a matrix is stored. Formats that are equal store all matrices alike."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def method(self) -> str | None:
+        """The `quant_method` by which config.json announces it; None: nothing is announced."""
+
+    def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
+        """What a matrix is stored as, by how the tensors' names end; a `ValueError` if no matrix of that shape can be."""
+
+    def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
+        """Fill `out` [rows, columns], in a plain precision; it may be the transpose of what lies in memory row by row.
+
+        Args:
+            stored: the bytes of each of `tensors`.
+
+        Raises:
+            ValueError: a scale is no finite number.
+        """
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The nearest numbers that this format has, as `tensors`, with scales by the largest number that shares them."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Numbers of 16 or 32 bits in floating point."""
+
+    dtype: str
+    method = None
+
+    @property
+    def name(self) -> str:
+        return str(PLAIN_DTYPES[self.dtype]).removeprefix("torch.")
+
+    def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
+        return {"": Stored(self.dtype, (rows, columns))}
+
+    def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
+        out.copy_(as_tensor(stored[""], self.dtype).view(out.shape))
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        return {"": matrix.to(PLAIN_DTYPES[self.dtype])}
+
+
+def as_tensor(stored: Bytes, dtype: str) -> Tensor:
+    """The bytes as a flat tensor; nothing is copied."""
+    return torch.from_numpy(stored).view(STORED_DTYPES[dtype])
+
+
+def rounds_to_bfloat16(out: Tensor) -> bool:
+    """Whether `out` is what the compiled loops write: bfloat16, row by row."""
+    return out.dtype == torch.bfloat16 and out.is_contiguous()
+
+
+def halves(out: Tensor) -> npt.NDArray[np.uint16]:
+    """The numbers of 16 bits as integers; nothing is copied."""
+    return out.view(torch.uint16).numpy()

@@ -1,0 +1,79 @@
+"""FP8: numbers of 8 bits (E4M3) with a scale for each block, row or matrix.
+
+As DeepSeek-V3 and Qwen3's FP8 checkpoints are stored (blocks of 128 x 128), and as compressed-tensors stores it (a scale for
+each row or matrix; blocks too).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from training.model.number_formats.formats import PLAIN_DTYPES, Bytes, Stored, as_tensor, halves, rounds_to_bfloat16
+from training.model.number_formats.kernels import by_rows, fp8_rows
+
+LARGEST = 448.0
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """One number in a byte, times the scale of its block.
+
+    Args:
+        ending: of the name of the scales.
+        block: rows and columns that share a scale; None: all of them.
+        scale_axes: 2, or fewer for one scale of a matrix.
+    """
+
+    ending: str
+    scale_dtype: str
+    block: tuple[int | None, int | None]
+    scale_axes: int = 2
+
+    name = "FP8"
+
+    @property
+    def method(self) -> str:
+        return "fp8" if self.ending == "_scale_inv" else "compressed-tensors"
+
+    def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
+        high, wide = self.block[0] or rows, self.block[1] or columns
+        if rows % high or columns % wide:
+            raise ValueError(f"{rows} x {columns} numbers are no whole blocks of {high} x {wide}")
+        scales = (rows // high, columns // wide)
+        return {
+            "": Stored("F8_E4M3", (rows, columns)),
+            self.ending: Stored(self.scale_dtype, scales if self.scale_axes == 2 else (1,) * self.scale_axes),
+        }
+
+    def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
+        rows, columns = out.shape
+        high, wide = self.block[0] or rows, self.block[1] or columns
+        scales = as_tensor(stored[self.ending], self.scale_dtype).float().view(rows // high, columns // wide)
+        if not scales.isfinite().all():
+            raise ValueError(f"a scale of {self.name} is no finite number")
+        if rounds_to_bfloat16(out):
+            codes = stored[""].reshape(rows, columns)
+            by_rows(fp8_rows, rows, columns, codes, _value_of_code(), scales.numpy(), high, halves(out))
+        else:
+            spread = scales.repeat_interleave(high, dim=0).repeat_interleave(wide, dim=1)
+            out.copy_(as_tensor(stored[""], "F8_E4M3").float().view(rows, columns) * spread)
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The largest number of a block becomes the largest there is."""
+        rows, columns = matrix.shape
+        high, wide = self.block[0] or rows, self.block[1] or columns
+        blocks = matrix.float().view(rows // high, high, columns // wide, wide)
+        largest = blocks.abs().amax((1, 3))
+        scales = (largest / LARGEST).where(largest > 0, 1).to(PLAIN_DTYPES[self.scale_dtype])
+        codes = (blocks / scales.float()[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return {"": codes.view(rows, columns), self.ending: scales.view(self.tensors(rows, columns)[self.ending].shape)}
+
+
+@cache
+def _value_of_code() -> npt.NDArray[np.float32]:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()

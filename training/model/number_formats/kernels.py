@@ -1,0 +1,208 @@
+"""Compiled loops that turn stored numbers into bfloat16, rounded to nearest, ties to even.
+
+Each works on the rows `first` to `end` of a matrix; `by_rows` shares them out among as many threads as torch has.
+Loops are written so that the compiler makes vectors of them: types are named at every step, since numba would widen them.
+Axes: N rows, K columns, G blocks of a row that share a scale, B bytes of a row, W words of 8 bytes.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from training.model.compiled import compiled, inlined
+
+Codes = npt.NDArray[np.uint8]
+Halves = npt.NDArray[np.uint16]
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint64]
+ALONE_NUMBERS = 2**18
+"""A smaller matrix is not worth another thread."""
+TILE_ROWS = 512
+"""Rows that are written column by column, so that whole cache lines are."""
+HALF = np.uint32(126 << 7)
+"""0.5 in bfloat16, the smallest number of 4 bits but for 0."""
+U16, U32, U64 = np.uint16, np.uint32, np.uint64
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+
+
+def by_rows(loop: Callable[..., None], rows: int, columns: int, *given: Any) -> None:
+    """Run a loop over all rows of a matrix."""
+    threads = torch.get_num_threads() if rows * columns >= ALONE_NUMBERS else 1
+    cuts = [rows * part // threads // 8 * 8 for part in range(threads)] + [rows]
+    own, *others = pairwise(cuts)
+    started = [_pool(threads - 1).submit(loop, *given, *part) for part in others]
+    loop(*given, *own)
+    for one in started:
+        one.result()
+
+
+@compiled
+def mxfp4_rows(blocks_NB: Codes, scales_NG: Codes, out_NB: npt.NDArray[np.uint32], first: int, end: int) -> None:
+    """Two numbers of 4 bits in a byte, the first in the low half, into two of 16 bits that follow each other."""
+    for n in range(first, end):
+        for g in range(scales_NG.shape[1]):
+            add = U32(((np.int32(scales_NG[n, g]) - 127) << 7) & 0xFFFF)
+            for b in range(16):
+                x = U32(blocks_NB[n, 16 * g + b])
+                low, high = x & 7, (x >> 4) & 7
+                low_bits = (HALF if low == 1 else HALF + (low << 6)) + add
+                high_bits = (HALF if high == 1 else HALF + (high << 6)) + add
+                low_bits = U32(0) if low == 0 else low_bits & 0x7FFF
+                high_bits = U32(0) if high == 0 else high_bits & 0x7FFF
+                out_NB[n, 16 * g + b] = low_bits | ((x & 8) << 12) | (high_bits << 16) | ((x & 128) << 24)
+
+
+@compiled
+def mxfp4_columns(blocks_NW: Words, scales_NG: Codes, out_KN: Halves, first: int, end: int) -> None:
+    """The same into the transpose, rows in multiples of 8. Bytes are transposed, 8 x 8 at a time, before they are numbers."""
+    tile_BW = np.empty((16, TILE_ROWS // 8), dtype=np.uint64)
+    tile_BN, add_N = tile_BW.view(np.uint8), np.empty(TILE_ROWS, dtype=np.uint16)
+    for start in range(first, end, TILE_ROWS):
+        rows = min(TILE_ROWS, end - start)
+        for g in range(scales_NG.shape[1]):
+            for n in range(rows):
+                add_N[n] = U16(((np.int32(scales_NG[start + n, g]) - 127) << 7) & 0xFFFF)
+            for half in range(2):
+                for n in range(0, rows, 8):
+                    _transpose_bytes(blocks_NW, start + n, 2 * g + half, tile_BW, 8 * half, n // 8)
+            for b in range(16):
+                k = 32 * g + 2 * b
+                _mxfp4_nibbles(tile_BN[b, :rows], U16(0), add_N, out_KN[k, start : start + rows])
+                _mxfp4_nibbles(tile_BN[b, :rows], U16(4), add_N, out_KN[k + 1, start : start + rows])
+
+
+@compiled
+def _mxfp4_nibbles(bytes_N: Codes, shift: np.uint16, add_N: Halves, out_N: Halves) -> None:
+    """As in `mxfp4_rows`, in steps of 16 bits."""
+    for n in range(len(bytes_N)):
+        x = U16(U16(bytes_N[n]) >> shift)
+        size = U16(x & U16(7))
+        bits = U16(U16(U16(size << U16(6)) + U16(126 << 7)) + add_N[n])
+        bits = U16(bits - U16(64)) if size == U16(1) else bits
+        bits = U16(0) if size == U16(0) else bits
+        out_N[n] = U16(U16(bits & U16(0x7FFF)) | U16(U16(x & U16(8)) << U16(12)))
+
+
+@inlined
+def _transpose_bytes(words: Words, row: int, column: int, out: Words, out_row: int, out_column: int) -> None:
+    """Byte i of word j becomes byte j of word i, of 8 words below each other: by halves, quarters and eighths of words."""
+    a, b, c, d = words[row, column], words[row + 1, column], words[row + 2, column], words[row + 3, column]
+    e, f, g, h = words[row + 4, column], words[row + 5, column], words[row + 6, column], words[row + 7, column]
+    mask, bits = U64(0x00FF00FF00FF00FF), U64(8)
+    a, b = _exchanged(a, b, mask, bits)
+    c, d = _exchanged(c, d, mask, bits)
+    e, f = _exchanged(e, f, mask, bits)
+    g, h = _exchanged(g, h, mask, bits)
+    mask, bits = U64(0x0000FFFF0000FFFF), U64(16)
+    a, c = _exchanged(a, c, mask, bits)
+    b, d = _exchanged(b, d, mask, bits)
+    e, g = _exchanged(e, g, mask, bits)
+    f, h = _exchanged(f, h, mask, bits)
+    mask, bits = U64(0x00000000FFFFFFFF), U64(32)
+    a, e = _exchanged(a, e, mask, bits)
+    b, f = _exchanged(b, f, mask, bits)
+    c, g = _exchanged(c, g, mask, bits)
+    d, h = _exchanged(d, h, mask, bits)
+    out[out_row, out_column], out[out_row + 1, out_column] = a, b
+    out[out_row + 2, out_column], out[out_row + 3, out_column] = c, d
+    out[out_row + 4, out_column], out[out_row + 5, out_column] = e, f
+    out[out_row + 6, out_column], out[out_row + 7, out_column] = g, h
+
+
+@inlined
+def _exchanged(one: np.uint64, other: np.uint64, mask: np.uint64, bits: np.uint64) -> tuple[np.uint64, np.uint64]:
+    """The upper part of `one` in every place of `mask` and the lower one of `other` change places."""
+    different = ((one >> bits) ^ other) & mask
+    return one ^ (different << bits), other ^ different
+
+
+@compiled
+def fp8_rows(
+    codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, out_NK: Halves, first: int, end: int
+) -> None:
+    """Numbers of 8 bits, `value` of each code, times their block's scale.
+
+    Args:
+        scales: [blocks of rows, G]; G divides K.
+    """
+    columns, blocks = codes_NK.shape[1], scales.shape[1]
+    row_K = np.empty(columns, dtype=np.float32)
+    width = columns // blocks
+    for n in range(first, end):
+        for g in range(blocks):
+            part = slice(g * width, (g + 1) * width)
+            _looked_up(codes_NK[n, part], value, scales[n // block_rows, g], row_K[part])
+        _rounded(row_K.view(np.uint32), out_NK[n])
+
+
+@compiled
+def _looked_up(codes: Codes, value: Floats, scale: np.float32, out: Floats) -> None:
+    for k in range(len(codes)):
+        out[k] = value[codes[k]] * scale
+
+
+@compiled
+def packed_rows(
+    packed_NB: Codes, bits: int, zeros: Floats, scales_NG: Floats, out_NK: Halves, first: int, end: int
+) -> None:
+    """Unsigned numbers of 4 or 8 bits, the first in the low half of a byte, less their block's zero, times its scale.
+
+    Args:
+        zeros: [N, G] of each block, or [1, 1]: the same for all.
+    """
+    columns = out_NK.shape[1]
+    row_K, scale_K = np.empty(columns, dtype=np.float32), np.empty(columns, dtype=np.float32)
+    zero_K = np.full(columns, zeros[0, 0])
+    codes_K = np.empty(columns, dtype=np.uint8)
+    for n in range(first, end):
+        _spread(scales_NG[n], scale_K)
+        if len(zeros) > 1:
+            _spread(zeros[n], zero_K)
+        if bits == 4:
+            _nibbles(packed_NB[n], codes_K.view(np.uint16))
+            _shifted(codes_K, zero_K, scale_K, row_K)
+        else:
+            _shifted(packed_NB[n], zero_K, scale_K, row_K)
+        _rounded(row_K.view(np.uint32), out_NK[n])
+
+
+@compiled
+def _spread(each_G: Floats, out_K: Floats) -> None:
+    """One number for all of a block."""
+    width = len(out_K) // len(each_G)
+    for g in range(len(each_G)):
+        each = each_G[g]
+        for k in range(g * width, (g + 1) * width):
+            out_K[k] = each
+
+
+@compiled
+def _nibbles(packed_B: Codes, out_B: Halves) -> None:
+    """Each byte's two halves as two bytes."""
+    for b in range(len(packed_B)):
+        x = U16(packed_B[b])
+        out_B[b] = U16(U16(x & U16(15)) | U16(U16(x << U16(4)) & U16(0xF00)))
+
+
+@compiled
+def _shifted(codes_K: Codes, zero_K: Floats, scale_K: Floats, out_K: Floats) -> None:
+    for k in range(len(codes_K)):
+        out_K[k] = (np.float32(np.int32(codes_K[k])) - zero_K[k]) * scale_K[k]
+
+
+@compiled
+def _rounded(bits_K: npt.NDArray[np.uint32], out_K: Halves) -> None:
+    """The upper halves of float32, rounded."""
+    for k in range(len(bits_K)):
+        x = bits_K[k]
+        out_K[k] = U16((x + U32(0x7FFF) + ((x >> U32(16)) & U32(1))) >> U32(16))

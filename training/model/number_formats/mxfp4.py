@@ -1,0 +1,88 @@
+"""MXFP4: numbers of 4 bits (sign, two bits of exponent, one of mantissa) that share a power of two, 32 of a row at a time.
+
+As gpt-oss is stored, and as compressed-tensors stores any model (`mxfp4-pack-quantized`); OCP Microscaling Formats 1.0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.model.number_formats.formats import Bytes, Stored, halves
+from training.model.number_formats.kernels import by_rows, mxfp4_columns, mxfp4_rows
+
+BLOCK = 32
+VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+BIAS, NO_NUMBER = 127, 255
+LARGEST_EXPONENT = 2
+"""Of 6, the largest number."""
+NORMAL_SCALES = range(2, 253)
+"""Of which every number but 0 has a full exponent in bfloat16; others go through float32."""
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """Two numbers in a byte, the first in its low half; a byte s of scale for each block, 2^(s - 127)."""
+
+    is_gpt_oss: bool  # its names, and blocks as an axis of their own
+
+    name = "MXFP4"
+
+    @property
+    def method(self) -> str:
+        return "mxfp4" if self.is_gpt_oss else "compressed-tensors"
+
+    @property
+    def _endings(self) -> tuple[str, str]:
+        return ("_blocks", "_scales") if self.is_gpt_oss else ("_packed", "_scale")
+
+    def tensors(self, rows: int, columns: int) -> dict[str, Stored]:
+        if columns % BLOCK:
+            raise ValueError(f"{columns} columns are no whole blocks of {BLOCK}")
+        blocks = columns // BLOCK
+        codes = (rows, blocks, BLOCK // 2) if self.is_gpt_oss else (rows, columns // 2)
+        return dict(zip(self._endings, (Stored("U8", codes), Stored("U8", (rows, blocks))), strict=True))
+
+    def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
+        rows, columns = out.shape
+        codes, scales = (stored[ending] for ending in self._endings)
+        codes_NB, scales_NG = codes.reshape(rows, columns // 2), scales.reshape(rows, columns // BLOCK)
+        least, largest = scales.min(), scales.max()
+        if largest == NO_NUMBER:
+            raise ValueError(f"a scale of {self.name} is {NO_NUMBER}, which is no number")
+        is_normal = least in NORMAL_SCALES and largest in NORMAL_SCALES and out.dtype == torch.bfloat16
+        if is_normal and out.is_contiguous():
+            by_rows(mxfp4_rows, rows, columns, codes_NB, scales_NG, halves(out).view(np.uint32))
+        elif is_normal and out.T.is_contiguous() and rows % 8 == 0:
+            by_rows(mxfp4_columns, rows, columns, codes_NB.view(np.uint64), scales_NG, halves(out.T))
+        else:
+            out.copy_(_in_float32(torch.from_numpy(codes_NB), torch.from_numpy(scales_NG)))
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The largest number of a block decides its scale, as the standard has it; what is then beyond 6 becomes 6."""
+        rows, columns = matrix.shape
+        blocks_NGb = matrix.float().view(rows, columns // BLOCK, BLOCK)
+        exponents_NG = torch.frexp(blocks_NGb.abs().amax(2)).exponent - 1  # of the largest: 2^e <= it < 2^(e + 1)
+        exponents_NG = (exponents_NG - LARGEST_EXPONENT).clamp(NORMAL_SCALES[0] - BIAS, NORMAL_SCALES[-1] - BIAS)
+        sizes_NGb = torch.ldexp(blocks_NGb, -exponents_NG.unsqueeze(2)).abs()
+        codes_NGb = torch.zeros(sizes_NGb.shape, dtype=torch.uint8)
+        for code, (low, high) in enumerate(pairwise(VALUES[:8])):  # ties go to the even one of two codes
+            middle = (low + high) / 2
+            codes_NGb += sizes_NGb > middle if code % 2 == 0 else sizes_NGb >= middle
+        codes_NGb += 8 * blocks_NGb.signbit().to(torch.uint8)
+        packed_NB = codes_NGb[:, :, 0::2] + 16 * codes_NGb[:, :, 1::2]
+        codes, scales = self.tensors(rows, columns).items()
+        return {
+            codes[0]: packed_NB.reshape(codes[1].shape),
+            scales[0]: (exponents_NG + BIAS).to(torch.uint8),
+        }
+
+
+def _in_float32(codes_NB: Tensor, scales_NG: Tensor) -> Tensor:
+    """All numbers, whatever their scales."""
+    codes_NK = torch.stack([codes_NB & 15, codes_NB >> 4], dim=2).flatten(1).int()
+    factors_NG = torch.exp2(scales_NG.float() - BIAS)
+    return torch.tensor(VALUES)[codes_NK] * factors_NG.repeat_interleave(BLOCK, dim=1)

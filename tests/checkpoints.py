@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
+    DeepseekV3Config,
     GptOssConfig,
     GraniteMoeConfig,
     MixtralConfig,
@@ -33,6 +34,7 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 1,
 }
+BLOCKS = COMMON | {"hidden_size": 64}
 
 
 def tiny_config(family: str) -> PretrainedConfig:
@@ -71,6 +73,21 @@ def tiny_config(family: str) -> PretrainedConfig:
     if family == "gpt_oss":  # fused on disk, transposed, gate and up interleaved, biases
         return GptOssConfig(
             **COMMON, num_hidden_layers=2, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16,
+        )  # fmt: skip
+    if family == "gpt_oss_blocks":  # of sizes that the number formats have whole blocks of, as the next two are
+        return GptOssConfig(
+            **BLOCKS, num_hidden_layers=2, intermediate_size=96, num_local_experts=8, num_experts_per_tok=3, head_dim=16,
+        )  # fmt: skip
+    if family == "qwen3_moe_blocks":
+        return Qwen3MoeConfig(
+            **BLOCKS, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=96, num_experts=8,
+            num_experts_per_tok=2, head_dim=16,
+        )  # fmt: skip
+    if family == "deepseek_v3_blocks":
+        return DeepseekV3Config(
+            **{**BLOCKS, "num_key_value_heads": 2}, num_hidden_layers=3, first_k_dense_replace=1, intermediate_size=48,
+            moe_intermediate_size=96, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, kv_lora_rank=16,
+            q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_group=2, topk_group=1,
         )  # fmt: skip
     if family == "granitemoe":  # fused on disk
         return GraniteMoeConfig(

@@ -215,7 +215,7 @@ def changed(folder: Path, into: Path, **config: Any) -> Path:
         ({"num_experts_per_tok": None, "model_type": "llama"}, "has no routers"),
         (
             {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "is quantised .*gptq.*which is not supported yet",
+            "is quantised as gptq .*which is not supported; supported are mxfp4",
         ),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}, "config.json is not understood"),
         ({"num_hidden_layers": 0}, "config.json has 0 layers, none with experts"),

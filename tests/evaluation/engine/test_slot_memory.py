@@ -46,7 +46,9 @@ def test_what_is_adjacent_in_file_and_record_is_one_span(checkpoint: Checkpoint)
     separate, fused = (ExpertStore(checkpoint(family)) for family in ("olmoe", "granitemoe"))
     assert len(SlotMemory(separate, 2, torch.bfloat16).spans(1, 1, 3)) == 1
     spans = SlotMemory(fused, 2, torch.bfloat16).spans(1, 1, 3)
-    assert sorted(len(s.target) for s in spans) == sorted(part.stored.length_bytes for part in fused.format.parts.values())
+    assert sorted(len(s.target) for s in spans) == sorted(
+        part.stored.length_bytes for part in fused.format.parts.values()
+    )
 
 
 def test_memory_on_top_of_the_slots_is_told(checkpoint: Checkpoint) -> None:

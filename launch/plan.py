@@ -18,7 +18,7 @@ from data.pieces import document_beginnings
 from evaluation.engine.cache.trace_formats import read_trace
 from evaluation.engine.options import CONTEXT_TOKENS
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
-from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan
+from evaluation.engine.sessions.plan import PROMPT_TOKENS, plan, slot_kinds
 from evaluation.engine.sessions.workload import read_requests
 from evaluation.report.numbers import bytes_text
 from training.model.loading import load_tokenizer, local_folder
@@ -66,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         requests=read_requests(command.sessions, tokenizer) if command.sessions else [],
         block_tokens=command.block_tokens,
     )
+    kinds = slot_kinds(
+        model_dir, prompt_ids=prompt_ids, memory_budget=command.memory_budget, context_tokens=command.context_tokens,
+        dtype=command.dtype,
+    )  # fmt: skip
+    found["slot_kinds"] = kinds
     if output:
         write_json(output, found)
     show(found, Console())
@@ -95,10 +100,26 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"ms, of which {measured['stall_ms']:.1f} ms waiting for reads; the device reads "
         f"{bytes_text(found['read_bandwidth']['bytes_per_second'])}/s"
     )
+    if found["slot_kinds"]:
+        console.print(_kinds_table(found))
     if found["sizes"]:
         console.print(_sizes_table(found))
     if found["splits"]:
         console.print(_splits_table(found))
+
+
+def _kinds_table(found: dict[str, Any]) -> Table:
+    """Of quantised experts."""
+    table = Table("--slots", "an expert", "experts held", "TPOT", "of which reading", title="what slots hold")
+    for kind in found["slot_kinds"]:
+        name = kind["slot_kind"] + (" <- auto" if kind["slot_kind"] == found["slot_kind"] else "")
+        if "too_small" in kind:
+            table.add_row(name, "too small a budget")
+            continue
+        held = f"{kind['slots']} of {kind['experts']}"
+        times = [f"{kind[key]:.1f} ms" for key in ("tpot_ms", "stall_ms")]
+        table.add_row(name, bytes_text(kind["slot_bytes"]), held, *times)
+    return table
 
 
 def _sizes_table(found: dict[str, Any]) -> Table:

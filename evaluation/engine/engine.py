@@ -24,6 +24,7 @@ from evaluation.engine.options import EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.resident import experts_modules
+from evaluation.engine.slot_kind import READY, STORED
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.bandwidth import calibrated, is_worth_it
@@ -42,6 +43,7 @@ class Engine:
         options: what the user decided.
         cache: slots and who is in them.
         is_exact: whether outputs are those of the resident model; False with a lever.
+        slot_kind: what slots hold of an expert, `stored` or `ready`.
         division: what a memory budget is divided into; None if only experts have one.
         kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
     """
@@ -57,10 +59,11 @@ class Engine:
         demand: Demand,
         device: Device,
         division: Division | None,
-        as_stored: bool = False,
+        slot_kind: str = READY,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
         self.options, self.is_exact = options, options.lever is None
+        self.slot_kind = slot_kind
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
         if options.prefetch or options.lever is not None:
@@ -71,7 +74,13 @@ class Engine:
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
         ahead = SLOTS_PER_GUESS * options.prefetch
         self._memory = SlotMemory(
-            store, cache.total_slots, model.dtype, passing=passing, ahead=ahead, device=device, as_stored=as_stored
+            store,
+            cache.total_slots,
+            model.dtype,
+            passing=passing,
+            ahead=ahead,
+            device=device,
+            as_stored=slot_kind == STORED,
         )
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()

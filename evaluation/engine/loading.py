@@ -1,9 +1,10 @@
 """`load`: a stock checkpoint as a transformers model whose experts are paged, within a budget of bytes."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,12 +22,14 @@ from evaluation.engine.memory.needs import needs_of
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.prefetch import SLOTS_PER_GUESS
 from evaluation.engine.resident import compute_dtype, load_resident
+from evaluation.engine.slot_kind import READY, STORED, fastest, possible_kinds
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
 from training.model.lazy_weights import empty_model, quantisation_of, read_config
 from training.model.routers import copy_into_routers, most_chosen
 
+T = TypeVar("T")
 KERNELS = 24
 """Compiled matrix products that are kept under a memory budget: those of decoding, and most of a prompt's."""
 LOADING_BYTES = 6 * 2**20
@@ -58,24 +61,26 @@ def load(
     generation_config = read_generation_config(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     check_announced(config, store)
-    as_stored = holds_stored(options.slots, store, device)
-    demand = _demand(store, config=config, dtype=dtype, as_stored=as_stored)
-    slots = _slots_of_cache(options, demand)  # before anything is loaded, so that too few are refused at once
+    kinds = possible_kinds(options.slots, store, device)
+    demands = {kind: _demand(store, config=config, dtype=dtype, kind=kind) for kind in kinds}
+    slots = _slots_of_cache(options, demands)  # before anything is loaded, so that too few are refused at once
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)
     with Reader(store.shards, reads_in_flight=in_flight, longest_bytes=store.longest_bytes) as reader:
         model = load_resident(model_dir, store, config=config, dtype=dtype, device=device)
         model.generation_config = generation_config
         if router_delta:
             copy_into_routers(model, router_delta)
-        division = _division(options, model, store, reader, demand=demand, itemsize=dtype.itemsize)
-        slots = division.slots if division else slots
+        divisions = _divisions(options, model, store, reader, demands=demands)
+        slots = slots or {kind: division.slots for kind, division in divisions.items()}
+        kind = fastest(slots, demands, store, dtype, scope=options.cache_scope) if len(slots) > 1 else next(iter(slots))
+        demand, division = demands[kind], divisions.get(kind)
         if options.warn:
-            warn_below_cliff(slots, demand, scope=options.cache_scope, policy=options.cache_policy)
+            warn_below_cliff(slots[kind], demand, scope=options.cache_scope, policy=options.cache_policy)
         make_policy = ONLINE[options.cache_policy]
-        cache = ExpertCache(slots, demand.layers, scope=options.cache_scope, make_policy=make_policy)
+        cache = ExpertCache(slots[kind], demand.layers, scope=options.cache_scope, make_policy=make_policy)
         engine = Engine(
             model, options, store=store, reader=reader, cache=cache, demand=demand, device=device, division=division,
-            as_stored=as_stored,
+            slot_kind=kind,
         )  # fmt: skip
         yield model, engine
 
@@ -90,32 +95,56 @@ def _device(options: EngineOptions) -> Device:
     return device_at(where)
 
 
-def _slots_of_cache(options: EngineOptions, demand: Demand) -> int:
-    """Slots that `expert_cache` buys; 0 under a memory budget, which is divided once the residents are loaded."""
+def _slots_of_cache(options: EngineOptions, demands: Mapping[str, Demand]) -> dict[str, int]:
+    """Slots that `expert_cache` buys of each kind; none under a memory budget, which is divided once the residents are loaded."""
     if options.expert_cache is None:
-        return 0
-    budget_bytes = parse_size(options.expert_cache, whole_bytes=demand.all_experts * demand.slot_bytes)
-    return slots_for(budget_bytes, demand, scope=options.cache_scope)
+        return {}
+    first = next(iter(demands.values()))
+    budget_bytes = parse_size(options.expert_cache, whole_bytes=first.all_experts * first.slot_bytes)
+    return _where_it_fits(demands, lambda _, demand: slots_for(budget_bytes, demand, scope=options.cache_scope))
 
 
-def _division(
-    options: EngineOptions, model: PreTrainedModel, store: ExpertStore, reader: Reader, *, demand: Demand, itemsize: int
-) -> Division | None:
-    """What `memory_budget` is divided into; None if experts alone have a budget."""
+def _divisions(
+    options: EngineOptions, model: PreTrainedModel, store: ExpertStore, reader: Reader, *, demands: Mapping[str, Demand]
+) -> dict[str, Division]:
+    """What `memory_budget` is divided into with slots of each kind; none if experts alone have a budget."""
     if options.memory_budget is None:
-        return None
-    return divide(
-        options.memory_budget,
-        demand=demand,
-        needs=needs_of(model.config, itemsize, top_k=demand.top_k, intermediate=store.format.intermediate),
-        resident_bytes=_resident_bytes(model, store),
-        reader_bytes=reader.buffer_bytes,
-        reads_in_flight=reader.reads_in_flight,
-        context_tokens=options.context_tokens,
-        scope=options.cache_scope,
-        prompt_tokens=options.prompt_tokens,
-        ahead_slots=SLOTS_PER_GUESS * options.prefetch,
+        return {}
+    itemsize = model.dtype.itemsize
+    beside = {STORED: store.record(itemsize).total_bytes, READY: store.stored_record().total_bytes}
+    needs = needs_of(
+        model.config, itemsize, top_k=next(iter(demands.values())).top_k, intermediate=store.format.intermediate
     )
+
+    def divided(kind: str, demand: Demand) -> Division:
+        return divide(
+            options.memory_budget or 0,
+            demand=demand,
+            needs=needs,
+            resident_bytes=_resident_bytes(model, store),
+            reader_bytes=reader.buffer_bytes + (beside[kind] if store.format.is_quantised else 0),
+            reads_in_flight=reader.reads_in_flight,
+            context_tokens=options.context_tokens,
+            scope=options.cache_scope,
+            prompt_tokens=options.prompt_tokens,
+            ahead_slots=SLOTS_PER_GUESS * options.prefetch,
+        )
+
+    return _where_it_fits(demands, divided)
+
+
+def _where_it_fits(demands: Mapping[str, Demand], buy: Callable[[str, Demand], T]) -> dict[str, T]:
+    """What each kind of slots gives; a `UserError`, that of the smallest, where none has room for a token's experts."""
+    found: dict[str, T] = {}
+    errors: list[UserError] = []
+    for kind, demand in demands.items():
+        try:
+            found[kind] = buy(kind, demand)
+        except UserError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
 
 
 def _resident_bytes(model: PreTrainedModel, store: ExpertStore) -> int:
@@ -148,16 +177,7 @@ def check_announced(config: PretrainedConfig, store: ExpertStore) -> None:
         )
 
 
-def holds_stored(slots: str, store: ExpertStore, device: Device) -> bool:
-    """Whether slots are to hold experts as they are stored; a `UserError` if that is asked for and cannot be."""
-    possible = store.format.is_quantised and device.reads_into_slots
-    if slots == "stored" and not possible:
-        why = "its experts are not quantised" if device.reads_into_slots else "they are decoded on the processor"
-        raise UserError(f"{store.model_dir}: slots cannot hold experts as they are stored: {why}; write slots=ready")
-    return possible and slots != "ready"
-
-
-def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype, as_stored: bool) -> Demand:
+def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype, kind: str) -> Demand:
     text_config = config.get_text_config()
     layers = [layer for layer in store.layer_ids if layer < text_config.num_hidden_layers]  # later ones predict ahead
     if not layers:
@@ -165,5 +185,5 @@ def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype,
     top_k = getattr(text_config, "num_experts_per_tok", None)
     if not isinstance(top_k, int):  # under another name, or a number for each layer
         top_k = most_chosen(empty_model(str(store.model_dir), dtype=dtype))
-    record = store.stored_record() if as_stored else store.record(dtype.itemsize)
+    record = store.stored_record() if kind == STORED else store.record(dtype.itemsize)
     return Demand(len(layers), store.num_experts, top_k, record.total_bytes)

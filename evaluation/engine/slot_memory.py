@@ -93,13 +93,14 @@ class SlotMemory:
 
     def gate_up_HJ(self, slot: int) -> torch.Tensor:
         """Gate and up of the expert in `slot`, as hidden states are multiplied by it; a view that holds until the next call."""
-        return self._matrix(slot, "gate_up")
+        return self.matrix(slot, "gate_up")
 
     def down_IH(self, slot: int) -> torch.Tensor:
         """Down of the expert in `slot`, as activations are multiplied by it; a view that holds until the next call."""
-        return self._matrix(slot, "down")
+        return self.matrix(slot, "down")
 
-    def _matrix(self, slot: int, matrix: str) -> torch.Tensor:
+    def matrix(self, slot: int, matrix: str) -> torch.Tensor:
+        """Either of them."""
         if self._decoded is None or not self._as_stored:
             return self._records.matrix(slot, matrix)
         return self._decode(slot, slot, matrix, self._decoded.matrix(0, matrix))

@@ -158,7 +158,9 @@ def _write_index(index_path: Path, folder: Path) -> None:
 def announcement(numbers: NumberFormat, store: ExpertStore) -> dict[str, Any]:
     """`quantization_config` of a config.json: the experts, and no other matrix."""
     matrices = [name for name, tensor in store.resident.items() if len(tensor.shape) == 2]
-    others = sorted({name.removesuffix(".weight") for name in matrices} | {"lm_head"})  # which is not stored where it is tied
+    others = sorted(
+        {name.removesuffix(".weight") for name in matrices} | {"lm_head"}
+    )  # which is not stored where it is tied
     if numbers.method == "mxfp4":
         return {"quant_method": "mxfp4", "modules_to_not_convert": others}
     if isinstance(numbers, Fp8):

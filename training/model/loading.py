@@ -16,7 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
-from training.model.lazy_weights import LayerwiseCheckpoint, check_loaded, read_config
+from training.model.lazy_weights import (
+    LayerwiseCheckpoint,
+    check_loaded,
+    in_one_precision,
+    quantisation_of,
+    read_config,
+)
 from training.model.routers import copy_into_routers, find_routers, router_parameters
 from training.model.shards import SINGLE_NAME, read_index, shard_names
 from training.model.transformers_internals import GradientCheckpointingLayer
@@ -78,8 +84,10 @@ def load_pretrained(
     """
     folder = local_folder(name_or_path)
     read_index(folder)
-    read_config(folder)
+    config = read_config(folder)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "trust_remote_code": False}
+    if quantisation_of(config)[0] is not None:
+        options["config"] = config
     try:
         with sparing_memory():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -89,6 +97,8 @@ def load_pretrained(
         raise UserError(f"model {name_or_path}: the weights do not fit config.json: {error}") from error
     model, info = loaded
     check_loaded(folder, model, info)
+    if quantisation_of(config)[0] is not None and isinstance(dtype, torch.dtype):
+        in_one_precision(model, dtype)
     find_routers(model)
     if router_delta is not None:
         copy_into_routers(model, router_delta)

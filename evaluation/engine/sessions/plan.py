@@ -19,9 +19,11 @@ from evaluation.engine.cache.trace import RouteTrace
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import decode
 from evaluation.engine.loading import load
+from evaluation.engine.memory.division import BudgetTooSmall
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.sessions.conversations import BLOCK_TOKENS
 from evaluation.engine.sessions.workload import ChatRequest, run_once, splits
+from evaluation.engine.slot_kind import READY, STORED
 from evaluation.engine.store.bandwidth import calibrated
 from evaluation.engine.store.experts import ExpertStore
 
@@ -71,9 +73,29 @@ def plan(
             "demand": {**asdict(engine.demand), "token_demand_bytes": engine.token_demand_bytes},
             "read_bandwidth": asdict(bandwidth),
             "measured": measured,
+            "slot_kind": engine.slot_kind,
             "sizes": sizes,
             "splits": [] if workload is None else [asdict(s) for s in splits(workload, engine, policy=DEFAULT)],
         }
+
+
+def slot_kinds(
+    model_dir: str, *, prompt_ids: Sequence[int], memory_budget: str, context_tokens: int, dtype: str = "auto"
+) -> list[dict[str, Any]]:
+    """What the budget holds and how fast a token is with either kind of slots; empty where experts are not quantised.
+
+    A kind for which the budget is too small has the message as `too_small`.
+    """
+    found = []
+    for kind in (STORED, READY) if ExpertStore(model_dir).format.is_quantised else ():
+        try:
+            with load(model_dir, EngineOptions(None, memory_budget, context_tokens, slots=kind, dtype=dtype)) as loaded:
+                demand, slots = loaded[1].demand, loaded[1].cache.total_slots
+                held = {"slot_bytes": demand.slot_bytes, "slots": slots, "experts": demand.all_experts}
+                found.append({"slot_kind": kind, **held, **_try(*loaded, prompt_ids)})
+        except BudgetTooSmall as error:
+            found.append({"slot_kind": kind, "too_small": str(error)})
+    return found
 
 
 def _try(model: PreTrainedModel, engine: Engine, prompt_ids: Sequence[int]) -> dict[str, float | None]:

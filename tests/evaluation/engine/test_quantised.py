@@ -17,6 +17,7 @@ from configs.load import UserError
 from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
+from evaluation.engine.slot_kind import Rates
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.quantised_folder import write_quantised
 from training.model.number_formats.fp8 import Fp8
@@ -102,13 +103,58 @@ def test_batches_prefetch_and_other_caches(
 def test_slots_that_hold_what_is_stored_take_more_experts_in_the_same_memory(quantised: Quantised) -> None:
     folder, counts, misses = quantised("gpt_oss_blocks", "mxfp4"), {}, {}
     budget = 5 * ExpertStore(folder).record(2).total_bytes
-    for slots in ("stored", "ready", "auto"):
+    for slots in ("stored", "ready"):
         with load(folder, EngineOptions(budget, slots=slots)) as (model, engine):
             generated(model)
             counts[slots], misses[slots] = engine.cache.total_slots, engine.stats().misses
     assert counts["ready"] == 5
-    assert counts["stored"] == counts["auto"] == 16, "all of them, at 4.25 bits a number"
+    assert counts["stored"] == 16, "all of them, at 4.25 bits a number"
     assert misses["stored"] < misses["ready"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "rates", "kind"),
+    [
+        (0.3, Rates(read=1.0, decode=0.1), "stored"),
+        (0.3, Rates(read=0.1, decode=1.0), "ready"),
+        (1.0, Rates(read=1.0, decode=0.1), "ready"),  # nothing is read any more, and nothing decoded
+        (0.1, Rates(read=0.1, decode=1.0), "stored"),  # there is room for a token's experts as they are stored alone
+    ],
+)
+def test_what_slots_hold_is_decided_by_what_a_token_takes(
+    quantised: Quantised, monkeypatch: pytest.MonkeyPatch, budget: float, rates: Rates, kind: str
+) -> None:
+    monkeypatch.setattr(Rates, "measured", lambda *_: rates)
+    store = ExpertStore(quantised("gpt_oss_blocks", "mxfp4"))
+    cache_bytes = int(budget * 16 * store.record(2).total_bytes)
+    with load(store.model_dir, EngineOptions(cache_bytes)) as (_, engine):
+        assert engine.slot_kind == kind
+
+
+def test_rates_are_measured(quantised: Quantised) -> None:
+    """Of every format: decoding must not fail on what stands for an expert's bytes."""
+    for family, numbers in CASES:
+        rates = Rates.measured(ExpertStore(quantised(family, numbers)), torch.bfloat16)
+        assert rates.read > 0 < rates.decode
+
+
+def test_a_budget_too_small_for_either_names_the_smaller_one(quantised: Quantised) -> None:
+    store = ExpertStore(quantised("gpt_oss_blocks", "mxfp4"))
+    smallest = 3 * store.stored_record().total_bytes
+    with (
+        pytest.raises(UserError, match=f"the smallest that works is {smallest} bytes"),
+        load(store.model_dir, EngineOptions(99)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("slots", ["stored", "ready"])
+def test_under_a_memory_budget_too(quantised: Quantised, slots: str) -> None:
+    folder = quantised("qwen3_moe_blocks", "int8")
+    with load(folder, EngineOptions(memory_budget="smallest + 1%", context_tokens=64, slots=slots)) as (model, engine):
+        assert engine.division is not None
+        assert engine.buffer_bytes <= engine.division.buffer_bytes
+        assert same(generated(model), generated(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")))
 
 
 def test_what_lies_beside_the_slots_is_counted(quantised: Quantised) -> None:
@@ -145,7 +191,11 @@ def test_residents_that_are_quantised_too(quantised: Quantised, tmp_path: Path) 
             tensors[name] = tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    left = [name for name in config["quantization_config"]["modules_to_not_convert"] if not name.endswith(("q_proj", "o_proj"))]
+    left = [
+        name
+        for name in config["quantization_config"]["modules_to_not_convert"]
+        if not name.endswith(("q_proj", "o_proj"))
+    ]
     config["quantization_config"]["modules_to_not_convert"] = left
     (folder / "config.json").write_text(json.dumps(config))
     resident = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

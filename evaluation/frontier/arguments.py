@@ -1,5 +1,6 @@
 """What `remoe frontier` measures, in keys that a YAML sets; checked as it is read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from data.groups import source_of
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.levers.spec import levers_of
+from evaluation.engine.store.quantising import KINDS
 from evaluation.frontier.result import UNTOUCHED
 from evaluation.quality.tasks import QualityArguments
 
@@ -19,7 +21,8 @@ class FrontierArguments:
 
     model: str = "???"  # folder or hub name of the untouched model
     output_dir: str = "???"  # everything is written here
-    # arm: folder of a router delta, or a list of them that were trained alike with several seeds; the untouched model is
+    # arm: folder of a router delta, or a list of them that were trained alike with several seeds; or a mapping of `routers`
+    # (such a folder or list) and `experts` (mxfp4, fp8, int4 or int8: rounded to that), either of them. The untouched model is
     # always measured
     arms: dict[str, Any] = field(default_factory=dict)
     levers: list[str] = field(
@@ -72,6 +75,13 @@ class FrontierArguments:
             raise ValueError(
                 f"an arm cannot be called {UNTOUCHED}: that is the model as it is, which is always measured"
             )
+        for arm, given in self.arms.items():
+            if not isinstance(given, Mapping):
+                continue
+            if set(given) - {"routers", "experts"} or self.experts(arm) not in (None, *KINDS):
+                raise ValueError(
+                    f"arms.{arm}={dict(given)}: write routers (folders of router deltas), experts ({', '.join(KINDS)}), or both"
+                )
         for lever in self.levers:
             levers_of(lever)
         for lever in self.per_layer:
@@ -80,6 +90,12 @@ class FrontierArguments:
             source_of(name, given)
 
     def folders(self, arm: str) -> list[str]:
-        """Of an arm's router deltas, one for each seed."""
+        """Of an arm's router deltas, one for each seed; none where its routers are the untouched ones."""
         given = self.arms[arm]
+        given = given.get("routers", []) if isinstance(given, Mapping) else given
         return [given] if isinstance(given, str) else list(given)
+
+    def experts(self, arm: str) -> str | None:
+        """What an arm's experts are rounded to; None: they are as stored."""
+        given = self.arms.get(arm)
+        return given.get("experts") if isinstance(given, Mapping) else None

@@ -5,13 +5,15 @@ Letters: L layers, D strengths, R texts, S tokens of each.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +22,9 @@ from configs.load import UserError
 from data.groups import own_pieces
 from data.pieces import spread_pieces
 from evaluation.engine.levers.spec import levers_of
+from evaluation.engine.store.expert_format import ExpertFormat
 from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.quantising import quantised_format
 from evaluation.frontier.allocation import allocate
 from evaluation.frontier.arguments import FrontierArguments
 from evaluation.frontier.generation import Written, write_on
@@ -32,6 +36,7 @@ from evaluation.frontier.task_scores import StepLM
 from evaluation.quality.batches import Answers, identity_of
 from evaluation.quality.scores import Scores, scores_of
 from evaluation.quality.tasks import LoadedTasks, load_tasks
+from training.model.lazy_weights import expert_modules
 from training.model.loading import load_pretrained
 from training.model.routers import copy_into_routers, find_routers, most_chosen, router_parameters
 from training.run_folder.router_delta import load_for
@@ -92,10 +97,19 @@ class Frontier:
         self._seeds[UNTOUCHED] = [
             {name: weight.detach().clone() for name, weight in router_parameters(self._model).items()}
         ]
-        try:
-            self._expert_bytes: int | None = ExpertStore(model_dir).format.expert_bytes
-        except UserError:  # a checkpoint that the engine could not page
-            self._expert_bytes = None
+        for arm, seeds in self._seeds.items():
+            self._seeds[arm] = seeds or self._seeds[UNTOUCHED]
+        self._formats: dict[str, ExpertFormat | None] = {}
+        for arm in self._seeds:
+            kind = args.experts(arm)
+            try:
+                form = ExpertStore(model_dir).format
+            except UserError:  # a checkpoint that the engine could not page
+                if kind is not None:
+                    raise
+                self._formats[arm] = None
+                continue
+            self._formats[arm] = form if kind is None else replace(form, numbers=quantised_format(kind, form))
 
     def points(self, found: Callable[[Point], None] = lambda _: None) -> list[Point]:
         """Every combination; `found` is told of each as it comes."""
@@ -153,13 +167,14 @@ class Frontier:
 
     def _compared(self, at: Combination, texts: str, bar: Any) -> Measure:
         here, base = self._found(at, texts, bar), self._found(self._base(at.slots), texts, bar)
-        return compare(here, base, self._texts[texts].shape, expert_bytes=self._expert_bytes)
+        form = self._formats[at.arm]
+        return compare(here, base, self._texts[texts].shape, expert_bytes=None if form is None else form.expert_bytes)
 
     def _found(self, at: Combination, texts: str, bar: Any) -> Found:
         """What was found of every seed."""
         found = []
         for answers in self._with_routers(at.arm):
-            asked = ["frontier", self._texts[texts].tolist(), *_as_asked(self._args, at)]
+            asked = ["frontier", self._texts[texts].tolist(), *self._as_asked(at)]
             (values,) = answers.of([asked], partial(self._read, at, texts), engine=None)
             found.append(Steps(**_as_arrays(values)))
             bar.update()
@@ -173,7 +188,7 @@ class Frontier:
         written, scores, texts_RS = [], [], self._texts[REPORTED]
         for answers in self._with_routers(at.arm):
             if self._new:
-                asked = ["written", texts_RS.tolist(), self._new, *_as_asked(self._args, at)]
+                asked = ["written", texts_RS.tolist(), self._new, *self._as_asked(at)]
                 (values,) = answers.of([asked], partial(self._write, at), engine=None)
                 written.append(Written(**_as_arrays(values)))
             if self._tasks is not None:
@@ -189,16 +204,23 @@ class Frontier:
 
     def _scored(self, at: Combination) -> Scores:
         assert self._tasks is not None
-        identity = f"{identity_of(self._model, self._model_dir, None)} {_as_asked(self._args, at)}"
+        identity = f"{identity_of(self._model, self._model_dir, None)} {self._as_asked(at)}"
         with Answers(self._kept, identity) as answers:
             lm = StepLM(self._model, self._tokenizer, _levers(at), _cache(self._args, at), answers)
             return scores_of(lm, self._tokenizer, self._args.quality, self._tasks)
 
+    def _as_asked(self, at: Combination) -> list[Any]:
+        """What an answer depends on beside the model and its routers."""
+        experts = self._args.experts(at.arm)
+        return [at.lever, [at.slots, at.policy, self._args.scope], *([experts] if experts else [])]
+
     def _with_routers(self, arm: str) -> Iterator[Answers]:
-        """For every seed, while the model has its routers, what was answered with them."""
+        """For every seed, while the model has its routers and experts, what was answered with them."""
+        form = self._formats[arm] if self._args.experts(arm) else None
         for routers in self._seeds[arm]:
             with (
                 _these(self._model, routers),
+                rounded_experts(self._model, form) if form else nullcontext(),
                 Answers(self._kept, identity_of(self._model, self._model_dir, None)) as answers,
             ):
                 yield answers
@@ -223,8 +245,32 @@ def _cache(args: FrontierArguments, at: Combination) -> CacheKind:
     return CacheKind(at.slots, at.policy, args.scope)
 
 
-def _as_asked(args: FrontierArguments, at: Combination) -> list[Any]:
-    return [at.lever, [at.slots, at.policy, args.scope]]
+@contextmanager
+def rounded_experts(model: PreTrainedModel, form: ExpertFormat) -> Iterator[None]:
+    """Inside, experts have the numbers that this format has nearest to theirs."""
+    stacks = [
+        stack for module in expert_modules(model) for stack in module.parameters(recurse=False) if stack.dim() == 3
+    ]
+    before = [stack.data for stack in stacks]
+    try:
+        for stack in stacks:
+            stack.data = torch.stack([_rounded(matrix, form) for matrix in stack.data])
+        yield
+    finally:
+        for stack, matrices in zip(stacks, before, strict=True):
+            stack.data = matrices
+
+
+def _rounded(matrix: Tensor, form: ExpertFormat) -> Tensor:
+    """As if it were stored and read again."""
+    stored = matrix.T if form.transposed else matrix
+    parts = {
+        ending: part.contiguous().flatten().view(torch.uint8).numpy()
+        for ending, part in form.numbers.encode(stored.cpu()).items()
+    }
+    out = torch.empty(stored.shape, dtype=matrix.dtype)
+    form.numbers.decode(parts, out)
+    return (out.T if form.transposed else out).to(matrix.device)
 
 
 def _of_layers(lever: str, deltas: Any) -> str:

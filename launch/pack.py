@@ -11,9 +11,9 @@ from configs.sizes import readable
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.packing import is_packed, write_packed
 from evaluation.engine.store.pages import PAGE_BYTES
-from evaluation.engine.store.quantising import Kind, quantised_format
 from evaluation.export.quantised_folder import write_quantised
 from training.model.loading import local_folder
+from training.model.quantising import Kind, quantised_format
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
 from training.model import loading
 from training.model.lazy_weights import LayerwiseCheckpoint, stored_tensors
+from training.model.packed_experts import count_parameters
 from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver, task_reaches_routers
 from training.objective.terms import TERMS
@@ -83,7 +84,7 @@ def build(args: TrainArguments) -> Run:
     base, dtype = str(args.model_name_or_path), loading.weights_dtype(args)
     weights = None if layout == REPLICATED else LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype)
     model = loading.build_model(args, seed=args.seed, weights=weights)
-    n_parameters = model.num_parameters()
+    n_parameters = count_parameters(model)
     move_whole_tensors(model, accelerator.device, layout=layout)
     if layout != REPLICATED and args.is_local:
         raise UserError(

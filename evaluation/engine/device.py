@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from configs.load import UserError
-from evaluation.engine.store.expert_format import ALIGN_BYTES
 from evaluation.engine.store.pages import give_back, huge_pages
+from evaluation.engine.store.records import ALIGN_BYTES
 
 CPU = torch.device("cpu")
 VECTOR = 64

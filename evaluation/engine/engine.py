@@ -23,13 +23,13 @@ from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.options import EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
-from evaluation.engine.resident import experts_modules
 from evaluation.engine.slot_kind import READY, STORED
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.bandwidth import calibrated, is_worth_it
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
+from training.model.packed_experts import experts_modules
 from training.model.routers import ask_routers, find_routers
 from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 
@@ -68,7 +68,7 @@ class Engine:
         self._store, self._reader, self._call = store, reader, Call()
         if options.prefetch or options.lever is not None:
             _check_every_layer_has_a_router(model, demand.layers)
-        modules = experts_modules(model, store)
+        modules = experts_modules(model, store.layer_ids, transposed=store.format.transposed)
         self._layer_ids = tuple(layer for layer, _ in modules)
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)

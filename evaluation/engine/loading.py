@@ -26,7 +26,8 @@ from evaluation.engine.slot_kind import READY, STORED, fastest, possible_kinds
 from evaluation.engine.store.bandwidth import reads_in_flight_for
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.lazy_weights import empty_model, quantisation_of, read_config
+from training.model.lazy_weights import empty_model, read_config
+from training.model.packed_experts import check_announced
 from training.model.routers import copy_into_routers, most_chosen
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def load(
     config, store = read_config(model_dir), ExpertStore(model_dir)
     generation_config = read_generation_config(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
-    check_announced(config, store)
+    check_announced(model_dir, store.format)
     kinds = possible_kinds(options.slots, store, device)
     demands = {kind: _demand(store, config=config, dtype=dtype, kind=kind) for kind in kinds}
     slots = _slots_of_cache(options, demands)  # before anything is loaded, so that too few are refused at once
@@ -165,16 +166,6 @@ def bound_kernel_caches() -> None:
     """
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(variable, str(KERNELS))
-
-
-def check_announced(config: PretrainedConfig, store: ExpertStore) -> None:
-    """Refuse by a `UserError` experts in another format than config.json says: transformers would make others of them."""
-    announced, numbers = quantisation_of(config)[0], store.format.numbers
-    if numbers.method is not None and numbers.method != announced:
-        raise UserError(
-            f"{store.model_dir}: experts are stored as {numbers.name}, which config.json announces by a quantization_config "
-            f"with quant_method {numbers.method!r}, and it has {announced!r}; copy the model again, with its config.json"
-        )
 
 
 def _demand(store: ExpertStore, *, config: PretrainedConfig, dtype: torch.dtype, kind: str) -> Demand:

@@ -7,7 +7,6 @@ other.
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
@@ -48,21 +47,3 @@ def _copy_out_of_files(model: PreTrainedModel, device: Device) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = device.resident(tensor.data)
-
-
-def experts_modules(model: PreTrainedModel, store: ExpertStore) -> list[tuple[int, nn.Module]]:
-    """(layer id, experts module) in the order the layers run; `UserError` if experts are no [gate; up] and down."""
-    layer_of = {f".layers.{layer}.": layer for layer in store.layer_ids}
-    found = []
-    for name, module in model.named_modules():
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            _check_form(name, module, transposed=store.format.transposed)
-            found.append((next(layer for part, layer in layer_of.items() if part in f".{name}."), module))
-    return found
-
-
-def _check_form(name: str, experts: nn.Module, *, transposed: bool) -> None:
-    wanted = {"has_gate": True, "is_transposed": transposed, "has_post_expert_norm": False}
-    for flag, value in wanted.items():
-        if getattr(experts, flag, None) != value:
-            raise UserError(f"experts module {name} has {flag} other than {value}; that form is not supported")

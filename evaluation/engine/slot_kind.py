@@ -15,8 +15,8 @@ from evaluation.engine.device import Device
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.bandwidth import calibrated, is_worth_it
-from evaluation.engine.store.expert_format import MATRICES
 from evaluation.engine.store.experts import ExpertStore
+from training.model.expert_format import MATRICES
 
 STORED, READY = "stored", "ready"
 NOMINAL_RATE = 2**30

@@ -11,9 +11,10 @@ import torch
 from configs.load import UserError
 from evaluation.engine.device import HOST, Block, Device
 from evaluation.engine.filled_rows import filled_rows
-from evaluation.engine.store.expert_format import MATRICES, NO_LEADS, Leads, Record, StoredRecord
 from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.reader import Bytes, Span
+from evaluation.engine.store.records import NO_LEADS, Leads, Record, StoredRecord
+from training.model.expert_format import MATRICES
 from training.model.number_formats.formats import PLAIN_DTYPES, Plain
 from training.model.shards import AGAIN
 

@@ -21,12 +21,12 @@ from configs.files import folder_aside
 from configs.load import UserError
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.packing import OTHER_WEIGHTS, chunks, header
-from evaluation.engine.store.quantising import quantised_format
 from training.model.lazy_weights import lazy_slices
 from training.model.number_formats.formats import Bytes, NumberFormat, Stored, as_tensor
 from training.model.number_formats.fp8 import Fp8
 from training.model.number_formats.mxfp4 import BLOCK as MXFP4_BLOCK
 from training.model.number_formats.packed_int import PackedInt
+from training.model.quantising import quantised_format
 from training.model.shards import INDEX_NAME, StoredTensor, read_shard
 
 

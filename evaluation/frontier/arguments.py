@@ -10,9 +10,9 @@ from data.groups import source_of
 from evaluation.engine.cache.policies import ONLINE
 from evaluation.engine.cache.pool import SCOPES
 from evaluation.engine.levers.spec import levers_of
-from evaluation.engine.store.quantising import KINDS
 from evaluation.frontier.result import UNTOUCHED
 from evaluation.quality.tasks import QualityArguments
+from training.model.quantising import KINDS
 
 
 @dataclass

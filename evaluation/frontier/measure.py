@@ -22,9 +22,7 @@ from configs.load import UserError
 from data.groups import own_pieces
 from data.pieces import spread_pieces
 from evaluation.engine.levers.spec import levers_of
-from evaluation.engine.store.expert_format import ExpertFormat
 from evaluation.engine.store.experts import ExpertStore
-from evaluation.engine.store.quantising import quantised_format
 from evaluation.frontier.allocation import allocate
 from evaluation.frontier.arguments import FrontierArguments
 from evaluation.frontier.generation import Written, write_on
@@ -36,8 +34,10 @@ from evaluation.frontier.task_scores import StepLM
 from evaluation.quality.batches import Answers, identity_of
 from evaluation.quality.scores import Scores, scores_of
 from evaluation.quality.tasks import LoadedTasks, load_tasks
+from training.model.expert_format import ExpertFormat
 from training.model.lazy_weights import expert_modules
 from training.model.loading import load_pretrained
+from training.model.quantising import quantised_format
 from training.model.routers import copy_into_routers, find_routers, most_chosen, router_parameters
 from training.run_folder.router_delta import load_for
 

@@ -22,7 +22,10 @@ from training.model.lazy_weights import (
     in_one_precision,
     quantisation_of,
     read_config,
+    stored_dtype,
 )
+from training.model.packed_experts import load_packed, packed_layout
+from training.model.quantising import KINDS
 from training.model.routers import copy_into_routers, find_routers, router_parameters
 from training.model.shards import SINGLE_NAME, read_index, shard_names
 from training.model.transformers_internals import GradientCheckpointingLayer
@@ -46,11 +49,18 @@ class ModelArguments:
     tokenizer_name: str | None = None  # where the tokenizer is, if not with the model
     trainable: str = "routers"  # what trains: routers (fine-tuning) or all (pretraining)
     bf16: bool = False  # compute in bfloat16 (autocast); routers and optimizer state stay float32
+    # what frozen experts of 16 or 32 bits are rounded to, and what they stay in memory: mxfp4, fp8, int4 or int8; null: as
+    # stored. Those of a quantised checkpoint stay as they are
+    experts: str | None = None
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
         if self.trainable not in ("routers", "all"):
             raise ValueError(f"trainable={self.trainable!r}: write routers or all")
+        if self.experts not in (None, *KINDS):
+            raise ValueError(f"experts={self.experts!r}: write {', '.join(KINDS)}, or null")
+        if self.experts is not None and self.trainable != "routers":
+            raise ValueError(f"experts={self.experts}: experts that train cannot be rounded; write trainable=routers")
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
         if self.model_name_or_path is None and self.trainable != "all":
@@ -135,10 +145,15 @@ def weights_dtype(args: ModelArguments) -> str | torch.dtype:
 
 def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None) -> PreTrainedModel:
     """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
+    if weights is not None and args.experts is not None:
+        raise UserError(
+            f"experts={args.experts}: launchers that shard weights hold them as transformers decodes them; write "
+            "--accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing"
+        )
     if weights is not None:
         model = weights.skeleton()
     elif args.model_name_or_path is not None:
-        model = load_pretrained(args.model_name_or_path, dtype=weights_dtype(args))
+        model = _frozen_base(args)
     else:
         assert args.config_name is not None, "ModelArguments checks this"
         _check_exists(args.config_name)
@@ -159,6 +174,19 @@ def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return _as_it_is_used(model)
+
+
+def _frozen_base(args: ModelArguments) -> PreTrainedModel:
+    """The trained model; experts that are quantised, or are to be, stay so if they do not train."""
+    folder, dtype = local_folder(str(args.model_name_or_path)), weights_dtype(args)
+    packed = packed_layout(folder, args.experts) if args.trainable == "routers" else None
+    if packed is None:
+        return load_pretrained(folder, dtype=dtype)
+    if isinstance(dtype, str):
+        named = read_config(folder).dtype
+        dtype = named if isinstance(named, torch.dtype) else stored_dtype(folder)
+    with sparing_memory():
+        return load_packed(folder, *packed, dtype=dtype)
 
 
 def _as_it_is_used(model: PreTrainedModel) -> PreTrainedModel:

@@ -4,7 +4,7 @@ Weights are counted exactly, from the configuration; activations and what librar
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -16,6 +16,7 @@ from configs.sizes import size_text
 from training.model.host_memory import memory_limit
 from training.model.lazy_weights import decoder_layers, empty_model, expert_modules
 from training.model.loading import ModelArguments, local_folder, weights_dtype
+from training.model.packed_experts import packed_layout
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, ZERO3, offload_device
 
 
@@ -27,6 +28,10 @@ class Sizes:
     experts: int
     largest_layer: int
     swap_buffers: int  # what an offload to disk holds in memory
+
+    def with_packed(self, layer_bytes: int, *, layers: int) -> "Sizes":
+        """With the experts of a layer in so many bytes; while a layer computes, some of them are decoded beside."""
+        return replace(self, total=self.total - self.experts + layers * layer_bytes, experts=layers * layer_bytes)
 
 
 @dataclass(frozen=True)
@@ -56,16 +61,21 @@ def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str)
     """Print what every process will hold, or refuse it if there is less memory; the message names a launcher that fits."""
     if args.model_name_or_path is None:
         return
-    model = empty_model(local_folder(args.model_name_or_path), dtype=weights_dtype(args))
+    folder = local_folder(args.model_name_or_path)
+    model = empty_model(folder, dtype=weights_dtype(args))
+    packed = packed_layout(folder, args.experts) if layout == REPLICATED and args.trainable == "routers" else None
     sizes, offload = sizes_of(model), offload_device(accelerator)
+    if packed is not None:
+        sizes = sizes.with_packed(packed[1].expert_bytes * packed[0].num_experts, layers=len(packed[0].layer_ids))
     planned = placement(sizes, layout=layout, offload=offload, processes=accelerator.num_processes)
     parts = [f"{size_text(planned.device)} on its {accelerator.device.type}"]
     parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
     parts += [f"{size_text(planned.disk)} on disk"] * bool(planned.disk)
+    precision = str(model.dtype).removeprefix("torch.")
+    experts = size_text(sizes.experts) + (f" in {packed[1].numbers.name}" if packed else "")
     accelerator.print(
-        f"weights: {size_text(sizes.total)} in {str(model.dtype).removeprefix('torch.')}, of it experts "
-        f"{size_text(sizes.experts)}, largest layer {size_text(sizes.largest_layer)}; each process will hold "
-        f"{', '.join(parts)} (activations come on top)"
+        f"weights: {size_text(sizes.total)} in {precision}, of it experts {experts}, largest layer "
+        f"{size_text(sizes.largest_layer)}; each process will hold {', '.join(parts)} (activations come on top)"
     )
     free = FreeMemory(accelerator)
     if shortage := free.shortage_for(planned):

@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.engine.store.expert_format import ALIGN_BYTES, FUSED, NO_LEADS, Leads, Record, StoredRecord
-from evaluation.engine.store.expert_layout import expert_layout
+from evaluation.engine.store.records import ALIGN_BYTES, NO_LEADS, Leads, Record, StoredRecord
+from training.model.expert_format import FUSED
+from training.model.expert_layout import expert_layout
 from training.model.shards import StoredTensor, read_index
 
 

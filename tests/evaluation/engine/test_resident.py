@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine.device import Host
-from evaluation.engine.resident import experts_modules, load_resident
+from evaluation.engine.resident import load_resident
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import read_config
+from training.model.packed_experts import experts_modules
 
 Checkpoint = Callable[..., Path]
 
@@ -65,4 +66,4 @@ def test_experts_of_another_form_are_refused(checkpoint: Checkpoint, flag: str, 
     model = load_resident(folder, store, config=read_config(folder), dtype=torch.bfloat16, device=Host())
     setattr(model.model.layers[1].mlp.experts, flag, value)
     with pytest.raises(UserError, match=f"layers.1.mlp.experts has {flag} other than {not value}"):
-        experts_modules(model, store)
+        experts_modules(model, store.layer_ids, transposed=store.format.transposed)

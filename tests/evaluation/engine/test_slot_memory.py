@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from evaluation.engine.slot_memory import SlotMemory
-from evaluation.engine.store.expert_format import ALIGN_BYTES
 from evaluation.engine.store.experts import ExpertStore
+from evaluation.engine.store.records import ALIGN_BYTES
 
 Checkpoint = Callable[..., Path]
 

@@ -5,7 +5,8 @@ Decoding gives what transformers (5.23) gives when it loads the same tensors on 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -61,6 +62,12 @@ class NumberFormat(Protocol):
             ValueError: a scale is no finite number.
         """
 
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The same numbers by torch, on any device, of matrices that may be stacked: [..., rows, columns].
+
+        They are in a precision from which casting them gives what `decode` does.
+        """
+
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The nearest numbers that this format has, as `tensors`, with scales by the largest number that shares them."""
 
@@ -82,6 +89,9 @@ class Plain:
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         out.copy_(as_tensor(stored[""], self.dtype).view(out.shape))
 
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored[""]
+
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         return {"": matrix.to(PLAIN_DTYPES[self.dtype])}
 
@@ -89,6 +99,21 @@ class Plain:
 def as_tensor(stored: Bytes, dtype: str) -> Tensor:
     """The bytes as a flat tensor; nothing is copied."""
     return torch.from_numpy(stored).view(STORED_DTYPES[dtype])
+
+
+def as_tensors(numbers: NumberFormat, stored: Mapping[str, Bytes], rows: int, columns: int) -> dict[str, Tensor]:
+    """The bytes of a matrix as the tensors that it is stored as."""
+    of = numbers.tensors(rows, columns)
+    return {ending: as_tensor(stored[ending], one.dtype).view(one.shape) for ending, one in of.items()}
+
+
+@contextmanager
+def in_bfloat16(out: Tensor) -> Iterator[Tensor]:
+    """What the compiled loops fill, row by row: `out`, or something that is then copied into it."""
+    rounded = out if rounds_to_bfloat16(out) else torch.empty(out.shape, dtype=torch.bfloat16)
+    yield rounded
+    if rounded is not out:
+        out.copy_(rounded)
 
 
 def rounds_to_bfloat16(out: Tensor) -> bool:

@@ -13,7 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from training.model.number_formats.formats import PLAIN_DTYPES, Bytes, Stored, as_tensor, halves, rounds_to_bfloat16
+from training.model.number_formats.formats import (
+    PLAIN_DTYPES,
+    Bytes,
+    Stored,
+    as_tensor,
+    as_tensors,
+    halves,
+    rounds_to_bfloat16,
+)
 from training.model.number_formats.kernels import by_rows, fp8_rows
 
 LARGEST = 448.0
@@ -60,8 +68,14 @@ class Fp8:
             codes = stored[""].reshape(rows, columns)
             by_rows(fp8_rows, rows, columns, codes, _value_of_code(), scales.numpy(), high, halves(out))
         else:
-            spread = scales.repeat_interleave(high, dim=0).repeat_interleave(wide, dim=1)
-            out.copy_(as_tensor(stored[""], "F8_E4M3").float().view(rows, columns) * spread)
+            out.copy_(self.values(as_tensors(self, stored, rows, columns)))
+
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        numbers, scales = stored[""].float(), stored[self.ending].float()
+        if self.scale_axes < 2:
+            return numbers * scales.reshape(*scales.shape[: scales.dim() - self.scale_axes], 1, 1)
+        high, wide = self.block[0] or numbers.shape[-2], self.block[1] or numbers.shape[-1]
+        return numbers * scales.repeat_interleave(high, dim=-2).repeat_interleave(wide, dim=-1)
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The largest number of a block becomes the largest there is."""

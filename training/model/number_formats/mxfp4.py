@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model.number_formats.formats import Bytes, Stored, halves
+from training.model.number_formats.formats import Bytes, Stored, as_tensors, halves, in_bfloat16
 from training.model.number_formats.kernels import by_rows, mxfp4_columns, mxfp4_rows
 
 BLOCK = 32
@@ -53,13 +53,21 @@ class Mxfp4:
         least, largest = scales.min(), scales.max()
         if largest == NO_NUMBER:
             raise ValueError(f"a scale of {self.name} is {NO_NUMBER}, which is no number")
-        is_normal = least in NORMAL_SCALES and largest in NORMAL_SCALES and out.dtype == torch.bfloat16
-        if is_normal and out.is_contiguous():
-            by_rows(mxfp4_rows, rows, columns, codes_NB, scales_NG, halves(out).view(np.uint32))
-        elif is_normal and out.T.is_contiguous() and rows % 8 == 0:
+        if least not in NORMAL_SCALES or largest not in NORMAL_SCALES:
+            out.copy_(self.values(as_tensors(self, stored, rows, columns)))
+        elif out.dtype == torch.bfloat16 and out.T.is_contiguous() and rows % 8 == 0:
             by_rows(mxfp4_columns, rows, columns, codes_NB.view(np.uint64), scales_NG, halves(out.T))
         else:
-            out.copy_(_in_float32(torch.from_numpy(codes_NB), torch.from_numpy(scales_NG)))
+            with in_bfloat16(out) as rounded:  # which has all these numbers
+                by_rows(mxfp4_rows, rows, columns, codes_NB, scales_NG, halves(rounded).view(np.uint32))
+
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        codes, scales = (stored[ending] for ending in self._endings)
+        codes = codes.flatten(-2) if self.is_gpt_oss else codes
+        numbers = torch.tensor(VALUES, device=codes.device)[
+            torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2).int()
+        ]
+        return numbers * torch.exp2(scales.float() - BIAS).repeat_interleave(BLOCK, dim=-1)
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The largest number of a block decides its scale, as the standard has it; what is then beyond 6 becomes 6."""
@@ -79,10 +87,3 @@ class Mxfp4:
             codes[0]: packed_NB.reshape(codes[1].shape),
             scales[0]: (exponents_NG + BIAS).to(torch.uint8),
         }
-
-
-def _in_float32(codes_NB: Tensor, scales_NG: Tensor) -> Tensor:
-    """All numbers, whatever their scales."""
-    codes_NK = torch.stack([codes_NB & 15, codes_NB >> 4], dim=2).flatten(1).int()
-    factors_NG = torch.exp2(scales_NG.float() - BIAS)
-    return torch.tensor(VALUES)[codes_NK] * factors_NG.repeat_interleave(BLOCK, dim=1)

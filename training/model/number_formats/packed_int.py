@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +11,9 @@ from training.model.number_formats.formats import (
     Bytes,
     Stored,
     as_tensor,
+    as_tensors,
     halves,
+    in_bfloat16,
     rounds_to_bfloat16,
 )
 from training.model.number_formats.kernels import by_rows, packed_rows
@@ -58,14 +59,21 @@ class PackedInt:
         scales_NG = as_tensor(stored["_scale"], self.scale_dtype).view(rows, columns // group)
         if not scales_NG.isfinite().all():
             raise ValueError(f"a scale of {self.name} is no finite number")
-        packed_NB, zeros = stored["_packed"].reshape(rows, columns * self.bits // 8), self._zeros(stored, scales_NG)
-        if rounds_to_bfloat16(out) and self.scale_dtype != "F16":  # which is rounded to before bfloat16 is
-            by_rows(packed_rows, rows, columns, packed_NB, self.bits, zeros, scales_NG.float().numpy(), halves(out))
+        if self.scale_dtype != "BF16" and not (self.scale_dtype == "F32" and rounds_to_bfloat16(out)):
+            out.copy_(self.values(as_tensors(self, stored, rows, columns)))
             return
-        codes_NK = torch.from_numpy(packed_NB if self.bits == 8 else _nibbles(packed_NB)).float()
-        zeros_NK = torch.from_numpy(zeros).expand_as(scales_NG).repeat_interleave(group, dim=1)
-        numbers_NK = (codes_NK - zeros_NK).to(PLAIN_DTYPES[self.scale_dtype])
-        out.copy_(numbers_NK * scales_NG.repeat_interleave(group, dim=1))
+        zeros_NG = self._zeros(as_tensors(self, stored, rows, columns), rows).float().numpy()
+        packed_NB = stored["_packed"].reshape(rows, columns * self.bits // 8)
+        with in_bfloat16(out) as rounded:  # as scales in bfloat16 make others round to it
+            by_rows(
+                packed_rows, rows, columns, packed_NB, self.bits, zeros_NG, scales_NG.float().numpy(), halves(rounded)
+            )
+
+    def values(self, stored: Mapping[str, Tensor]) -> Tensor:
+        codes, scales = self._codes(stored["_packed"]).float(), stored["_scale"]
+        group = codes.shape[-1] // scales.shape[-1]
+        zeros = self._zeros(stored, codes.shape[-2]).float().expand(scales.shape).repeat_interleave(group, dim=-1)
+        return (codes - zeros).to(scales.dtype) * scales.repeat_interleave(group, dim=-1)
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The numbers of a group that are largest in size become the largest or smallest there are."""
@@ -78,17 +86,13 @@ class PackedInt:
         packed_NB = codes_NK if self.bits == 8 else codes_NK[:, 0::2] + 16 * codes_NK[:, 1::2]
         return {"_packed": packed_NB.contiguous().view(torch.int32), "_scale": scales_NG}
 
-    def _zeros(
-        self, stored: Mapping[str, Bytes], scales_NG: Tensor
-    ) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-        """[N, G], as unsigned numbers; [1, 1] where all are the same."""
+    def _zeros(self, stored: Mapping[str, Tensor], rows: int) -> Tensor:
+        """[..., N, G], as unsigned numbers; [1, 1] where all are the same."""
         if not self.has_zeros:
-            return np.full((1, 1), 2 ** (self.bits - 1), dtype=np.float32)
-        rows, groups = scales_NG.shape
-        packed_GB = stored["_zero_point"].view(np.int32).reshape(-1, groups).T.copy().view(np.uint8)
-        codes_GN = packed_GB if self.bits == 8 else _nibbles(packed_GB)
-        return np.ascontiguousarray(codes_GN[:, :rows].T).astype(np.float32)
+            return torch.full((1, 1), 2 ** (self.bits - 1), device=stored["_packed"].device)
+        return self._codes(stored["_zero_point"].mT.contiguous())[..., :rows].mT.contiguous()
 
-
-def _nibbles(packed: Bytes) -> Bytes:
-    return np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1)
+    def _codes(self, packed: Tensor) -> Tensor:
+        """Unsigned numbers, from words of a row."""
+        codes = packed.view(torch.uint8)
+        return codes if self.bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)

@@ -112,6 +112,15 @@ def test_numbers_are_those_that_others_read(numbers: NumberFormat, dtype: torch.
     assert expected.float().abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)
+def test_stacked_matrices_by_torch_are_the_same(numbers: NumberFormat, dtype: torch.dtype) -> None:
+    """As they are decoded on an accelerator."""
+    each = [drawn(numbers, seed) for seed in range(3)]
+    stacked = numbers.values({ending: torch.stack([stored[ending] for stored in each]) for ending in each[0]})
+    assert torch.equal(stacked.to(dtype), torch.stack([decoded(numbers, stored, dtype) for stored in each]))
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0, 1, 2, 3, 126, 251, 252, 253, 254])

@@ -4,7 +4,7 @@ import math
 from typing import Literal, get_args
 
 from configs.load import UserError
-from evaluation.engine.store.expert_format import FUSED, ExpertFormat
+from training.model.expert_format import FUSED, ExpertFormat
 from training.model.number_formats.formats import NumberFormat
 from training.model.number_formats.fp8 import Fp8
 from training.model.number_formats.mxfp4 import Mxfp4

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.load import UserError
-from evaluation.engine.store.expert_format import FUSED, SEPARATE, ExpertFormat
+from training.model.expert_format import FUSED, SEPARATE, ExpertFormat
 from training.model.number_formats.formats import Plain, Stored
 from training.model.number_formats.found import BESIDE, KNOWN, format_of
 from training.model.number_formats.mxfp4 import Mxfp4

@@ -1,0 +1,118 @@
+"""Experts that stay quantised while routers train: losses and gradients of the decoded model, bit for bit, in less memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from configs.load import UserError
+from evaluation.export.quantised_folder import write_quantised
+from training.model import frozen_experts, packed_attention
+from training.model.loading import ModelArguments, build_model, load_pretrained, weights_dtype
+from training.model.packed_experts import PackedMatrices, count_parameters, packed_layout
+from training.model.routers import router_parameters
+
+Checkpoint = Callable[..., Path]
+CASES = [
+    ("gpt_oss_blocks", "mxfp4"),
+    ("qwen3_moe_blocks", "mxfp4"),
+    ("qwen3_moe_blocks", "fp8"),
+    ("qwen3_moe_blocks", "int4"),
+    ("deepseek_v3_blocks", "int8"),
+]
+
+
+@pytest.fixture
+def one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are worked on one after the other, so that slices of them are decoded."""
+    monkeypatch.setattr(frozen_experts, "PART_ROWS", 1)
+
+
+def trained_like(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoded model, as `build_model` would have it."""
+    model.requires_grad_(False)
+    frozen_experts.register()
+    model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
+    if model.config._attn_implementation == "sdpa":
+        packed_attention.register()
+        model.set_attn_implementation(packed_attention.IMPLEMENTATION)
+    for parameter in router_parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def loss_and_gradients(model: PreTrainedModel, *, bf16: bool) -> list[Tensor]:
+    ids = torch.randint(2, 258, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = [parameter.grad for parameter in router_parameters(model).values()]
+    assert all(gradient is not None and gradient.any() for gradient in gradients)
+    return [loss.detach(), *gradients]  # type: ignore[list-item]
+
+
+@pytest.mark.usefixtures("one_part")
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_losses_and_gradients_are_those_of_the_decoded_model(
+    checkpoint: Checkpoint, tmp_path: Path, family: str, kind: str, bf16: bool
+) -> None:
+    write_quantised(checkpoint(family), tmp_path / "q", kind)
+    args = ModelArguments(str(tmp_path / "q"), bf16=bf16)
+    expected = loss_and_gradients(
+        trained_like(load_pretrained(str(tmp_path / "q"), dtype=weights_dtype(args))), bf16=bf16
+    )
+    for asked in (
+        args,
+        ModelArguments(str(checkpoint(family)), bf16=bf16, experts=kind),
+    ):  # as stored, and rounded on loading
+        model = build_model(asked, seed=0)
+        assert sum(isinstance(module, PackedMatrices) for module in model.modules()) == 4
+        found = loss_and_gradients(model, bf16=bf16)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_packed_experts_take_the_memory_of_what_is_stored(checkpoint: Checkpoint) -> None:
+    folder = str(checkpoint("qwen3_moe_blocks"))
+    plain, packed = (build_model(ModelArguments(folder, bf16=True, experts=kind), seed=0) for kind in (None, "mxfp4"))
+    sizes = [
+        sum(parameter.nbytes for name, parameter in model.named_parameters() if ".experts." in name)
+        for model in (plain, packed)
+    ]
+    assert sizes[1] / sizes[0] == 4.25 / 16
+    assert count_parameters(packed) == count_parameters(plain) == plain.num_parameters()
+    matrices = packed.model.layers[1].mlp.experts.down_proj
+    assert torch.equal(matrices[2:5], matrices[:][2:5])
+    assert matrices[2:5].shape == (3, *plain.model.layers[1].mlp.experts.down_proj.shape[1:])
+
+
+def test_by_torch_as_on_an_accelerator(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers by the other way, which no accelerator is needed to try."""
+    for family, kind in CASES[:4]:
+        folder = str(checkpoint(family))
+        matrices: Any = build_model(ModelArguments(folder, bf16=True, experts=kind), seed=0).model.layers[1].mlp.experts
+        for packed in (matrices.gate_up_proj, matrices.down_proj):
+            expected = packed[1:4]
+            with monkeypatch.context() as patched:
+                patched.setattr(PackedMatrices, "by_loops", lambda *_: False)
+                assert torch.equal(packed[1:4], expected)
+
+
+def test_what_cannot_be_rounded_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="experts='int3': write mxfp4, fp8, int4, int8, or null"):
+        ModelArguments("x", experts="int3")
+    with pytest.raises(ValueError, match="experts that train cannot be rounded"):
+        ModelArguments("x", experts="int4", trainable="all")
+    with pytest.raises(UserError, match="no standard layout for int4"):
+        build_model(ModelArguments(str(checkpoint("gpt_oss_blocks")), experts="int4"), seed=0)
+    write_quantised(checkpoint("qwen3_moe_blocks"), tmp_path / "q", "fp8")
+    with pytest.raises(UserError, match="the experts are FP8 already"):
+        build_model(ModelArguments(str(tmp_path / "q"), experts="int4"), seed=0)
+    with pytest.raises(UserError, match="experts=int4: launchers that shard weights"):
+        build_model(ModelArguments(str(checkpoint("olmoe")), experts="int4"), seed=0, weights=object())  # type: ignore[arg-type]
+    assert packed_layout(str(checkpoint("olmoe")), None) is None

@@ -74,7 +74,7 @@ def tiny_config(family: str) -> PretrainedConfig:
         return GptOssConfig(
             **COMMON, num_hidden_layers=2, intermediate_size=24, num_local_experts=8, num_experts_per_tok=3, head_dim=16,
         )  # fmt: skip
-    if family == "gpt_oss_blocks":  # of sizes that the number formats have whole blocks of, as the next two are
+    if family == "gpt_oss_blocks":  # of sizes that the number formats have whole blocks of, as the next ones are
         return GptOssConfig(
             **BLOCKS, num_hidden_layers=2, intermediate_size=96, num_local_experts=8, num_experts_per_tok=3, head_dim=16,
         )  # fmt: skip
@@ -82,6 +82,11 @@ def tiny_config(family: str) -> PretrainedConfig:
         return Qwen3MoeConfig(
             **BLOCKS, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=96, num_experts=8,
             num_experts_per_tok=2, head_dim=16,
+        )  # fmt: skip
+    if family == "qwen2_moe_blocks":
+        return Qwen2MoeConfig(
+            **BLOCKS, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32, num_experts=8,
+            shared_expert_intermediate_size=32, num_experts_per_tok=2, decoder_sparse_step=1,
         )  # fmt: skip
     if family == "deepseek_v3_blocks":
         return DeepseekV3Config(

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
+from evaluation.engine.device import Host
 from evaluation.engine.engine import Engine
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.slot_kind import Rates
+from evaluation.engine.slot_kind import Rates, possible_kinds
+from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.export.quantised_folder import write_quantised
 from training.model.number_formats.fp8 import Fp8
@@ -146,6 +149,33 @@ def test_a_budget_too_small_for_either_names_the_smaller_one(quantised: Quantise
         load(store.model_dir, EngineOptions(99)),
     ):
         pass
+
+
+class Beside(Host):
+    """What an accelerator is to slots: experts are decoded in the processor's memory and copied."""
+
+    reads_into_slots = False
+
+
+@pytest.mark.parametrize(("family", "kind"), [CASES[0], CASES[1], CASES[3]])
+def test_slots_of_an_accelerator_are_filled_with_decoded_matrices(quantised: Quantised, family: str, kind: str) -> None:
+    store = ExpertStore(quantised(family, kind))
+    memories = [SlotMemory(store, 3, torch.bfloat16, passing=2, device=device) for device in (Host(), Beside())]
+    for slot, expert in ((2, 5), (0, 1), (2, 4)):
+        for memory in memories:
+            assert memory.converts
+            for span in memory.spans(memory.passing_slots[-1], 1, expert):
+                span.target[:] = np.fromfile(span.shard, dtype=np.uint8, count=len(span.target), offset=span.offset)
+            memory.convert(memory.passing_slots[-1], slot)
+    here, beside = memories
+    for slot in (0, 2):
+        assert torch.equal(here.gate_up_HJ(slot), beside.gate_up_HJ(slot))
+        assert torch.equal(here.down_IH(slot), beside.down_IH(slot))
+        assert here.down_IH(slot).any()
+    assert beside.passing_bytes > here.passing_bytes
+    with pytest.raises(UserError, match="they are decoded on the processor; write slots=ready"):
+        possible_kinds("stored", store, Beside())
+    assert possible_kinds("auto", store, Beside()) == ("ready",)
 
 
 @pytest.mark.parametrize("slots", ["stored", "ready"])

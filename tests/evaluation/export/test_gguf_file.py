@@ -19,6 +19,7 @@ from evaluation.benchmark.order import COLD, Leg, Order
 from evaluation.benchmark.sides.side import open_side
 from evaluation.engine.greedy import greedy
 from evaluation.export.gguf_file import write_gguf
+from evaluation.export.quantised_folder import write_quantised
 from training.model.loading import load_tokenizer
 
 ModelDir = Callable[[str], Path]
@@ -73,6 +74,27 @@ def test_sixteen_bits_but_for_routers_norms_and_biases(
     stored = next(t for t in read(tmp_path / "m.gguf").tensors if t.name == "blk.0.attn_q.weight")
     words = np.asarray(stored.data).view(np.int16).reshape(weight.shape)
     np.testing.assert_array_equal(words, weight.to(getattr(torch, precision)).view(torch.int16).numpy())
+
+
+def test_experts_in_mxfp4_stay_so(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The judge is `gguf`'s own reading of that format."""
+    folder, plain = tmp_path / "q", checkpoint("qwen2_moe_blocks")
+    write_quantised(plain, folder, "mxfp4")
+    write_gguf(folder, tmp_path / "m.gguf", precision="float16")
+    stored = {tensor.name: tensor for tensor in read(tmp_path / "m.gguf").tensors}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    gate_up, down = (getattr(model.model.layers[1].mlp.experts, name) for name in ("gate_up_proj", "down_proj"))
+    gate, up = gate_up.chunk(2, dim=1)
+    for name, expected in (("gate", gate), ("up", up), ("down", down)):
+        tensor = stored[f"blk.1.ffn_{name}_exps.weight"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.MXFP4
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(found, expected.detach().float().numpy())
+    write_gguf(plain, tmp_path / "p.gguf", precision="float16")
+    assert set(stored) == {tensor.name for tensor in read(tmp_path / "p.gguf").tensors}
+    write_quantised(plain, tmp_path / "i", "int4")
+    with pytest.raises(UserError, match="has experts in int4, which GGUF has no place for; it has one for MXFP4"):
+        write_gguf(tmp_path / "i", tmp_path / "i.gguf")
 
 
 def test_sizes_and_tokens(model_dir: ModelDir, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ experts of 16 or 32 bits are rounded one matrix at a time.
 Axes: E experts of a layer, e some of them.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
 from training.model.lazy_weights import StaysOnMeta, lazy_slices, load_slices, quantisation_of, read_config
 from training.model.number_formats.formats import STORED_DTYPES, as_tensor
+from training.model.number_formats.kernels import by_matrices
 from training.model.quantising import quantised_format
 from training.model.shards import AGAIN, StoredTensor, read_index
 
@@ -39,9 +41,9 @@ class PackedMatrices(nn.Module):
         return len(self.shape)
 
     def __getitem__(self, some: slice) -> Tensor:
-        """[e, rows, columns]."""
+        """[e, rows, columns]; it holds until matrices are decoded again, as all use the same memory."""
         chosen = range(self.shape[0])[some]
-        out = torch.empty(len(chosen), *self.shape[1:], dtype=self.dtype, device=next(self.parameters()).device)
+        out = _memory((len(chosen), *self.shape[1:]), self.dtype, next(self.parameters()).device)
         stored_out = out.mT if self._form.transposed else out
         row = 0
         for role in self._form.roles:
@@ -58,9 +60,16 @@ class PackedMatrices(nn.Module):
         if not self.by_loops(out):
             out.copy_(self._form.numbers.values({ending: tensor[some] for ending, tensor in packed.items()}))
             return
-        for place, expert in enumerate(chosen):
-            stored = {ending: tensor[expert].flatten().view(torch.uint8).numpy() for ending, tensor in packed.items()}
-            self._form.numbers.decode(stored, out[place])
+
+        def decode(first: int, end: int) -> None:
+            for place in range(first, end):
+                expert = chosen[place]
+                stored = {
+                    ending: tensor[expert].flatten().view(torch.uint8).numpy() for ending, tensor in packed.items()
+                }
+                self._form.numbers.decode(stored, out[place])
+
+        by_matrices(decode, len(chosen), out.shape[1] * out.shape[2])
 
     @staticmethod
     def by_loops(out: Tensor) -> bool:
@@ -72,6 +81,17 @@ class PackedMatrices(nn.Module):
         """Set what is stored of one expert."""
         for name, parameter in self.named_parameters():
             parameter[expert] = parts[name]
+
+
+_MEMORY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where matrices are decoded: memory that is new at every call costs as much as decoding."""
+    wanted, known = math.prod(shape), _MEMORY.get((dtype, device))
+    if known is None or known.numel() < wanted:
+        known = _MEMORY[dtype, device] = torch.empty(wanted, dtype=dtype, device=device)
+    return known[:wanted].view(*shape)
 
 
 def count_parameters(model: nn.Module) -> int:

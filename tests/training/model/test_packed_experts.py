@@ -87,7 +87,8 @@ def test_packed_experts_take_the_memory_of_what_is_stored(checkpoint: Checkpoint
     assert sizes[1] / sizes[0] == 4.25 / 16
     assert count_parameters(packed) == count_parameters(plain) == plain.num_parameters()
     matrices = packed.model.layers[1].mlp.experts.down_proj
-    assert torch.equal(matrices[2:5], matrices[:][2:5])
+    some = matrices[2:5].clone()
+    assert torch.equal(some, matrices[:][2:5])
     assert matrices[2:5].shape == (3, *plain.model.layers[1].mlp.experts.down_proj.shape[1:])
 
 
@@ -97,7 +98,7 @@ def test_by_torch_as_on_an_accelerator(checkpoint: Checkpoint, monkeypatch: pyte
         folder = str(checkpoint(family))
         matrices: Any = build_model(ModelArguments(folder, bf16=True, experts=kind), seed=0).model.layers[1].mlp.experts
         for packed in (matrices.gate_up_proj, matrices.down_proj):
-            expected = packed[1:4]
+            expected = packed[1:4].clone()
             with monkeypatch.context() as patched:
                 patched.setattr(PackedMatrices, "by_loops", lambda *_: False)
                 assert torch.equal(packed[1:4], expected)

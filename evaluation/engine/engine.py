@@ -95,7 +95,7 @@ class Engine:
 
     def _resident(self, layer: int, experts: int) -> npt.NDArray[np.bool_]:
         """[1, E]: which experts of a layer are in a slot now."""
-        return np.array([self.cache.holds(layer, experts)])
+        return self.cache.holds(layer, experts)[None]
 
     def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
         routers, resident = list(ask_routers(model).values()), self.cache.resident_experts

@@ -54,12 +54,16 @@ class Pool:
         self._slot_of: dict[Key, int] = {}
         self._free = list(range(first_slot + slots - 1, first_slot - 1, -1))
         self._retired: list[int] = []
+        self._held: dict[
+            int, npt.NDArray[np.bool_]
+        ] = {}  # layer -> of each expert; of those layers that were asked for
 
     def empty(self, policy: Policy) -> None:
         """Go on with the same slots, empty, under a new policy."""
         self._policy = policy
         self._free += self._slot_of.values()
         self._slot_of.clear()
+        self._held.clear()
 
     def resize(self, slots: int) -> list[int]:
         """Use this many slots, at most as many as there were at first; return those that are not used from now on."""
@@ -69,7 +73,9 @@ class Pool:
             self.slots += 1
         while self.slots > slots:
             if not self._free:
-                self._free.append(self._slot_of.pop(self._policy.evict(())))
+                victim = self._policy.evict(())
+                self._free.append(self._slot_of.pop(victim))
+                self._note([victim], False)
             self._retired.append(self._free.pop())
             self.slots -= 1
         return self._retired[kept:]
@@ -79,9 +85,16 @@ class Pool:
         """The experts that are in a slot now."""
         return frozenset(self._slot_of)
 
-    def holds(self, keys: Iterable[Key]) -> list[bool]:
-        """Whether each of these experts is in a slot now."""
-        return [key in self._slot_of for key in keys]
+    def holds(self, layer: int, experts: int) -> npt.NDArray[np.bool_]:
+        """[experts]: whether each of the first so many of a layer is in a slot; kept up to date, and not to be written into."""
+        if layer not in self._held:
+            self._held[layer] = np.array([(layer, expert) in self._slot_of for expert in range(experts)])
+        return self._held[layer]
+
+    def _note(self, keys: Iterable[Key], is_held: bool) -> None:
+        for layer, expert in keys:
+            if layer in self._held:
+                self._held[layer][expert] = is_held
 
     def serve(self, event: Sequence[Key]) -> Service:
         """Decide what stays of one event and what it pushes out."""
@@ -94,6 +107,9 @@ class Pool:
         self._free += [slot_of.pop(key) for key in victims if key in slot_of]
         coming = {key: self._free.pop() for key in event if key not in resident and key not in victims}
         slot_of.update(coming)
+        if self._held:
+            self._note((key for key in victims if key not in slot_of), False)
+            self._note(coming, True)
         return Service(
             leaving={key: slot for key, slot in resident.items() if key in victims},
             staying={key: slot for key, slot in resident.items() if key not in victims},
@@ -148,9 +164,9 @@ class ExpertCache:
         """The experts of `layer` that are in a slot now."""
         return [expert for at, expert in self._pools[layer].resident if at == layer]
 
-    def holds(self, layer: int, experts: int) -> list[bool]:
-        """Whether each of the first so many experts of `layer` is in a slot now."""
-        return self._pools[layer].holds((layer, expert) for expert in range(experts))
+    def holds(self, layer: int, experts: int) -> npt.NDArray[np.bool_]:
+        """[experts]: whether each of `layer`, which has so many, is in a slot; kept up to date, and not to be written into."""
+        return self._pools[layer].holds(layer, experts)
 
     def serve(self, layer: int, event: Sequence[Key], *, phase: int) -> Service:
         """Serve and count one event of `layer` (position among the MoE layers); see `Pool.serve`."""

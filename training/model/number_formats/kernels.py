@@ -22,8 +22,8 @@ Halves = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
 ALONE_NUMBERS = 2**22
-"""A smaller matrix is not worth another thread: torch's own wait spinning for their next turn, and beside them it takes a tenth of
-a millisecond to begin (96 experts of 1.6 M numbers of MXFP4 a token, 2 cores: 40 to 48 ms with, 30 to 33 without)."""
+"""A smaller matrix is not worth another thread: torch's own wait for their next turn spinning, and beside them it takes a tenth
+of a millisecond to begin (96 experts of 1.6 M numbers of MXFP4 a token, 2 cores: 40 to 48 ms with, 30 to 33 without)."""
 TILE_ROWS = 512
 """Rows that are written column by column, so that whole cache lines are."""
 HALF = np.uint32(126 << 7)

@@ -189,3 +189,24 @@ def test_reset_empties_the_cache_and_keeps_the_counters() -> None:
 def test_unknown_scope_is_a_bug_of_the_caller() -> None:
     with pytest.raises(AssertionError, match="scope 'both'"):
         ExpertCache(2, 1, scope="both", make_policy=ONLINE["lru"])
+
+
+@pytest.mark.parametrize("scope", ["global", "per_layer"])
+@pytest.mark.parametrize("policy", sorted(ONLINE))
+def test_what_is_held_is_kept_up_to_date(policy: str, scope: str) -> None:
+    """Through misses, events larger than the cache, smaller and larger caches, and cold starts."""
+    draw, layers, experts = np.random.default_rng(0), 3, 9
+    cache = ExpertCache(5, layers, scope=scope, make_policy=ONLINE[policy])
+    for step in range(300):
+        layer = int(draw.integers(layers))
+        event = draw.permutation(experts)[: int(draw.integers(1, 8))]
+        cache.serve(layer, [(layer, int(expert)) for expert in event], phase=DECODE)
+        if step % 50 == 20:
+            cache.resize(3)
+        if step % 50 == 40:
+            cache.resize(5)
+        if step % 100 == 99:
+            cache.reset()
+        for asked in draw.permutation(layers)[: int(draw.integers(1, layers + 1))].tolist():
+            expected = [(asked, expert) in cache.resident() for expert in range(experts)]
+            assert cache.holds(asked, experts).tolist() == expected

@@ -100,7 +100,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"ms, of which {measured['stall_ms']:.1f} ms waiting for reads; the device reads "
         f"{bytes_text(found['read_bandwidth']['bytes_per_second'])}/s"
     )
-    if found["slot_kinds"]:
+    if found.get("slot_kinds"):
         console.print(_kinds_table(found))
     if found["sizes"]:
         console.print(_sizes_table(found))

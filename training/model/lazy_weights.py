@@ -220,6 +220,12 @@ class LayerwiseCheckpoint:
     """The safetensors of a folder, and which module of the model each of them belongs to."""
 
     def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
+        method = quantisation_of(read_config(folder))[0]
+        if method is not None:
+            raise UserError(
+                f"{folder} is quantised ({method}), which launchers that shard weights cannot load layer by layer; write "
+                "--accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing: its experts stay quantised"
+            )
         spare_memory()  # for as long as it runs: tensors are gathered again and again
         self._folder, self._slices = folder, lazy_slices(read_index(folder))
         empty = empty_model(folder, dtype=dtype)

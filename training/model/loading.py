@@ -147,7 +147,7 @@ def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint
     """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
     if weights is not None and args.experts is not None:
         raise UserError(
-            f"experts={args.experts}: launchers that shard weights hold them as transformers decodes them; write "
+            f"experts={args.experts}: launchers that shard weights hold experts as they are stored; write "
             "--accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing"
         )
     if weights is not None:

@@ -114,7 +114,12 @@ def packed_layout(folder: str, kind: str | None) -> tuple[ExpertLayout, ExpertFo
     """
     if kind is None and quantisation_of(read_config(folder))[0] is None:
         return None
-    layout = expert_layout(read_index(folder), Path(folder))
+    try:
+        layout = expert_layout(read_index(folder), Path(folder))
+    except UserError:  # transformers may know that form
+        if kind is not None:
+            raise
+        return None
     check_announced(folder, layout.format)
     if kind is not None:
         return layout, replace(layout.format, numbers=quantised_format(kind, layout.format))

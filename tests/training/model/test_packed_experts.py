@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from evaluation.export.quantised_folder import write_quantised
 from training.model import frozen_experts, packed_attention
+from training.model.lazy_weights import LayerwiseCheckpoint
 from training.model.loading import ModelArguments, build_model, load_pretrained, weights_dtype
 from training.model.packed_experts import PackedMatrices, count_parameters, packed_layout
 from training.model.routers import router_parameters
@@ -116,4 +117,8 @@ def test_what_cannot_be_rounded_is_refused(checkpoint: Checkpoint, tmp_path: Pat
         build_model(ModelArguments(str(tmp_path / "q"), experts="int4"), seed=0)
     with pytest.raises(UserError, match="experts=int4: launchers that shard weights"):
         build_model(ModelArguments(str(checkpoint("olmoe")), experts="int4"), seed=0, weights=object())  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"is quantised .fp8., which launchers that shard weights cannot load layer by layer"
+    ):
+        LayerwiseCheckpoint(str(tmp_path / "q"), dtype="auto")
     assert packed_layout(str(checkpoint("olmoe")), None) is None

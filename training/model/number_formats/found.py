@@ -31,7 +31,8 @@ def format_of(matrices: Mapping[tuple[int, int], Mapping[str, Stored]]) -> Numbe
             return found
     (rows, columns), stored = next(iter(matrices.items()))
     told = ", ".join(f"{ending or 'weight'}: {one.dtype} {list(one.shape)}" for ending, one in stored.items())
-    looks = f" (it looks like {tried[0].name})" if tried else ""
+    nvfp4 = ["NVFP4"] if any(ending.endswith("global_scale") for ending in stored) else []
+    looks = f" (it looks like {name})" if (name := next(iter([*nvfp4, *(one.name for one in tried)]), None)) else ""
     raise ValueError(f"{rows} x {columns} numbers stored as {{{told}}} are in no format that is known{looks}: {KNOWN}")
 
 
@@ -53,7 +54,7 @@ def _candidates(stored: Mapping[str, Stored], rows: int, columns: int) -> Iterat
             yield Plain(numbers.dtype)
         return
     scales = stored[endings[0]]
-    if scales.dtype == "U8":
+    if scales.dtype == numbers.dtype == "U8":
         yield Mxfp4(is_gpt_oss="_blocks" in stored)
     elif scales.dtype in PLAIN_DTYPES and numbers.dtype == "F8_E4M3":
         if len(scales.shape) < 2:

@@ -240,6 +240,12 @@ Change = Callable[[dict[str, Stored]], Any]
             lambda stored: stored.update({"": Stored("I8", (96, 192))}),
             "16 and 32 bits in floating point, MXFP4",
         ),
+        (FORMATS[2], lambda stored: stored.update({"_global_scale": Stored("F32", (1,))}), "looks like NVFP4"),
+        (
+            FORMATS[3],
+            lambda stored: stored.update({"_scale_inv": Stored("U8", (96, 6))}),
+            "no format that is known: 16",
+        ),
         (FORMATS[0], lambda stored: stored.update({"_g_idx": Stored("I32", (192,))}), "in no format that is known"),
     ],
 )

@@ -244,7 +244,7 @@ Change = Callable[[dict[str, Stored]], Any]
         (
             FORMATS[3],
             lambda stored: stored.update({"_scale_inv": Stored("U8", (96, 6))}),
-            "no format that is known: 16",
+            "looks like FP8",
         ),
         (FORMATS[0], lambda stored: stored.update({"_g_idx": Stored("I32", (192,))}), "in no format that is known"),
     ],

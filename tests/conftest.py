@@ -3,13 +3,16 @@
 import os
 
 # before transformers is imported: no test needs a network, the tests share their machine with other work, and they train on
-# the processor, against whose results they compare, but for those that say otherwise
+# the processor, against whose results they compare, but for those that say otherwise; and what oneDNN keeps is bounded before
+# the first product, as under a memory budget, whichever test comes first
 os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     WANDB_SILENT="true",
     ACCELERATE_USE_CPU="true",
+    ONEDNN_PRIMITIVE_CACHE_CAPACITY="24",
+    LRU_CACHE_CAPACITY="24",
 )
 
 import random

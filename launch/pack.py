@@ -33,7 +33,7 @@ class Pack:
     model: str  # folder with safetensors weights, or hub name
     output: str  # a folder that is not there
     # write experts of 4 or 8 bits instead, rounded to the nearest: mxfp4 (4.25 bits a number), int4 (4.5), fp8 or int8, in the
-    # layout by which transformers and vLLM know them; routers and everything else stay as they are
+    # standard layout by which transformers knows them; routers and everything else stay as they are
     experts: Kind | None = None
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of 16 or 32 bits written anew with quantised experts, in a standard layout that transformers and vLLM load.
+"""A checkpoint of 16 or 32 bits written anew with quantised experts, in a standard layout that transformers loads.
 
 Numbers are rounded to the nearest that a format has. Routers and everything else stay as they are, byte for byte. One matrix
 is in memory at a time, and what was written is read back before the folder gets its name.

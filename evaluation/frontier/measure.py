@@ -89,6 +89,7 @@ class Frontier:
         self._seeds: dict[str, list[Mapping[str, Tensor]]] = {
             arm: [load_for(model_dir, folder) for folder in args.folders(arm)] for arm in args.arms
         }
+        self._formats = _formats(args, model_dir)
         self._model = load_pretrained(model_dir, dtype=args.dtype, device=device)
         if (smallest := most_chosen(self._model)) > min(args.slots):
             raise UserError(
@@ -99,17 +100,6 @@ class Frontier:
         ]
         for arm, seeds in self._seeds.items():
             self._seeds[arm] = seeds or self._seeds[UNTOUCHED]
-        self._formats: dict[str, ExpertFormat | None] = {}
-        for arm in self._seeds:
-            kind = args.experts(arm)
-            try:
-                form = ExpertStore(model_dir).format
-            except UserError:  # a checkpoint that the engine could not page
-                if kind is not None:
-                    raise
-                self._formats[arm] = None
-                continue
-            self._formats[arm] = form if kind is None else replace(form, numbers=quantised_format(kind, form))
 
     def points(self, found: Callable[[Point], None] = lambda _: None) -> list[Point]:
         """Every combination; `found` is told of each as it comes."""
@@ -167,7 +157,7 @@ class Frontier:
 
     def _compared(self, at: Combination, texts: str, bar: Any) -> Measure:
         here, base = self._found(at, texts, bar), self._found(self._base(at.slots), texts, bar)
-        form = self._formats[at.arm]
+        form = self._formats.get(at.arm)
         return compare(here, base, self._texts[texts].shape, expert_bytes=None if form is None else form.expert_bytes)
 
     def _found(self, at: Combination, texts: str, bar: Any) -> Found:
@@ -243,6 +233,22 @@ def _levers(at: Combination) -> Any:
 
 def _cache(args: FrontierArguments, at: Combination) -> CacheKind:
     return CacheKind(at.slots, at.policy, args.scope)
+
+
+def _formats(args: FrontierArguments, model_dir: str) -> dict[str, ExpertFormat]:
+    """How each arm's experts are stored; none where the engine could not page the checkpoint.
+
+    Raises:
+        UserError: an arm's experts cannot be rounded to what it names.
+    """
+    kinds = {arm: args.experts(arm) for arm in (UNTOUCHED, *args.arms)}
+    try:
+        form = ExpertStore(model_dir).format
+    except UserError:
+        if any(kinds.values()):
+            raise
+        return {}
+    return {arm: replace(form, numbers=quantised_format(kind, form)) if kind else form for arm, kind in kinds.items()}
 
 
 @contextmanager

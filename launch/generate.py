@@ -102,6 +102,7 @@ def result_json(result: DecodeResult, engine: Engine) -> dict[str, Any]:
     return {
         "token_ids": result.token_ids,
         "outputs_are_exact": engine.is_exact,
+        "outputs_changed_by": engine.options.changes,
         "swapped": result.stats.swapped,
         "lost_weight": result.stats.lost_weight,
         **{name: getattr(result.stats, name) for name in COUNTED},
@@ -149,10 +150,8 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     console.print(report["text"], markup=False, highlight=False)
     if not report["outputs_are_exact"]:
-        lever = report["config"]["lever"]
-        console.print(
-            f"with the lever {lever}: not the text of the model as it was trained", style="bold", markup=False
-        )
+        said = f"with {report['outputs_changed_by']}: not the text of the model as it was trained"
+        console.print(said, style="bold", markup=False)
     table = Table(show_header=False)
     hit_rate = report["hit_rate"]
     for name, value in {

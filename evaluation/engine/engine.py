@@ -20,7 +20,7 @@ from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, ContextTooLong, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
-from evaluation.engine.options import EngineOptions
+from evaluation.engine.options import PACKED, EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
 from evaluation.engine.slot_kind import READY, STORED
@@ -42,7 +42,7 @@ class Engine:
         dtype: the precision that is computed in.
         options: what the user decided.
         cache: slots and who is in them.
-        is_exact: whether outputs are those of the resident model; False with a lever.
+        is_exact: whether outputs are those of the resident model; False with a lever or packed products.
         slot_kind: what slots hold of an expert, `stored` or `ready`.
         division: what a memory budget is divided into; None if only experts have one.
         kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
@@ -62,7 +62,7 @@ class Engine:
         slot_kind: str = READY,
     ) -> None:
         self.demand, self.dtype, self.cache, self.division = demand, model.dtype, cache, division
-        self.options, self.is_exact = options, options.lever is None
+        self.options, self.is_exact = options, options.changes is None
         self.slot_kind = slot_kind
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
@@ -81,6 +81,7 @@ class Engine:
             ahead=ahead,
             device=device,
             as_stored=slot_kind == STORED,
+            multiplies_packed=options.products == PACKED,
         )
         if division is not None:  # kernels are counted and few are kept; trying would leave hundreds otherwise
             self._memory.fill_rows()

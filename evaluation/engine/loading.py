@@ -62,7 +62,7 @@ def load(
     generation_config = read_generation_config(model_dir)
     dtype = compute_dtype(options.dtype, config=config, store=store)
     check_announced(model_dir, store.format)
-    kinds = possible_kinds(options.slots, store, device)
+    kinds = possible_kinds(options, store, device)
     demands = {kind: _demand(store, config=config, dtype=dtype, kind=kind) for kind in kinds}
     slots = _slots_of_cache(options, demands)  # before anything is loaded, so that too few are refused at once
     in_flight = options.reads_in_flight or reads_in_flight_for(store.shards)

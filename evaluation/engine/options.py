@@ -15,6 +15,7 @@ from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import budget_bytes
 
 SLOTS = ("auto", "stored", "ready")
+EXACT, PACKED = "exact", "packed"
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
 
@@ -47,6 +48,9 @@ class EngineOptions:
     # what the slots of quantised experts hold: stored (their bytes, two to four times as many experts, decoded at every use),
     # ready (matrices to multiply by) or auto
     slots: str = "auto"
+    # packed CHANGES THE LAST BITS: one or two rows are multiplied by quantised experts as they are stored, which decodes no
+    # matrix; exact decodes and gives the resident model's bits
+    products: str = EXACT
     # the precision to compute in: auto (as stored), bfloat16, float16 or float32
     dtype: str = "auto"
     # where to compute: cpu, cuda (slots in its memory; with an expert cache only), or auto (cuda if there is one)
@@ -69,6 +73,12 @@ class EngineOptions:
             raise UserError(f"unknown cache scope {self.cache_scope!r}; known: {', '.join(SCOPES)}")
         if self.slots not in SLOTS:
             raise UserError(f"unknown slots {self.slots!r}; known: {', '.join(SLOTS)}")
+        if self.products not in (EXACT, PACKED):
+            raise UserError(f"unknown products {self.products!r}; known: {EXACT}, {PACKED}")
+        if self.products == PACKED and self.slots == "ready":
+            raise UserError(
+                "products=packed multiplies by what is stored, and slots=ready holds what is decoded; leave one out"
+            )
         at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0)
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError(
@@ -83,3 +93,9 @@ class EngineOptions:
             raise UserError(
                 "a trace holds as many experts for every token, and a lever that drops some leaves fewer; do without one"
             )
+
+    @property
+    def changes(self) -> str | None:
+        """What makes outputs others than the resident model's, as it is named beside them; None: nothing."""
+        packed = "products=packed" if self.products == PACKED else None
+        return ", ".join(filter(None, (self.lever, packed))) or None

@@ -20,6 +20,8 @@ from evaluation.engine.cache.policies import Key
 from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
 from training.model.transformers_internals import batched_linear
 
+PACKED_ROWS = 2
+"""Rows of an expert that are multiplied by packed numbers one by one, where that is allowed; for more it is decoded once."""
 COMBINED_TOKENS = 64
 """Tokens whose weighted rows exist at once, in the wider precision of the weights."""
 
@@ -80,17 +82,24 @@ class GroupedProducts:
         return torch.cat([_weighted_sum(self._out_RH[place_tK.flatten()], part_tK) for place_tK, part_tK in parts])
 
     def _up(self, part: slice, expert: int, slot: int) -> None:
-        matrix = self.memory.gate_up_HJ(slot)
-        out = self._multiply(self._hidden_RH[part], matrix, out=self._gate_up_RJ[part], sizes=self._fill["gate_up"])
+        out = self._product(slot, "gate_up", self._hidden_RH[part], self._gate_up_RJ[part])
         if self._experts.has_bias:
             out.add_(self._experts.gate_up_proj_bias[expert])
 
     def _down(self, part: slice, expert: int, slot: int, activated_RI: Tensor) -> None:
-        matrix = self.memory.down_IH(slot)
-        out = self._multiply(activated_RI, matrix, out=self._out_RH[part], sizes=self._fill["down"])
+        out = self._product(slot, "down", activated_RI, self._out_RH[part])
         self.memory.device.used(slot)
         if self._experts.has_bias:
             out.add_(self._experts.down_proj_bias[expert])
+
+    def _product(self, slot: int, matrix: str, input_RN: Tensor, out_RM: Tensor) -> Tensor:
+        """Rows times a matrix of the expert in `slot`, into `out_RM`, which is returned."""
+        if not self.memory.multiplies_packed or len(input_RN) > PACKED_ROWS:
+            return self._multiply(input_RN, self.memory.matrix(slot, matrix), out=out_RM, sizes=self._fill[matrix])
+        products_RM = out_RM.new_empty(out_RM.shape, dtype=torch.float32)
+        for row_N, out_M in zip(input_RN.float().numpy(), products_RM.numpy(), strict=True):
+            self.memory.multiply(slot, matrix, row_N, out_M)
+        return out_RM.copy_(products_RM)
 
 
 class BatchedProducts:

@@ -13,6 +13,7 @@ import torch
 from configs.load import UserError
 from evaluation.engine.device import Device
 from evaluation.engine.memory.demand import Demand
+from evaluation.engine.options import PACKED, EngineOptions
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.store.bandwidth import calibrated, is_worth_it
 from evaluation.engine.store.experts import ExpertStore
@@ -24,12 +25,16 @@ NOMINAL_RATE = 2**30
 TRIES = 3
 
 
-def possible_kinds(asked: str, store: ExpertStore, device: Device) -> tuple[str, ...]:
+def possible_kinds(options: EngineOptions, store: ExpertStore, device: Device) -> tuple[str, ...]:
     """What slots may hold; a `UserError` if what is asked for cannot be."""
+    asked = STORED if options.products == PACKED else options.slots
     decodes_here = store.format.is_quantised and device.reads_into_slots
     if asked == STORED and not decodes_here:
         why = "they are decoded on the processor" if store.format.is_quantised else "its experts are not quantised"
-        raise UserError(f"{store.model_dir}: slots cannot hold experts as they are stored: {why}; write slots=ready")
+        products = ", products=exact" if options.products == PACKED else ""
+        raise UserError(
+            f"{store.model_dir}: slots cannot hold experts as they are stored: {why}; write slots=ready{products}"
+        )
     if not decodes_here:
         return (READY,)
     return (STORED, READY) if asked == "auto" else (asked,)

@@ -3,7 +3,8 @@
 What a record is, `store/expert_format.py` says. Axes: H hidden, I intermediate, J = 2 I (gate and up).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -15,7 +16,7 @@ from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.reader import Bytes, Span
 from evaluation.engine.store.records import NO_LEADS, Leads, Record, StoredRecord
 from training.model.expert_format import MATRICES
-from training.model.number_formats.formats import PLAIN_DTYPES, Plain
+from training.model.number_formats.formats import PLAIN_DTYPES, Floats, Plain
 from training.model.shards import AGAIN
 
 DECODED = -1
@@ -36,6 +37,7 @@ class SlotMemory:
         passing_slots: numbers of the slots for experts that do not stay, after those of the cache.
         ahead_slots: those for experts that are read ahead, after these.
         converts: whether what is read must be copied before it can be used.
+        multiplies_packed: whether `multiply` is used for few rows, instead of `matrix`.
         filled_rows: of `gate_up` and `down`, how many rows to compute products with, see `filled_rows.py`; holds while torch
             has `filled_for_threads` threads.
     """
@@ -50,8 +52,10 @@ class SlotMemory:
         ahead: int = 0,
         device: Device = HOST,
         as_stored: bool = False,
+        multiplies_packed: bool = False,
     ) -> None:
         form = store.format
+        self.multiplies_packed = multiplies_packed
         assert form.is_quantised or not as_stored, "numbers that are not packed are what is computed with"
         self._store, self.dtype, self.device, self._as_stored = store, dtype, device, as_stored
         ready = store.record(dtype.itemsize)
@@ -69,6 +73,7 @@ class SlotMemory:
         self.passing_slots = range(slots, slots + passing)
         self.ahead_slots = range(slots + passing, slots + passing + ahead)
         self._first_landing = slots if self.converts else 0
+        self._packed_views: dict[tuple[int, str], list[tuple[dict[str, Bytes], slice]]] = {}  # long to make, too
         self._held: dict[int, tuple[int, int]] = {}  # slot -> layer id and expert that were read into it last
         self.filled_rows, self.filled_for_threads = NOT_FILLED, 0
 
@@ -145,21 +150,39 @@ class SlotMemory:
 
     def _decode(self, slot: int, place: int, matrix: str, into: torch.Tensor) -> torch.Tensor:
         """Fill `into`, a right-hand side, with what lies packed in a place of the records that are read into; returns it."""
-        form, row = self._store.format, 0
-        for role in form.roles:
-            if (role == "down") != (matrix == "down"):
-                continue
-            stored = {
-                part.ending: self._landing.part(place, name) for name, part in form.parts.items() if part.role == role
-            }
-            rows = form.stored_shape(role)[0]
-            try:
-                form.numbers.decode(stored, into.T[row : row + rows])
-            except ValueError as error:
-                layer, expert = self._held[slot]
-                raise UserError(f"layer {layer} expert {expert}: {error}; {AGAIN}") from error
-            row += rows
+        by_output = into.T
+        for stored, rows in self._packed(place, matrix):
+            with self._told(slot):
+                self._store.format.numbers.decode(stored, by_output[rows])
         return into
+
+    def multiply(self, slot: int, matrix: str, row: Floats, out: Floats) -> None:
+        """Fill `out` with what `row` [columns] gives with the packed numbers in `slot`, which stay as they are stored."""
+        for stored, rows in self._packed(slot, matrix):
+            with self._told(slot):
+                self._store.format.numbers.multiply(stored, row, out[rows])
+
+    @contextmanager
+    def _told(self, slot: int) -> Iterator[None]:
+        """What is wrong with stored numbers, by whose they are."""
+        try:
+            yield
+        except ValueError as error:
+            layer, expert = self._held[slot]
+            raise UserError(f"layer {layer} expert {expert}: {error}; {AGAIN}") from error
+
+    def _packed(self, place: int, matrix: str) -> list[tuple[dict[str, Bytes], slice]]:
+        """What lies in a place of the records that are read into, role by role, and which rows of the matrix it is."""
+        where = self._landing.place_of(place), matrix
+        if where not in self._packed_views:
+            form, row, found = self._store.format, 0, []
+            for role in form.roles:
+                if (role == "down") == (matrix == "down"):
+                    parts = {part.ending: name for name, part in form.parts.items() if part.role == role}
+                    stored = {ending: self._landing.part(place, name) for ending, name in parts.items()}
+                    found.append((stored, slice(row, row := row + form.stored_shape(role)[0])))
+            self._packed_views[where] = found
+        return self._packed_views[where]
 
 
 class _Records:
@@ -191,6 +214,10 @@ class _Records:
                 matrix = self._raw[start : start + length].view(self._dtype).view(self._record.format.shape(role))
                 self._matrices[where] = matrix if self._record.format.transposed else matrix.T
         return self._matrices[where]
+
+    def place_of(self, slot: int) -> int:
+        """Where a slot lies, counted in records."""
+        return self._place[slot]
 
     def part(self, slot: int, part: str) -> Bytes:
         """What is stored of the expert in `slot`, and in which part."""

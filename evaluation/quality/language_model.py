@@ -237,6 +237,7 @@ class PagedLM(BatchedLM):
             "token_demand_bytes": engine.token_demand_bytes,
             "is_exact": engine.is_exact,
             "lever": engine.options.lever,
+            "products": engine.options.products,
             "largest_batch": self.batch_sizes.get("largest"),
             "hit_rate": stats.hit_rate,
             "bytes_read": stats.bytes_read_by_phase,

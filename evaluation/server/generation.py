@@ -67,8 +67,8 @@ class Generator:
             if self.controller is not None:
                 self.controller.request_done()  # also of a job that was broken off: it forgets what is old
         after = self.engine.stats()
-        lever = {"lever": self.engine.options.lever, "swapped": after.swapped - before.swapped}
-        remoe = {**_engine_figures(before, after), **clock.figures(), **({} if self.engine.is_exact else lever)}
+        changes = {"changed_by": self.engine.options.changes, "swapped": after.swapped - before.swapped}
+        remoe = {**_engine_figures(before, after), **clock.figures(), **({} if self.engine.is_exact else changes)}
         done = Done(job.work.prompt_tokens, tokens, self._found_tokens() - found_before, remoe)
         self.metrics.request_done(done, tpot_seconds=clock.tpot_seconds)
         return done

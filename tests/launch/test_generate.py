@@ -109,7 +109,7 @@ def test_a_text_that_a_lever_changed_says_so(
     main([*given, "--output", str(tmp_path / "exact.json")])
     assert "lever" not in capsys.readouterr().out
     main([*given, "--output", str(tmp_path / "levered.json"), "--lever", "prior:delta=0.5"])
-    assert "with the lever prior:delta=0.5: not the text of the model as it was trained" in capsys.readouterr().out
+    assert "with prior:delta=0.5: not the text of the model as it was trained" in capsys.readouterr().out
     exact, levered = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("exact", "levered"))
     assert (exact["outputs_are_exact"], levered["outputs_are_exact"]) == (True, False)
     assert (exact["swapped"], exact["lost_weight"]) == (0, 0.0)

@@ -20,7 +20,6 @@ from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
 from training.model.lazy_weights import StaysOnMeta, lazy_slices, load_slices, quantisation_of, read_config
 from training.model.number_formats.formats import STORED_DTYPES, as_tensor
-from training.model.number_formats.kernels import by_matrices
 from training.model.quantising import quantised_format
 from training.model.shards import AGAIN, StoredTensor, read_index
 
@@ -60,16 +59,9 @@ class PackedMatrices(nn.Module):
         if not self.by_loops(out):
             out.copy_(self._form.numbers.values({ending: tensor[some] for ending, tensor in packed.items()}))
             return
-
-        def decode(first: int, end: int) -> None:
-            for place in range(first, end):
-                expert = chosen[place]
-                stored = {
-                    ending: tensor[expert].flatten().view(torch.uint8).numpy() for ending, tensor in packed.items()
-                }
-                self._form.numbers.decode(stored, out[place])
-
-        by_matrices(decode, len(chosen), out.shape[1] * out.shape[2])
+        for place, expert in enumerate(chosen):
+            stored = {ending: tensor[expert].flatten().view(torch.uint8).numpy() for ending, tensor in packed.items()}
+            self._form.numbers.decode(stored, out[place])
 
     @staticmethod
     def by_loops(out: Tensor) -> bool:

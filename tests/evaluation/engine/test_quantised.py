@@ -174,8 +174,48 @@ def test_slots_of_an_accelerator_are_filled_with_decoded_matrices(quantised: Qua
         assert here.down_IH(slot).any()
     assert beside.passing_bytes > here.passing_bytes
     with pytest.raises(UserError, match="they are decoded on the processor; write slots=ready"):
-        possible_kinds("stored", store, Beside())
-    assert possible_kinds("auto", store, Beside()) == ("ready",)
+        possible_kinds(EngineOptions("30%", slots="stored"), store, Beside())
+    with pytest.raises(UserError, match="they are decoded on the processor; write slots=ready, products=exact"):
+        possible_kinds(EngineOptions("30%", products="packed"), store, Beside())
+    assert possible_kinds(EngineOptions("30%"), store, Beside()) == ("ready",)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_packed_products_change_no_more_than_last_bits_and_need_no_decoded_matrix(
+    quantised: Quantised, family: str, kind: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantised(family, kind)
+    with paged(folder, 8, "stored") as (model, engine):
+        assert engine.is_exact
+        exact = generated(model, batch=batch)
+    decodes: list[int] = []
+    decode = SlotMemory._decode
+    monkeypatch.setattr(SlotMemory, "_decode", lambda self, *given: decodes.append(1) or decode(self, *given))
+    with load(folder, EngineOptions("30%", products="packed")) as (model, engine):
+        assert (engine.is_exact, engine.slot_kind, engine.options.changes) == (False, "stored", "products=packed")
+        packed = generated(model, batch=batch)
+        with torch.inference_mode():
+            decodes.clear()
+            cache = model(torch.randint(2, 258, (batch, 20)), use_cache=True).past_key_values
+            assert decodes, "a prompt has many rows"
+            decodes.clear()
+            model(torch.arange(5, 5 + batch)[:, None], past_key_values=cache, use_cache=True)
+            assert not decodes
+    assert torch.equal(packed[0][:, 20], exact[0][:, 20])
+    assert (packed[1][:2] - exact[1][:2]).abs().max() < 0.02 * exact[1][:2].abs().max()
+
+
+def test_packed_products_need_packed_numbers(checkpoint: Checkpoint) -> None:
+    with (
+        pytest.raises(UserError, match="experts are not quantised; write slots=ready, products=exact"),
+        load(checkpoint("olmoe"), EngineOptions("30%", products="packed")),
+    ):
+        pass
+    with pytest.raises(UserError, match="products=packed multiplies by what is stored, and slots=ready"):
+        EngineOptions("30%", products="packed", slots="ready")
+    with pytest.raises(UserError, match="unknown products 'fast'; known: exact, packed"):
+        EngineOptions("30%", products="fast")
 
 
 @pytest.mark.parametrize("slots", ["stored", "ready"])

@@ -200,10 +200,10 @@ def test_each_answer_says_what_the_engine_did_for_it(served: Served) -> None:
 def test_an_answer_that_a_lever_changed_says_so(chat_model: Path, served: Served) -> None:
     options: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     exact = served.client.completions.create(model=served.name, **options)
-    assert "lever" not in exact.model_extra["remoe"]
+    assert "changed_by" not in exact.model_extra["remoe"]
     with serve(chat_model, memory=("--expert-cache", "30%", "--lever", "prior:delta=0.5")) as levered:
         remoe = levered.client.completions.create(model=levered.name, **options).model_extra["remoe"]
-    assert remoe["lever"] == "prior:delta=0.5"
+    assert remoe["changed_by"] == "prior:delta=0.5"
     assert remoe["swapped"] > 0
 
 

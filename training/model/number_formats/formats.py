@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 PLAIN_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions in which weights can be computed with, by the names that safetensors has for them."""
 STORED_DTYPES = {
@@ -62,6 +63,13 @@ class NumberFormat(Protocol):
             ValueError: a scale is no finite number.
         """
 
+    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+        """Fill `out` [rows] with the products of the matrix and `row` [columns], added up in float32.
+
+        Raises:
+            ValueError: a scale is no finite number.
+        """
+
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The same numbers by torch, on any device, of matrices that may be stacked: [..., rows, columns].
 
@@ -89,6 +97,9 @@ class Plain:
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         out.copy_(as_tensor(stored[""], self.dtype).view(out.shape))
 
+    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+        multiply_values(self, stored, row, out)
+
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         return stored[""]
 
@@ -105,6 +116,12 @@ def as_tensors(numbers: NumberFormat, stored: Mapping[str, Bytes], rows: int, co
     """The bytes of a matrix as the tensors that it is stored as."""
     of = numbers.tensors(rows, columns)
     return {ending: as_tensor(stored[ending], one.dtype).view(one.shape) for ending, one in of.items()}
+
+
+def multiply_values(numbers: NumberFormat, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+    """What `multiply` does, slowly, for any format."""
+    matrix = numbers.values(as_tensors(numbers, stored, len(out), len(row))).float()
+    torch.mv(matrix, torch.from_numpy(row), out=torch.from_numpy(out))
 
 
 @contextmanager

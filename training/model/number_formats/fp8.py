@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from training.model.number_formats.formats import (
     PLAIN_DTYPES,
     Bytes,
+    Floats,
     Stored,
     as_tensor,
     as_tensors,
     halves,
     rounds_to_bfloat16,
 )
-from training.model.number_formats.kernels import by_rows, fp8_rows
+from training.model.number_formats.kernels import by_rows, fp8_rows, fp8_rows_in_parts
+from training.model.number_formats.row_products import fp8_product, fp8_product_in_parts
 
 LARGEST = 448.0
 
@@ -60,15 +61,23 @@ class Fp8:
 
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         rows, columns = out.shape
-        high, wide = self.block[0] or rows, self.block[1] or columns
-        scales = as_tensor(stored[self.ending], self.scale_dtype).float().view(rows // high, columns // wide)
-        if not scales.isfinite().all():
-            raise ValueError(f"a scale of {self.name} is no finite number")
+        given = self._given(stored, rows, columns)
         if rounds_to_bfloat16(out):
-            codes = stored[""].reshape(rows, columns)
-            by_rows(fp8_rows, rows, columns, codes, _value_of_code(), scales.numpy(), high, halves(out))
+            by_rows(fp8_rows, fp8_rows_in_parts, rows, columns, *given, halves(out))
         else:
             out.copy_(self.values(as_tensors(self, stored, rows, columns)))
+
+    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+        rows, columns = len(out), len(row)
+        by_rows(fp8_product, fp8_product_in_parts, rows, columns, *self._given(stored, rows, columns), row, out)
+
+    def _given(self, stored: Mapping[str, Bytes], rows: int, columns: int) -> tuple[Bytes, Floats, Floats, int]:
+        """Codes, what each stands for, scales and how many rows share one: what compiled loops are given."""
+        high, wide = self.block[0] or rows, self.block[1] or columns
+        scales = as_tensor(stored[self.ending], self.scale_dtype).float().numpy().reshape(rows // high, columns // wide)
+        if not np.isfinite(scales).all():
+            raise ValueError(f"a scale of {self.name} is no finite number")
+        return stored[""].reshape(rows, columns), _value_of_code(), scales, high
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         numbers, scales = stored[""].float(), stored[self.ending].float()
@@ -89,5 +98,5 @@ class Fp8:
 
 
 @cache
-def _value_of_code() -> npt.NDArray[np.float32]:
+def _value_of_code() -> Floats:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()

@@ -1,29 +1,25 @@
 """Compiled loops that turn stored numbers into bfloat16, rounded to nearest, ties to even.
 
-Each works on the rows `first` to `end` of a matrix; `by_rows` shares them out among as many threads as torch has.
+Each works on the rows `first` to `end` of a matrix, and as `..._in_parts` on all of them, shared out among threads.
 Loops are written so that the compiler makes vectors of them: types are named at every step, since numba would widen them.
 Axes: N rows, K columns, G blocks of a row that share a scale, B bytes of a row, W words of 8 bytes.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from training.model.compiled import compiled, inlined
+from training.model.compiled import compiled, compiled_in_parts, inlined, threads_to_share
 
 Codes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.uint16]
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
-ALONE_NUMBERS = 2**22
-"""A smaller matrix is not worth another thread: torch's own wait for their next turn spinning, and beside them it takes a tenth
-of a millisecond to begin (96 experts of 1.6 M numbers of MXFP4 a token, 2 cores: 40 to 48 ms with, 30 to 33 without)."""
+SHARED_NUMBERS = 2**16
+"""A smaller matrix is decoded by one thread: some ten microseconds, as long as it takes to share it out."""
 TILE_ROWS = 512
 """Rows that are written column by column, so that whole cache lines are."""
 HALF = np.uint32(126 << 7)
@@ -31,29 +27,28 @@ HALF = np.uint32(126 << 7)
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="decoder")
+def by_rows(loop: Callable[..., None], in_parts: Callable[..., None], rows: int, columns: int, *given: Any) -> None:
+    """Run a loop over all rows of a matrix, `in_parts` if it is large enough to be shared out."""
+    threads = threads_to_share() if rows * columns >= SHARED_NUMBERS else 1
+    if threads > 1:
+        in_parts(threads, *given)
+    else:
+        loop(*given, 0, rows)
 
 
-def by_rows(loop: Callable[..., None], rows: int, columns: int, *given: Any) -> None:
-    """Run a loop over all rows of a matrix."""
-    threads = torch.get_num_threads() if rows * columns >= ALONE_NUMBERS else 1
-    _in_parts(partial(loop, *given), [rows * part // threads // 8 * 8 for part in range(threads)] + [rows])
+@inlined
+def part_of(part: int, parts: int, rows: int) -> tuple[int, int]:
+    """First row and end of one of so many parts, which begin at multiples of 8."""
+    return rows * part // parts // 8 * 8, rows if part == parts - 1 else rows * (part + 1) // parts // 8 * 8
 
 
-def by_matrices(work: Callable[[int, int], None], matrices: int, numbers: int) -> None:
-    """Do `work` on all matrices of so many numbers, from one to another: on some in every thread where a matrix has one alone."""
-    threads = min(matrices, torch.get_num_threads()) if numbers < ALONE_NUMBERS else 1
-    _in_parts(work, [matrices * part // max(1, threads) for part in range(max(1, threads))] + [matrices])
-
-
-def _in_parts(work: Callable[[int, int], None], cuts: Sequence[int]) -> None:
-    own, *others = pairwise(cuts)
-    started = [_pool(len(others)).submit(work, *part) for part in others]
-    work(*own)
-    for one in started:
-        one.result()
+@compiled
+def all_within(codes: Codes, least: int, largest: int) -> bool:
+    """Whether all of a flat array are."""
+    found = True
+    for code in codes:
+        found &= (code >= least) & (code <= largest)
+    return found
 
 
 @compiled
@@ -70,6 +65,14 @@ def mxfp4_rows(blocks_NB: Codes, scales_NG: Codes, out_NB: npt.NDArray[np.uint32
                 low_bits = U32(0) if low == 0 else low_bits & 0x7FFF
                 high_bits = U32(0) if high == 0 else high_bits & 0x7FFF
                 out_NB[n, 16 * g + b] = low_bits | ((x & 8) << 12) | (high_bits << 16) | ((x & 128) << 24)
+
+
+@compiled_in_parts
+def mxfp4_rows_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_NB: npt.NDArray[np.uint32]) -> None:
+    """The same, by so many threads."""
+    for part in numba.prange(parts):
+        first, end = part_of(part, parts, len(blocks_NB))
+        mxfp4_rows(blocks_NB, scales_NG, out_NB, first, end)
 
 
 @compiled
@@ -89,6 +92,14 @@ def mxfp4_columns(blocks_NW: Words, scales_NG: Codes, out_KN: Halves, first: int
                 k = 32 * g + 2 * b
                 _mxfp4_nibbles(tile_BN[b, :rows], U16(0), add_N, out_KN[k, start : start + rows])
                 _mxfp4_nibbles(tile_BN[b, :rows], U16(4), add_N, out_KN[k + 1, start : start + rows])
+
+
+@compiled_in_parts
+def mxfp4_columns_in_parts(parts: int, blocks_NW: Words, scales_NG: Codes, out_KN: Halves) -> None:
+    """The same, by so many threads."""
+    for part in numba.prange(parts):
+        first, end = part_of(part, parts, len(blocks_NW))
+        mxfp4_columns(blocks_NW, scales_NG, out_KN, first, end)
 
 
 @compiled
@@ -151,12 +162,22 @@ def fp8_rows(
     for n in range(first, end):
         for g in range(blocks):
             part = slice(g * width, (g + 1) * width)
-            _looked_up(codes_NK[n, part], value, scales[n // block_rows, g], row_K[part])
+            looked_up(codes_NK[n, part], value, scales[n // block_rows, g], row_K[part])
         _rounded(row_K.view(np.uint32), out_NK[n])
 
 
+@compiled_in_parts
+def fp8_rows_in_parts(
+    parts: int, codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, out_NK: Halves
+) -> None:
+    """The same, by so many threads."""
+    for part in numba.prange(parts):
+        first, end = part_of(part, parts, len(codes_NK))
+        fp8_rows(codes_NK, value, scales, block_rows, out_NK, first, end)
+
+
 @compiled
-def _looked_up(codes: Codes, value: Floats, scale: np.float32, out: Floats) -> None:
+def looked_up(codes: Codes, value: Floats, scale: np.float32, out: Floats) -> None:
     for k in range(len(codes)):
         out[k] = value[codes[k]] * scale
 
@@ -179,11 +200,21 @@ def packed_rows(
         if len(zeros) > 1:
             _spread(zeros[n], zero_K)
         if bits == 4:
-            _nibbles(packed_NB[n], codes_K.view(np.uint16))
+            nibbles(packed_NB[n], codes_K.view(np.uint16))
             _shifted(codes_K, zero_K, scale_K, row_K)
         else:
             _shifted(packed_NB[n], zero_K, scale_K, row_K)
         _rounded(row_K.view(np.uint32), out_NK[n])
+
+
+@compiled_in_parts
+def packed_rows_in_parts(
+    parts: int, packed_NB: Codes, bits: int, zeros: Floats, scales_NG: Floats, out_NK: Halves
+) -> None:
+    """The same, by so many threads."""
+    for part in numba.prange(parts):
+        first, end = part_of(part, parts, len(packed_NB))
+        packed_rows(packed_NB, bits, zeros, scales_NG, out_NK, first, end)
 
 
 @compiled
@@ -197,7 +228,7 @@ def _spread(each_G: Floats, out_K: Floats) -> None:
 
 
 @compiled
-def _nibbles(packed_B: Codes, out_B: Halves) -> None:
+def nibbles(packed_B: Codes, out_B: Halves) -> None:
     """Each byte's two halves as two bytes."""
     for b in range(len(packed_B)):
         x = U16(packed_B[b])

@@ -11,8 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model.number_formats.formats import Bytes, Stored, as_tensors, halves, in_bfloat16
-from training.model.number_formats.kernels import by_rows, mxfp4_columns, mxfp4_rows
+from training.model.number_formats.formats import (
+    Bytes,
+    Floats,
+    Stored,
+    as_tensors,
+    halves,
+    in_bfloat16,
+    multiply_values,
+)
+from training.model.number_formats.kernels import (
+    all_within,
+    by_rows,
+    mxfp4_columns,
+    mxfp4_columns_in_parts,
+    mxfp4_rows,
+    mxfp4_rows_in_parts,
+)
+from training.model.number_formats.row_products import mxfp4_product, mxfp4_product_in_parts
 
 BLOCK = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -50,16 +66,35 @@ class Mxfp4:
         rows, columns = out.shape
         codes, scales = (stored[ending] for ending in self._endings)
         codes_NB, scales_NG = codes.reshape(rows, columns // 2), scales.reshape(rows, columns // BLOCK)
-        least, largest = scales.min(), scales.max()
-        if largest == NO_NUMBER:
-            raise ValueError(f"a scale of {self.name} is {NO_NUMBER}, which is no number")
-        if least not in NORMAL_SCALES or largest not in NORMAL_SCALES:
+        if not self._are_normal(scales):
             out.copy_(self.values(as_tensors(self, stored, rows, columns)))
         elif out.dtype == torch.bfloat16 and out.T.is_contiguous() and rows % 8 == 0:
-            by_rows(mxfp4_columns, rows, columns, codes_NB.view(np.uint64), scales_NG, halves(out.T))
+            by_rows(
+                mxfp4_columns, mxfp4_columns_in_parts, rows, columns, codes_NB.view(np.uint64), scales_NG, halves(out.T)
+            )
         else:
             with in_bfloat16(out) as rounded:  # which has all these numbers
-                by_rows(mxfp4_rows, rows, columns, codes_NB, scales_NG, halves(rounded).view(np.uint32))
+                by_rows(
+                    mxfp4_rows, mxfp4_rows_in_parts, rows, columns, codes_NB, scales_NG, halves(rounded).view(np.uint32)
+                )
+
+    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+        rows, columns = len(out), len(row)
+        codes, scales = (stored[ending] for ending in self._endings)
+        if not self._are_normal(scales):
+            multiply_values(self, stored, row, out)
+            return
+        codes_NB, scales_NG = codes.reshape(rows, columns // 2), scales.reshape(rows, columns // BLOCK)
+        even, odd = (np.ascontiguousarray(row[start::2]) for start in range(2))
+        by_rows(mxfp4_product, mxfp4_product_in_parts, rows, columns, codes_NB, scales_NG, even, odd, out)
+
+    def _are_normal(self, scales: Bytes) -> bool:
+        """Whether they are what the compiled loops are for; a `ValueError` if one is no number."""
+        if all_within(scales, NORMAL_SCALES[0], NORMAL_SCALES[-1]):
+            return True
+        if scales.max() == NO_NUMBER:
+            raise ValueError(f"a scale of {self.name} is {NO_NUMBER}, which is no number")
+        return False
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         codes, scales = (stored[ending] for ending in self._endings)

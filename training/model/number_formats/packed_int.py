@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.model.number_formats.formats import (
     PLAIN_DTYPES,
     Bytes,
+    Floats,
     Stored,
     as_tensor,
     as_tensors,
@@ -16,7 +18,8 @@ from training.model.number_formats.formats import (
     in_bfloat16,
     rounds_to_bfloat16,
 )
-from training.model.number_formats.kernels import by_rows, packed_rows
+from training.model.number_formats.kernels import by_rows, packed_rows, packed_rows_in_parts
+from training.model.number_formats.row_products import packed_product, packed_product_in_parts
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,26 @@ class PackedInt:
 
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         rows, columns = out.shape
-        group = self.group or columns
-        scales_NG = as_tensor(stored["_scale"], self.scale_dtype).view(rows, columns // group)
-        if not scales_NG.isfinite().all():
-            raise ValueError(f"a scale of {self.name} is no finite number")
+        given = self._given(stored, rows, columns)
         if self.scale_dtype != "BF16" and not (self.scale_dtype == "F32" and rounds_to_bfloat16(out)):
             out.copy_(self.values(as_tensors(self, stored, rows, columns)))
             return
-        zeros_NG = self._zeros(as_tensors(self, stored, rows, columns), rows).float().numpy()
-        packed_NB = stored["_packed"].reshape(rows, columns * self.bits // 8)
         with in_bfloat16(out) as rounded:  # as scales in bfloat16 make others round to it
-            by_rows(
-                packed_rows, rows, columns, packed_NB, self.bits, zeros_NG, scales_NG.float().numpy(), halves(rounded)
-            )
+            by_rows(packed_rows, packed_rows_in_parts, rows, columns, *given, halves(rounded))
+
+    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+        rows, columns = len(out), len(row)
+        given = self._given(stored, rows, columns)
+        by_rows(packed_product, packed_product_in_parts, rows, columns, *given, row, out)
+
+    def _given(self, stored: Mapping[str, Bytes], rows: int, columns: int) -> tuple[Bytes, int, Floats, Floats]:
+        """Codes, their bits, zeros and scales: what compiled loops are given."""
+        group = self.group or columns
+        scales_NG = as_tensor(stored["_scale"], self.scale_dtype).float().numpy().reshape(rows, columns // group)
+        if not np.isfinite(scales_NG).all():
+            raise ValueError(f"a scale of {self.name} is no finite number")
+        zeros_NG = self._zeros(as_tensors(self, stored, rows, columns), rows).float().numpy()
+        return stored["_packed"].reshape(rows, columns * self.bits // 8), self.bits, zeros_NG, scales_NG
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         codes, scales = self._codes(stored["_packed"]).float(), stored["_scale"]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -142,16 +143,54 @@ def test_a_scale_that_is_no_number_is_told(numbers: NumberFormat) -> None:
         scales.view(-1)[-1] = torch.inf
     with pytest.raises(ValueError, match=r"a scale of .* no (finite )?number"):
         decoded(numbers, stored, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"a scale of .* no (finite )?number"):
+        multiplied(numbers, stored, np.ones(COLUMNS, dtype=np.float32))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("numbers", FORMATS[1:], ids=repr)
 def test_threads_change_nothing(numbers: NumberFormat, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = drawn(numbers)
-    alone = decoded(numbers, stored, torch.bfloat16, transposed=transposed)
-    monkeypatch.setattr(kernels, "ALONE_NUMBERS", 1)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    row = np.random.default_rng(0).standard_normal(COLUMNS, dtype=np.float32)
+    alone, product = decoded(numbers, stored, torch.bfloat16, transposed=transposed), multiplied(numbers, stored, row)
+    shared: list[int] = []
+    monkeypatch.setattr(kernels, "SHARED_NUMBERS", 1)
+    monkeypatch.setattr(kernels, "threads_to_share", lambda: shared.append(3) or 3)
     assert torch.equal(decoded(numbers, stored, torch.bfloat16, transposed=transposed), alone)
+    assert (multiplied(numbers, stored, row) == product).all()
+    assert shared, "parts were made"
+
+
+def multiplied(numbers: NumberFormat, stored: dict[str, Tensor], row: npt.NDArray[np.float32]) -> Any:
+    out = np.full(ROWS, 7, dtype=np.float32)
+    numbers.multiply(as_bytes(stored), row, out)
+    return out
+
+
+@pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)
+def test_products_are_those_of_the_decoded_matrix_but_for_the_last_bits(numbers: NumberFormat) -> None:
+    stored = drawn(numbers)
+    row = np.random.default_rng(1).standard_normal(COLUMNS, dtype=np.float32)
+    matrix = decoded(numbers, stored, torch.float32).double()
+    expected, found = matrix @ torch.from_numpy(row).double(), torch.from_numpy(multiplied(numbers, stored, row))
+    scales_round = (
+        isinstance(numbers, PackedInt) and numbers.scale_dtype != "F32"
+    )  # as they are defined; products do not
+    allowed = (2**-8 if scales_round else 1e-6) * (matrix.abs() @ torch.from_numpy(abs(row)).double())
+    assert ((found - expected).abs() <= allowed).all()
+    assert expected.abs().min() > 0
+
+
+@pytest.mark.parametrize("scale", [0, 1, 2, 252])
+def test_products_with_scales_at_both_ends_of_mxfp4(scale: int) -> None:
+    numbers = Mxfp4(is_gpt_oss=True)
+    stored = drawn(numbers)
+    stored["_scales"][:, 1] = scale
+    row = np.full(COLUMNS, 1e-3, dtype=np.float32)
+    row[32:64] = 2.0 ** (126 - scale) if scale > 100 else 2.0**100
+    matrix, row_K = decoded(numbers, stored, torch.float32).double(), torch.from_numpy(row).double()
+    wrong = torch.from_numpy(multiplied(numbers, stored, row)) - matrix @ row_K
+    assert (wrong.abs() <= 1e-6 * (matrix.abs() @ row_K)).all()
 
 
 def test_rows_of_several_tiles_and_odd_numbers_of_rows() -> None:

@@ -5,13 +5,14 @@ What the routing is like is measured on the finished checkpoint, by the engine, 
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from configs.checks import at_least
 from configs.command import parse
@@ -20,10 +21,13 @@ from configs.load import UserError
 from configs.sizes import parse_size, readable
 from data.corpus import DOMAINS, EMBEDDED
 from evaluation.benchmark.made_model.made_checkpoint import MISS_SHARES, Recipe, measure, weight_bytes, write_checkpoint
+from evaluation.benchmark.made_model.shaped_checkpoint import ShapedModel, write_shaped
 from evaluation.benchmark.made_model.synthetic import Shape
 from training.model.loading import load_tokenizer
+from training.model.quantising import Kind
 
 CONTEXT_TOKENS = 4096
+SIZES = {"size", "layers", "hidden", "experts", "top_k", "intermediate", "shared_intermediate", "dtype"}
 INTERMEDIATE_STEP = 64  # as in every model in the field; matrices are then whole pages, see `remoe pack`
 
 
@@ -33,13 +37,19 @@ class MakeModel:
     unpopular experts, and experts chosen again soon, as often as --eor says.
 
     One expert has 3 x hidden x intermediate weights; without --intermediate it is chosen so that all weights fill --size.
+    With --shape the names, shapes and formats are those of any model, to see what it takes of a machine before it is fetched.
 
     examples:
+      remoe make-model --shape config.json --output runs/models/olmoe
       remoe make-model --output runs/models/mid
       remoe make-model --output runs/models/small --size 256MiB --layers 6 --hidden 512 --experts 32 --top-k 4 --eor 0.4
     """
 
     output: str  # a new folder; it appears when all is done
+    # a config.json, or a folder with one (its tokenizer is used if it has one): a model of that shape instead, quantised as it
+    # says; which experts are chosen depends on tokens alone, some more often than others
+    shape: str | None = None
+    expert_format: Kind | None = None  # with shape: mxfp4, fp8, int4 or int8, whatever the config.json says
     size: str = "2.5GiB"  # of all weights; decides --intermediate
     layers: int = 12  # all of them with experts
     hidden: int = 1024  # a multiple of 128
@@ -61,6 +71,11 @@ class MakeModel:
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed {self.seed} is out of range; write a number from 0 to {2**31 - 1}")
         at_least(self, check_tokens=0, intermediate=1)
+        sizes = [f.name for f in fields(self) if f.name in SIZES and getattr(self, f.name) != f.default]
+        if self.shape is not None and sizes:
+            raise UserError(f"--shape says all sizes; leave --{sizes[0].replace('_', '-')} out")
+        if self.shape is None and self.expert_format is not None:
+            raise UserError("--expert-format is for --shape; make the model, then write `remoe pack --experts`")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,15 +85,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(command.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists already; name a new folder, or remove it first")
-    tokenizer = load_tokenizer(str(EMBEDDED / "tokenizer"))
-    recipe = _recipe(command, len(tokenizer))
     with folder_aside(output) as aside:
-        _check_room(aside, weight_bytes(recipe.shape, recipe.dtype))
-        made = write_checkpoint(aside, recipe, tokenizer)
+        made, tokenizer = (_write if command.shape is None else _write_shaped)(command, aside)
         made["measured"] = measure(aside, tokenizer, new_tokens=command.check_tokens)
         write_json(aside / "made.json", made)
         (aside / "README.md").write_text(_readme(made), encoding="utf-8")
     _print(output, made)
+
+
+def _write(command: MakeModel, aside: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(str(EMBEDDED / "tokenizer"))
+    recipe = _recipe(command, len(tokenizer))
+    _check_room(aside, weight_bytes(recipe.shape, recipe.dtype))
+    return write_checkpoint(aside, recipe, tokenizer), tokenizer
+
+
+def _write_shaped(command: MakeModel, aside: Path) -> tuple[dict[str, Any], PreTrainedTokenizerBase]:
+    path = Path(command.shape or "")
+    folder = path if path.is_dir() else path.parent
+    if not path.exists() or (path.is_file() and path.name != "config.json"):
+        raise UserError(f"--shape {path} is neither a config.json nor a folder with one")
+    tokenizer = load_tokenizer(str(folder if (folder / "tokenizer.json").is_file() else EMBEDDED / "tokenizer"))
+    model = ShapedModel.of(folder, command.expert_format)
+    if (tokens := model.config.get_text_config().vocab_size) < len(tokenizer):
+        raise UserError(
+            f"{folder}/config.json has {tokens} tokens, and the tokenizer that ships {len(tokenizer)}; put the model's "
+            "tokenizer.json beside it"
+        )
+    _check_room(aside, model.weight_bytes)
+    return write_shaped(aside, model, tokenizer, eor=command.eor, seed=command.seed), tokenizer
 
 
 def _recipe(command: MakeModel, vocabulary: int) -> Recipe:

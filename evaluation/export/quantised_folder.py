@@ -59,23 +59,7 @@ class _Matrices:
 
     def written(self) -> list[StoredTensor]:
         """What takes its place, in the order in which it is written."""
-        *stacked, rows, columns = self.tensor.shape
-        shape = (columns, rows) if self.is_transposed else (rows, columns)
-        found = {
-            ending: Stored(dtype, (*stacked, *each)) for ending, (dtype, each) in self.numbers.tensors(*shape).items()
-        }
-        if isinstance(self.numbers, PackedInt):
-            found["_shape"] = Stored("I64", (2,))
-        return [
-            replace(
-                self.tensor,
-                name=self.tensor.name + ending,
-                dtype=one.dtype,
-                shape=one.shape,
-                length_bytes=one.length_bytes,
-            )
-            for ending, one in found.items()
-        ]
+        return written_as(self.tensor, self.numbers, is_transposed=self.is_transposed)
 
     def encoded(self) -> Iterator[Tensor]:
         """The same, matrix by matrix: the numbers of all first, then their scales."""
@@ -90,6 +74,19 @@ class _Matrices:
             yield from each
         if isinstance(self.numbers, PackedInt):
             yield torch.tensor(self.tensor.shape)
+
+
+def written_as(tensor: StoredTensor, numbers: NumberFormat, *, is_transposed: bool) -> list[StoredTensor]:
+    """What takes the place of a tensor of experts; `is_transposed`: in the model, and as it was stored."""
+    *stacked, rows, columns = tensor.shape
+    shape = (columns, rows) if is_transposed else (rows, columns)
+    found = {ending: Stored(dtype, (*stacked, *each)) for ending, (dtype, each) in numbers.tensors(*shape).items()}
+    if isinstance(numbers, PackedInt):
+        found["_shape"] = Stored("I64", (2,))
+    return [
+        replace(tensor, name=tensor.name + ending, dtype=one.dtype, shape=one.shape, length_bytes=one.length_bytes)
+        for ending, one in found.items()
+    ]
 
 
 def _write_shard(shard: Path, target: Path, store: ExpertStore, numbers: NumberFormat) -> None:

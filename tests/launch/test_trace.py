@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,11 +86,27 @@ def test_command_writes_a_trace_that_can_be_read(
         "--max-length",
         "40",
     ]
+    capsys.readouterr()  # what making the model said
     assert run(trace_module.main, arguments) == 0
     trace = read_trace(out, num_experts=8)
     printed = json.loads(capsys.readouterr().out)
     assert printed["n_tokens"] == trace.tokens
     assert printed["chance_reuse_rate"] == trace.top_k / trace.num_experts
+
+
+def test_a_budget_changes_nothing_of_what_is_traced(
+    model_dir: MakeModelDir, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(model_dir("qwen2_moe")), "--text-file", str(text), "--max-length", "40"]
+    printed: list[Any] = []
+    capsys.readouterr()  # what making the model said
+    for name, budget in (("all", []), ("paged", ["--expert-cache", "30%"]), ("both", ["--memory-budget", "1GiB"])):
+        trace_module.main([*given, "--output", str(tmp_path / f"{name}.csv"), *budget])
+        printed.append(json.loads(capsys.readouterr().out))
+    assert all(one | {"trace": ""} == printed[0] | {"trace": ""} for one in printed)
+    assert len({(tmp_path / f"{name}.csv").read_text() for name in ("all", "paged", "both")}) == 1
+    with pytest.raises(UserError, match="exactly one of expert_cache"):
+        trace_module.main([*given, "--output", "x.csv", "--expert-cache", "30%", "--memory-budget", "1GiB"])
 
 
 def test_nothing_to_trace_is_refused(model_dir: MakeModelDir) -> None:

@@ -12,6 +12,7 @@ from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming
 from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert_and_load_state_dict_in_model
 from transformers.core_model_loading import rename_source_key as rename_source_key
+from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config as unset_hf_deepspeed_config
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import _batched_linear, _default_apply_gate, _grouped_linear

@@ -104,6 +104,11 @@ class Source:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)
 
+    def bytes(self, count: int) -> Tensor:
+        """So many, all values equally likely."""
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=self._generator)
+        return words.view(torch.uint8)[:count]
+
 
 def embeddings(source: Source, shape: Shape) -> Tensor:
     """[V, H]: a random vector in the token part, and the constant."""

@@ -1,11 +1,12 @@
 """The engine's flags, which every command that decodes shares: its options, less those that a command knows itself."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 from torch import Tensor
 
-from evaluation.engine.options import CONTEXT_TOKENS, EngineOptions
+from evaluation.engine.options import AUTO, CONTEXT_TOKENS, EngineOptions
 from training.run_folder.router_delta import load_for
 
 
@@ -13,6 +14,7 @@ from training.run_folder.router_delta import load_for
 class EngineFlags(EngineOptions):
     """Memory, cache and precision of the engine; give exactly one of --expert-cache and --memory-budget."""
 
+    prefetch: int | Literal["auto"] = AUTO
     context_tokens: tyro.conf.Suppress[int] = CONTEXT_TOKENS
     prompt_tokens: tyro.conf.Suppress[int | None] = None
     record_trace: tyro.conf.Suppress[bool] = False

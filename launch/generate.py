@@ -28,7 +28,7 @@ from training.model.loading import load_tokenizer, local_folder
 logger = logging.getLogger(__name__)
 COUNTED = (
     "accesses", "hits", "misses", "first_touches", "hit_rate", "bytes_read", "bytes_read_per_token", "stall_seconds",
-    "reading_seconds",
+    "reading_seconds", "prefetched", "prefetch_used", "ahead_calls",
 )  # fmt: skip
 
 
@@ -124,6 +124,7 @@ def _resolved(command: Generate, engine: Engine, model: Any) -> dict[str, Any]:
         "expert_cache_bytes": engine.pool_bytes,
         "division": None if engine.division is None else asdict(engine.division),
         "slots": engine.cache.total_slots,
+        "experts_ahead": engine.experts_ahead,
         **asdict(engine.demand),
         "expert_bytes": engine.expert_bytes,
         "model_type": model.config.model_type,
@@ -162,7 +163,14 @@ def _print(report: dict[str, Any]) -> None:
         "TTFT": MILLISECONDS.text(report["mean_ttft_ms"]),
         "TPOT": MILLISECONDS.text(report["mean_tpot_ms"]),
         "output throughput": f"{PLAIN.text(report['output_throughput'])} tokens/s",
+        "read ahead": _read_ahead(report),
         "peak RSS": bytes_text(report["peak_rss_bytes"]),
     }.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _read_ahead(report: dict[str, Any]) -> str:
+    """How many experts of a layer, and for how many tokens."""
+    tokens, ahead = max(0, len(report["token_ids"]) - 1), report["config"]["experts_ahead"]
+    return f"{ahead} a layer, for {report['ahead_calls']} of {tokens} tokens" if ahead else "nothing"

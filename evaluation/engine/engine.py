@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from evaluation.engine.cache.counts import CacheCounts
+from evaluation.engine.cache.counts import DECODE, CacheCounts
 from evaluation.engine.cache.pool import ExpertCache
 from evaluation.engine.cache.trace import RouteTrace, TraceRecorder
 from evaluation.engine.device import Device
@@ -20,9 +20,9 @@ from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.memory.demand import Demand
 from evaluation.engine.memory.division import Call, ContextTooLong, Division, passing_slots
 from evaluation.engine.memory.prefix_cache import PrefixCache
-from evaluation.engine.options import PACKED, EngineOptions
+from evaluation.engine.options import AUTO, PACKED, EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
-from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
+from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch, experts_ahead
 from evaluation.engine.slot_kind import READY, STORED
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
@@ -44,6 +44,7 @@ class Engine:
         cache: slots and who is in them.
         is_exact: whether outputs are those of the resident model; False with a lever or packed products.
         slot_kind: what slots hold of an expert, `stored` or `ready`.
+        experts_ahead: how many of the next layer are read ahead, at most.
         division: what a memory budget is divided into; None if only experts have one.
         kept: keys and values of earlier prompts, which share the budget with the experts; None if none are kept.
     """
@@ -66,19 +67,20 @@ class Engine:
         self.slot_kind = slot_kind
         self.kept: PrefixCache | None = None
         self._store, self._reader, self._call = store, reader, Call()
-        if options.prefetch or options.lever is not None:
-            _check_every_layer_has_a_router(model, demand.layers)
+        has_all_routers = len(find_routers(model)) == demand.layers
+        if not has_all_routers and (options.prefetch not in (0, AUTO) or options.lever is not None):
+            _refuse_without_routers(len(find_routers(model)), demand.layers)
         modules = experts_modules(model, store.layer_ids, transposed=store.format.transposed)
         self._layer_ids = tuple(layer for layer, _ in modules)
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
-        ahead = SLOTS_PER_GUESS * options.prefetch
+        self.experts_ahead = experts_ahead(options.prefetch, cache.total_slots) if has_all_routers else 0
         self._memory = SlotMemory(
             store,
             cache.total_slots,
             model.dtype,
             passing=passing,
-            ahead=ahead,
+            ahead=SLOTS_PER_GUESS * self.experts_ahead,
             device=device,
             as_stored=slot_kind == STORED,
             multiplies_packed=options.products == PACKED,
@@ -87,7 +89,7 @@ class Engine:
             self._memory.fill_rows()
         self._reads = ReadCounts()
         recorder = TraceRecorder(demand.layers) if options.record_trace else None
-        prefetch = self._prefetch(model, options.prefetch) if options.prefetch else None
+        prefetch = self._prefetch(model) if self.experts_ahead else None
         self._pager = Pager(cache, self._memory, reader, self._layer_ids, self._reads, recorder, prefetch)
         self._page(model, [experts for _, experts in modules])
         if options.lever is not None:
@@ -98,9 +100,11 @@ class Engine:
         """[1, E]: which experts of a layer are in a slot now."""
         return self.cache.holds(layer, experts)[None]
 
-    def _prefetch(self, model: PreTrainedModel, experts: int) -> Prefetch:
+    def _prefetch(self, model: PreTrainedModel) -> Prefetch:
         routers, resident = list(ask_routers(model).values()), self.cache.resident_experts
-        numbers: dict[str, Any] = {"experts": experts, "layer_ids": self._layer_ids, "counts": self._reads}
+        numbers: dict[str, Any] = {"experts": self.experts_ahead, "layer_ids": self._layer_ids, "counts": self._reads}
+        if self.options.prefetch == AUTO:
+            numbers["misses"] = lambda: self.cache.counts.total(DECODE).misses
         return Prefetch(routers, self._memory, self._reader, resident=resident, **numbers)
 
     def _page(self, model: PreTrainedModel, experts_modules: Sequence[nn.Module]) -> None:
@@ -229,10 +233,9 @@ class Engine:
             self._memory.release(slot)
 
 
-def _check_every_layer_has_a_router(model: PreTrainedModel, layers: int) -> None:
-    """Refuse what asks the router of a layer by its place, if some layers choose experts in another way."""
-    if (found := len(find_routers(model))) != layers:
-        raise UserError(
-            f"{found} of {layers} layers with experts have a router that is known (others choose by token ids, as "
-            "DeepSeek-V4's first layers do): --prefetch and --lever cannot tell whose it is; leave them out"
-        )
+def _refuse_without_routers(found: int, layers: int) -> None:
+    """What asks the router of a layer by its place, if some layers choose experts in another way."""
+    raise UserError(
+        f"{found} of {layers} layers with experts have a router that is known (others choose by token ids, as "
+        "DeepSeek-V4's first layers do): --prefetch and --lever cannot tell whose it is; leave them out"
+    )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,8 +19,8 @@ from evaluation.engine.generation_settings import read_generation_config
 from evaluation.engine.memory.demand import Demand, slots_for, warn_below_cliff
 from evaluation.engine.memory.division import Division, divide
 from evaluation.engine.memory.needs import needs_of
-from evaluation.engine.options import EngineOptions
-from evaluation.engine.prefetch import SLOTS_PER_GUESS
+from evaluation.engine.options import AUTO, EngineOptions
+from evaluation.engine.prefetch import SLOTS_PER_GUESS, experts_ahead
 from evaluation.engine.resident import compute_dtype, load_resident
 from evaluation.engine.slot_kind import READY, STORED, fastest, possible_kinds
 from evaluation.engine.store.bandwidth import reads_in_flight_for
@@ -118,8 +118,8 @@ def _divisions(
     )
 
     def divided(kind: str, demand: Demand) -> Division:
-        return divide(
-            options.memory_budget or 0,
+        given: dict[str, Any] = dict(
+            budget=options.memory_budget or 0,
             demand=demand,
             needs=needs,
             resident_bytes=_resident_bytes(model, store),
@@ -128,8 +128,12 @@ def _divisions(
             context_tokens=options.context_tokens,
             scope=options.cache_scope,
             prompt_tokens=options.prompt_tokens,
-            ahead_slots=SLOTS_PER_GUESS * options.prefetch,
         )
+        asked = 0 if options.prefetch == AUTO else options.prefetch
+        division = divide(**given, ahead_slots=SLOTS_PER_GUESS * experts_ahead(asked, 0))
+        if options.prefetch == AUTO and (ahead := experts_ahead(AUTO, division.slots * division.pools)):
+            division = divide(**given, ahead_slots=SLOTS_PER_GUESS * ahead)
+        return division
 
     return _where_it_fits(demands, divided)
 

@@ -4,6 +4,7 @@ Only what needs no model is checked here; `load` checks the rest.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from configs.checks import at_least
 from configs.load import UserError
@@ -16,6 +17,7 @@ from evaluation.engine.memory.demand import budget_bytes
 
 SLOTS = ("auto", "stored", "ready")
 EXACT, PACKED = "exact", "packed"
+AUTO: Literal["auto"] = "auto"
 CONTEXT_TOKENS = 2048
 """Tokens of prompt and answer that have memory of their own unless told otherwise."""
 
@@ -43,8 +45,9 @@ class EngineOptions:
     cache_policy: str = DEFAULT
     # global (one pool for all layers) or per_layer (equal pools)
     cache_scope: str = "global"
-    # how many experts of the next layer to read ahead, those that its router is likely to choose; same tokens, more reads
-    prefetch: int = 0
+    # how many experts of the next layer to read ahead, those that its router is likely to choose; same tokens, more reads.
+    # auto: as long as what is missed takes longer to read than asking routers takes, by what both took lately
+    prefetch: int | Literal["auto"] = 0
     # what the slots of quantised experts hold: stored (their bytes, two to four times as many experts, decoded at every use),
     # ready (matrices to multiply by) or auto
     slots: str = "auto"
@@ -79,7 +82,7 @@ class EngineOptions:
             raise UserError(
                 "products=packed multiplies by what is stored, and slots=ready holds what is decoded; leave one out"
             )
-        at_least(self, context_tokens=1, reads_in_flight=1, prefetch=0)
+        at_least(self, context_tokens=1, reads_in_flight=1, **({} if self.prefetch == AUTO else {"prefetch": 0}))
         if (self.expert_cache is None) == (self.memory_budget is None):
             raise UserError(
                 "give exactly one of expert_cache (memory for experts) and memory_budget (memory for everything)"

@@ -58,6 +58,8 @@ class Pager:
         assert self._phase is not None
         self.reads.seconds[self._phase] += time.perf_counter() - self._began_seconds
         self.reads.reading_seconds[self._phase] += self.reader.clock.seconds() - self._read_seconds
+        if self.prefetch is not None and self.is_decode:
+            self.prefetch.call_done()
 
     @contextmanager
     def batched_products(self) -> Iterator[None]:

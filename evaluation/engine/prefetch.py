@@ -1,11 +1,15 @@
-"""Reading ahead by the next layer's router, off unless asked for. It costs reads and changes no result.
+"""Reading ahead by the next layer's router. It costs reads and changes no result.
 
 While a layer decodes, the router of the next one is asked with this layer's input, and those of the heaviest it names that
 are not resident are read into slots of their own, behind the layer's own reads: the disk stays busy while attention and
 router need nothing of it. What the next layer then misses is there already, or on its way; the others were read in vain.
 The cache and its rules know nothing of it.
+
+Where nothing is missing, asking routers is time lost. `auto` compares, every so many calls, the time that asking took with
+the time in which what was missed can be read.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,6 +29,12 @@ TRUSTED = 2 / 3
 """The share of the experts a router names that guesses are taken from, the heaviest. Of a made model's 8 they are chosen in 95,
 89, 84, 74 and 67 % of the cases, at any size of the cache; the lighter third in 58, 48 and 41 %, which would be read in vain too
 often (`README.md`, reading ahead)."""
+SLOTS_PER_EXPERT_AHEAD = 32
+"""Slots of a cache that `auto` wants for each expert that it guesses: they take slots that the cache would have."""
+CALLS = 16
+"""Calls after which `auto` decides anew."""
+WORTH = 2
+"""So many times as long as asking must what is missed take to read: at most that much of it is hidden."""
 SLOTS_PER_GUESS = 2
 """Slots for each guess: the next guesses are read while pieces of the last ones still are."""
 
@@ -36,21 +46,33 @@ class ReadAhead(NamedTuple):
     request: Request
 
 
+def experts_ahead(wanted: int | str, slots: int) -> int:
+    """How many experts of a layer to guess with so many slots in all pools."""
+    return wanted if isinstance(wanted, int) else min(EXPERTS, slots // SLOTS_PER_EXPERT_AHEAD)
+
+
 class Prefetch:
     """Guesses, and what came of them.
+
+    Attributes:
+        is_on: whether it guesses now.
 
     Args:
         routers: of all MoE layers, in order.
         experts: how many to guess, at most, for a layer.
         layer_ids: the checkpoint's numbers of these layers.
         resident: position of a layer -> its experts that are in a slot.
-        counts: where what was read ahead is counted.
+        counts: where what was read ahead is counted, and what was read in all.
+        misses: how many experts decode calls missed until now; None: it always guesses.
     """
 
     def __init__(
         self, routers: Sequence[AskedRouter], memory: SlotMemory, reader: Reader, *, experts: int, layer_ids: Sequence[int],
-        resident: Callable[[int], Sequence[int]], counts: ReadCounts,
+        resident: Callable[[int], Sequence[int]], counts: ReadCounts, misses: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
+        self.is_on = True
+        self._misses, self._calls, self._before = misses, 0, (0, 0, 0.0)
+        self._asking_seconds, self._call_seconds, self._read_seconds = 0.0, 0.0, 0.0  # lately, of a call, of an expert
         self._routers, self._memory, self._reader, self._layer_ids = routers, memory, reader, layer_ids
         self._experts, self._resident, self._counts = experts, resident, counts
         self._free = deque(memory.ahead_slots)
@@ -60,11 +82,31 @@ class Prefetch:
     @torch.no_grad()
     def guess(self, layer: int, hidden_TH: torch.Tensor) -> None:
         """Start to read what the layer after `layer` is likely to miss; called once the layer's own reads are started."""
-        wanted = self._wanted(layer + 1, hidden_TH) if layer + 1 < len(self._routers) else []
+        started = time.perf_counter()
+        wanted = self._wanted(layer + 1, hidden_TH) if self.is_on and layer + 1 < len(self._routers) else []
+        self._asking_seconds += time.perf_counter() - started
         self._drop([key for key in self._guessed if key not in wanted])
         for key in wanted:
             if key not in self._guessed and self._free:
                 self._guessed[key] = self._read(key, self._free.popleft())
+
+    def call_done(self) -> None:
+        """A decode call is over; after some of them `auto` decides."""
+        self._counts.ahead_calls += self.is_on
+        self._calls += 1
+        if self._misses is None or self._calls % CALLS:
+            return
+        now = self._misses(), self._counts.bytes_read[DECODE], self._counts.reading_seconds[DECODE]
+        missed, read_bytes, reading_seconds = (new - old for new, old in zip(now, self._before, strict=True))
+        self._before = now
+        if missed < 0 or read_bytes < 0:  # counts were reset
+            return
+        if self.is_on:
+            self._call_seconds = self._asking_seconds / CALLS
+        if read_bytes:
+            self._read_seconds = reading_seconds * self._memory.expert_bytes / read_bytes
+        self._asking_seconds = 0.0
+        self.is_on = missed * self._read_seconds > WORTH * CALLS * self._call_seconds
 
     def take(self, key: Key) -> ReadAhead | None:
         """The read of this expert, if it was guessed; whoever takes it gives a slot back."""

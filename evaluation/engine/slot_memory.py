@@ -85,6 +85,11 @@ class SlotMemory:
         self.filled_rows = {role: filled_rows(records.matrix(0, role)) for role in NOT_FILLED}
 
     @property
+    def expert_bytes(self) -> int:
+        """Of one expert on disk."""
+        return self._store.format.expert_bytes
+
+    @property
     def gate_up_columns(self) -> int:
         return 2 * self._store.format.intermediate
 

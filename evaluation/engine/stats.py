@@ -24,6 +24,7 @@ class ReadCounts:
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])  # of the decoder's calls
     prefetched: int = 0  # experts that were read ahead
     prefetch_used: int = 0  # those of them that were missed then
+    ahead_calls: int = 0  # decode calls in which the next layers' routers were asked
     swapped: int = 0  # experts of a router's own choice that levers replaced or dropped while decoding
     lost_weight: float = 0.0  # mixing weight that they took with them, less that of those in their place
 
@@ -53,6 +54,7 @@ class EngineStats:
     seconds: dict[str, float]  # time of the decoder's calls, waiting included
     prefetched: int = 0  # experts that were read ahead by the next layer's router; their bytes count as decode's
     prefetch_used: int = 0  # those of them that were missed then
+    ahead_calls: int = 0  # decode calls in which the next layers' routers were asked
     swapped: int = 0  # experts of a router's own choice that levers replaced or dropped while decoding
     lost_weight: float = 0.0  # mixing weight that they took with them, less that of those in their place
 
@@ -82,6 +84,7 @@ def engine_stats(counts: CacheCounts, reads: ReadCounts) -> EngineStats:
         **measured,
         prefetched=reads.prefetched,
         prefetch_used=reads.prefetch_used,
+        ahead_calls=reads.ahead_calls,
         swapped=reads.swapped,
         lost_weight=reads.lost_weight,
     )

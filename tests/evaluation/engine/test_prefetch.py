@@ -20,7 +20,7 @@ from evaluation.engine.cache.counts import DECODE
 from evaluation.engine.flight import Flight
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch
+from evaluation.engine.prefetch import CALLS, SLOTS_PER_GUESS, WORTH, Prefetch, experts_ahead
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts
 from evaluation.engine.store.experts import ExpertStore
@@ -288,3 +288,67 @@ def test_fewer_than_none_is_refused(checkpoint: Checkpoint) -> None:
         load(checkpoint("olmoe"), EngineOptions("30%", prefetch=-1)),
     ):
         pass
+
+
+def test_auto_guesses_as_many_as_the_cache_has_room_for() -> None:
+    assert [experts_ahead("auto", slots) for slots in (0, 31, 32, 64, 96, 1000)] == [0, 0, 1, 2, 3, 3]
+    assert (experts_ahead(5, 0), experts_ahead(0, 1000)) == (5, 0)
+
+
+def test_auto_guesses_while_what_is_missed_takes_longer_to_read_than_asking(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("olmoe")
+    with Reader(ExpertStore(folder).shards) as reader:
+        prefetch, counts, memory = a_prefetch(folder, reader, resident=lambda _: [])
+        misses, asks = [0], 0.001  # seconds of a call
+        prefetch._misses = lambda: misses[0]
+
+        def calls(missed: int, read: int, reading_seconds: float) -> bool:
+            for _ in range(CALLS):
+                if prefetch.is_on:
+                    prefetch._asking_seconds += asks
+                prefetch.call_done()
+                if prefetch._calls % CALLS == CALLS - 1:  # what is counted before the next one decides
+                    misses[0] += missed
+                    counts.bytes_read[DECODE] += read * memory.expert_bytes
+                    counts.reading_seconds[DECODE] += reading_seconds
+            return prefetch.is_on
+
+        enough = int(WORTH * CALLS * asks / 0.002)  # experts that take two milliseconds each
+        assert calls(missed=enough + 1, read=2 * enough, reading_seconds=4e-3 * enough), "half were read in vain"
+        assert not calls(missed=enough - 1, read=2 * enough, reading_seconds=4e-3 * enough)
+        assert counts.ahead_calls == 2 * CALLS
+        assert not calls(missed=0, read=0, reading_seconds=0)
+        assert counts.ahead_calls == 2 * CALLS
+        assert calls(missed=enough + 1, read=enough + 1, reading_seconds=2e-3 * (enough + 1)), (
+            "it is known how long asking took"
+        )
+        counts.clear()
+        misses[0] = 0
+        assert calls(missed=0, read=0, reading_seconds=0), "counts were reset: nothing is decided"
+        prefetch.guess(0, torch.zeros(1, 32))
+        assert prefetch._guessed
+        prefetch.is_on = False
+        prefetch.guess(0, torch.zeros(1, 32))
+        assert not prefetch._guessed
+
+
+@pytest.mark.parametrize(
+    "memory", [{"expert_cache": "100%"}, {"expert_cache": "40%"}, {"memory_budget": "smallest + 1%"}]
+)
+def test_auto_changes_no_token(checkpoint: Checkpoint, memory: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.engine.prefetch.SLOTS_PER_EXPERT_AHEAD", 2)
+    monkeypatch.setattr("evaluation.engine.prefetch.CALLS", 4)
+    folder = checkpoint("olmoe")
+    with load(folder, EngineOptions(**memory, context_tokens=64, prefetch="auto", warn=False)) as (model, engine):
+        expected = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"))
+        assert torch.equal(generate(model), expected)
+        assert (engine.experts_ahead > 0) == ("expert_cache" in memory), "a budget's smallest is not more with it"
+        if memory.get("expert_cache") == "100%":
+            generate(model)
+            assert not engine._pager.prefetch.is_on, "nothing is missing"
+
+
+def test_auto_is_left_out_where_routers_are_not_known(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.engine.engine.find_routers", lambda _: {})
+    with load(checkpoint("olmoe"), EngineOptions("100%", prefetch="auto")) as (_, engine):
+        assert engine.experts_ahead == 0

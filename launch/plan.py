@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         block_tokens=command.block_tokens,
     )
     kinds = slot_kinds(
-        model_dir, prompt_ids=prompt_ids, memory_budget=command.memory_budget, context_tokens=command.context_tokens,
+        found, prompt_ids=prompt_ids, memory_budget=command.memory_budget, context_tokens=command.context_tokens,
         dtype=command.dtype,
     )  # fmt: skip
     found["slot_kinds"] = kinds

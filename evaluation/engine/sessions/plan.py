@@ -4,6 +4,7 @@ Sizes are worked out by `memory/`; the times of computing and of a prompt are me
 sizes come from a routing trace, if one is given, and those of other divisions from a workload of conversations.
 """
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -80,22 +81,41 @@ def plan(
 
 
 def slot_kinds(
-    model_dir: str, *, prompt_ids: Sequence[int], memory_budget: str, context_tokens: int, dtype: str = "auto"
+    planned: dict[str, Any], *, prompt_ids: Sequence[int], memory_budget: str, context_tokens: int, dtype: str = "auto"
 ) -> list[dict[str, Any]]:
     """What the budget holds and how fast a token is with either kind of slots; empty where experts are not quantised.
 
     A kind for which the budget is too small has the message as `too_small`.
+
+    Args:
+        planned: what `plan` found, with one of the kinds; the other one is tried here.
     """
+    model_dir = planned["model"]
+    if not ExpertStore(model_dir).format.is_quantised:
+        return []
     found = []
-    for kind in (STORED, READY) if ExpertStore(model_dir).format.is_quantised else ():
+    for kind in (STORED, READY):
         try:
-            with load(model_dir, EngineOptions(None, memory_budget, context_tokens, slots=kind, dtype=dtype)) as loaded:
-                demand, slots = loaded[1].demand, loaded[1].cache.total_slots
-                held = {"slot_bytes": demand.slot_bytes, "slots": slots, "experts": demand.all_experts}
-                found.append({"slot_kind": kind, **held, **_try(*loaded, prompt_ids)})
+            if kind == planned["slot_kind"]:
+                found.append(_held(kind, planned["demand"], planned["division"]) | planned["measured"])
+                continue
+            gc.collect()  # a model and its engine know each other: what `plan` loaded is still there
+            with load(model_dir, EngineOptions(None, memory_budget, context_tokens, slots=kind, dtype=dtype)) as (
+                model,
+                engine,
+            ):
+                assert engine.division is not None, "a memory budget was given"
+                held = _held(kind, asdict(engine.demand), asdict(engine.division))
+                found.append(held | _try(model, engine, prompt_ids))
         except BudgetTooSmall as error:
             found.append({"slot_kind": kind, "too_small": str(error)})
     return found
+
+
+def _held(kind: str, demand: dict[str, Any], division: dict[str, Any]) -> dict[str, Any]:
+    experts = demand["layers"] * demand["num_experts"]
+    slots = division["slots"] * division["pools"]
+    return {"slot_kind": kind, "slot_bytes": demand["slot_bytes"], "slots": slots, "experts": experts}
 
 
 def _try(model: PreTrainedModel, engine: Engine, prompt_ids: Sequence[int]) -> dict[str, float | None]:

@@ -9,7 +9,18 @@ import tyro
 
 from configs.command import parse
 from configs.load import UserError
-from evaluation.benchmark import curve, decode, families, memory, policies, quality, scaling, sessions, training
+from evaluation.benchmark import (
+    curve,
+    decode,
+    families,
+    formats,
+    memory,
+    policies,
+    quality,
+    scaling,
+    sessions,
+    training,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ SUBJECTS = {
     ),
     "curve": Subject(curve.CurveBenchmark, curve.benchmark, "how fast misses at all sizes are counted"),
     "policies": Subject(policies.PoliciesBenchmark, policies.benchmark, "cache policies beside the optimum"),
+    "formats": Subject(formats.FormatsBenchmark, formats.benchmark, "quantised experts beside 16 bits, in one budget"),
     "families": Subject(families.FamiliesBenchmark, families.benchmark, "what works with which family of models"),
     "quality": Subject(quality.QualityBenchmark, quality.benchmark, "tasks on the engine beside the model in memory"),
     "training": Subject(Training, training.benchmark, "training beside transformers' own Trainer"),

@@ -74,7 +74,9 @@ class Engine:
         self._layer_ids = tuple(layer for layer, _ in modules)
         assert len(modules) == demand.layers, f"experts in layers {self._layer_ids}, {demand.layers} were planned"
         passing = passing_slots(cache.total_slots, reader.reads_in_flight)
-        self.experts_ahead = experts_ahead(options.prefetch, cache.total_slots) if has_all_routers else 0
+        pools = 1 if options.cache_scope == "global" else demand.layers
+        ahead = experts_ahead(options.prefetch, cache.total_slots, pools=pools, top_k=demand.top_k)
+        self.experts_ahead = ahead if has_all_routers else 0
         self._memory = SlotMemory(
             store,
             cache.total_slots,

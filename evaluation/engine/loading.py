@@ -130,8 +130,13 @@ def _divisions(
             prompt_tokens=options.prompt_tokens,
         )
         asked = 0 if options.prefetch == AUTO else options.prefetch
-        division = divide(**given, ahead_slots=SLOTS_PER_GUESS * experts_ahead(asked, 0))
-        if options.prefetch == AUTO and (ahead := experts_ahead(AUTO, division.slots * division.pools)):
+        division = divide(**given, ahead_slots=SLOTS_PER_GUESS * asked)
+        held: dict[str, int] = {
+            "slots": division.slots * division.pools,
+            "pools": division.pools,
+            "top_k": demand.top_k,
+        }
+        if options.prefetch == AUTO and (ahead := experts_ahead(AUTO, **held)):
             division = divide(**given, ahead_slots=SLOTS_PER_GUESS * ahead)
         return division
 

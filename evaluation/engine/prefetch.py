@@ -46,9 +46,11 @@ class ReadAhead(NamedTuple):
     request: Request
 
 
-def experts_ahead(wanted: int | str, slots: int) -> int:
-    """How many experts of a layer to guess with so many slots in all pools."""
-    return wanted if isinstance(wanted, int) else min(EXPERTS, slots // SLOTS_PER_EXPERT_AHEAD)
+def experts_ahead(wanted: int | str, slots: int, *, pools: int, top_k: int) -> int:
+    """How many experts of a layer to guess with so many slots in all pools; none where a token's hardly fit."""
+    if isinstance(wanted, int):
+        return wanted
+    return min(EXPERTS, slots // SLOTS_PER_EXPERT_AHEAD) if slots // pools >= 2 * top_k else 0
 
 
 class Prefetch:

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
-import torch
 
 inlined = numba.njit(inline="always")
 """For a few lines of a compiled loop that have a name: they become part of it before it is compiled."""
@@ -38,6 +37,7 @@ def threads_to_share() -> int:
     """How many threads share out the next loop: as many as torch has, and the same ones, so that none waits spinning for
     another's turn. 1 where they cannot be the same.
     """
+    torch = importlib.import_module("torch")  # of which what replays a trace needs nothing
     threads = min(torch.get_num_threads(), int(cast(Any, numba.config).NUMBA_NUM_THREADS)) if _shares_threads() else 1
     if threads > 1 and numba.get_num_threads() != threads:
         numba.set_num_threads(threads)

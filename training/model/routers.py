@@ -8,7 +8,7 @@ Letters: B batch, S sequence, E experts, K chosen, D hidden.
 import copy
 import operator
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -165,10 +165,19 @@ class RouterObserver:
         self._cache, self._local = cache, local
         try:
             yield routings
-            routings += [self._recorded[name] for name in self.names]
+            with torch.enable_grad() if local else nullcontext():
+                routings += [self._scored(self._recorded[name]) for name in self.names]
         finally:
             self._recorded = self._cache = None
             self._local = False
+
+    def _scored(self, routing: Routing) -> Routing:
+        """With log scores in the place of a router's first output.
+
+        Not in the hook: checkpointing counts what a layer saves for its backward pass, and nothing is recorded in the second
+        forward pass.
+        """
+        return routing._replace(logits_BSE=self.kind.log_scores(self._in_batch(routing.logits_BSE)))
 
     @contextmanager
     def original_routers(self) -> Iterator[None]:
@@ -207,20 +216,16 @@ class RouterObserver:
                 choice = self._cache.choose(*output[:3], kind=self.kind, bias_E=self._bias(asked))
                 score, resident = self._in_batch(choice.score), self._in_batch(choice.resident)
                 output = changed = (output[0], choice.weights, choice.ids, *output[3:])
-            logits, weights, ids = (self._in_batch(tensor) for tensor in output[:3])
+            weights, ids = (self._in_batch(tensor.detach()) for tensor in output[1:3])
             if changed is not None:  # what was computed beside the choice is no part of it
                 weights, ids = weights[..., : choice.top_k], ids[..., : choice.top_k]
-            # DeepSeek's top-k comes unsorted; detached, as checkpointing counts what the forward pass saves for backward
-            weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
+            weights, order = weights.sort(dim=-1, descending=True, stable=True)
             reference_logits = None
             if reference is not None:
                 with torch.no_grad():
                     reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
-            log_scores = self.kind.log_scores(logits)
             assert self._recorded is not None
-            self._recorded[name] = Routing(
-                log_scores, weights, ids.gather(-1, order), reference_logits, score, resident
-            )
+            self._recorded[name] = Routing(output[0], weights, ids.gather(-1, order), reference_logits, score, resident)
             return changed
 
         return hook

@@ -291,8 +291,10 @@ def test_fewer_than_none_is_refused(checkpoint: Checkpoint) -> None:
 
 
 def test_auto_guesses_as_many_as_the_cache_has_room_for() -> None:
-    assert [experts_ahead("auto", slots) for slots in (0, 31, 32, 64, 96, 1000)] == [0, 0, 1, 2, 3, 3]
-    assert (experts_ahead(5, 0), experts_ahead(0, 1000)) == (5, 0)
+    for slots, expected in {0: 0, 31: 0, 32: 1, 64: 2, 96: 3, 1000: 3}.items():
+        assert experts_ahead("auto", slots, pools=1, top_k=2) == expected
+    assert [experts_ahead("auto", 64, pools=8, top_k=top_k) for top_k in (4, 5)] == [2, 0]
+    assert [experts_ahead(asked, 9, pools=1, top_k=8) for asked in (5, 0)] == [5, 0]
 
 
 def test_auto_guesses_while_what_is_missed_takes_longer_to_read_than_asking(checkpoint: Checkpoint) -> None:
@@ -336,7 +338,8 @@ def test_auto_guesses_while_what_is_missed_takes_longer_to_read_than_asking(chec
     "memory", [{"expert_cache": "100%"}, {"expert_cache": "40%"}, {"memory_budget": "smallest + 1%"}]
 )
 def test_auto_changes_no_token(checkpoint: Checkpoint, memory: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluation.engine.prefetch.SLOTS_PER_EXPERT_AHEAD", 2)
+    if "expert_cache" in memory:  # few experts are all that there are
+        monkeypatch.setattr("evaluation.engine.prefetch.SLOTS_PER_EXPERT_AHEAD", 2)
     monkeypatch.setattr("evaluation.engine.prefetch.CALLS", 4)
     folder = checkpoint("olmoe")
     with load(folder, EngineOptions(**memory, context_tokens=64, prefetch="auto", warn=False)) as (model, engine):

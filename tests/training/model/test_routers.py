@@ -151,8 +151,11 @@ def test_a_failing_forward_pass_ends_the_recording(tiny_model: Make) -> None:
     assert len(observe(model, observer)) == 2
 
 
+@pytest.mark.parametrize("place", [None, torch.arange(18).view(2, 9)], ids=["in order", "placed"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
-def test_gradient_checkpointing_gives_the_same_gradients_and_records_once(family: str, tiny_model: Make) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients_and_records_once(
+    family: str, place: torch.Tensor | None, tiny_model: Make
+) -> None:
     gradients, calls = [], []
     for checkpointing in (False, True):
         model = tiny_model(family).requires_grad_(False).train()
@@ -165,7 +168,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_records_once(family
             router.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
         for parameter in routers.values():
             parameter.requires_grad_()
-        with observer.recording(2, 9) as routings:
+        with observer.recording(2, 9, place_BS=place) as routings:
             logits = model(input_ids=token_ids(), use_cache=False).logits
         loss = logits.float().logsumexp(-1).mean() + sum(r.logits_BSE.softmax(-1)[..., 0].mean() for r in routings)
         recorded = [routing.logits_BSE.detach().clone() for routing in routings]

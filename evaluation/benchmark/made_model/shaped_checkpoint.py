@@ -156,7 +156,7 @@ def _announced(config: PretrainedConfig, folder: Path) -> str | None:
     if method != "compressed-tensors":
         return method
     weights = [group.get("weights") or {} for group in how.get("config_groups", {}).values()]
-    kinds = {("mxfp4" if one.get("type") == "float" else f"int{one.get('num_bits')}") for one in weights}
+    kinds = {f"{one.get('type')}{one.get('num_bits')}".replace("float4", "mxfp4") for one in weights}
     if len(kinds) != 1 or not kinds <= {"mxfp4", "int4", "int8"}:
         raise UserError(
             f"{folder}/config.json announces weights of {', '.join(sorted(kinds)) or 'no kind'}; write --expert-format "

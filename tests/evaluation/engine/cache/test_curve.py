@@ -76,8 +76,8 @@ def test_more_than_256_experts_and_requests_that_cross_blocks(scope: str, monkey
 @pytest.mark.parametrize("scope", ["per_layer", "global"])
 def test_memory_does_not_grow_with_the_trace(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacks, "LANES", 16)
-    peaks = [peak_bytes(long_trace(tokens, experts=20), scope) for tokens in (2_000, 10_000)]
-    assert peaks[1] < 1.2 * peaks[0]
+    peaks = [peak_bytes(long_trace(tokens, experts=20), scope) for tokens in (2_000, 20_000)]
+    assert peaks[1] < 2 * peaks[0]  # not 10: how far the thread is ahead moves either by a quarter
 
 
 def peak_bytes(trace: RouteTrace, scope: str) -> int:

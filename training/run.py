@@ -17,7 +17,8 @@ from data.batches import PackedRows
 from data.token_cache import Documents, left_out_text, training_documents
 from training.arguments import TrainArguments
 from training.model import loading
-from training.model.lazy_weights import LayerwiseCheckpoint, stored_tensors
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
+from training.model.lazy_weights import stored_tensors
 from training.model.packed_experts import count_parameters
 from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver, task_reaches_routers
@@ -82,7 +83,9 @@ def build(args: TrainArguments) -> Run:
     documents = _read(args, tokenizer, accelerator)
     torch.manual_seed(args.seed)
     base, dtype = str(args.model_name_or_path), loading.weights_dtype(args)
-    weights = None if layout == REPLICATED else LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype)
+    weights = None
+    if layout != REPLICATED:
+        weights = LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype, experts=args.experts)
     model = loading.build_model(args, seed=args.seed, weights=weights)
     n_parameters = count_parameters(model)
     move_whole_tensors(model, accelerator.device, layout=layout)

@@ -23,13 +23,13 @@ from evaluation.engine.memory.prefix_cache import PrefixCache
 from evaluation.engine.options import AUTO, PACKED, EngineOptions
 from evaluation.engine.pager import IMPLEMENTATION, PagedLayer, Pager, paged_experts_forward
 from evaluation.engine.prefetch import SLOTS_PER_GUESS, Prefetch, experts_ahead
+from evaluation.engine.resident import experts_modules
 from evaluation.engine.slot_kind import READY, STORED
 from evaluation.engine.slot_memory import SlotMemory
 from evaluation.engine.stats import EngineStats, ReadCounts, engine_stats
 from evaluation.engine.store.bandwidth import calibrated, is_worth_it
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.engine.store.reader import Reader
-from training.model.packed_experts import experts_modules
 from training.model.routers import ask_routers, find_routers
 from training.model.transformers_internals import ALL_EXPERTS_FUNCTIONS
 

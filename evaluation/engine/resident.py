@@ -4,9 +4,11 @@ No expert is ever read (`training/model/lazy_weights.py`). Residents are copied 
 other.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.load import UserError
@@ -14,6 +16,7 @@ from evaluation.engine.device import Device
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import StaysOnMeta, lazy_slices, load_slices, stored_dtype
 from training.model.number_formats.formats import PLAIN_DTYPES
+from training.model.packed_experts import check_form, layer_id
 
 
 def compute_dtype(dtype: str | torch.dtype, *, config: PretrainedConfig, store: ExpertStore) -> torch.dtype:
@@ -47,3 +50,19 @@ def _copy_out_of_files(model: PreTrainedModel, device: Device) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:
             tensor.data = device.resident(tensor.data)
+
+
+def experts_modules(
+    model: PreTrainedModel, layer_ids: Sequence[int], *, transposed: bool
+) -> list[tuple[int, nn.Module]]:
+    """(layer id, experts module on the meta device) in the order the layers run.
+
+    Raises:
+        UserError: experts are no [gate; up] and down.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            check_form(name, module, transposed=transposed)
+            found.append((layer_id(name, layer_ids), module))
+    return found

@@ -35,8 +35,8 @@ from evaluation.quality.batches import Answers, identity_of
 from evaluation.quality.scores import Scores, scores_of
 from evaluation.quality.tasks import LoadedTasks, load_tasks
 from training.model.expert_format import ExpertFormat
-from training.model.lazy_weights import expert_modules
 from training.model.loading import load_pretrained
+from training.model.packed_experts import expert_modules
 from training.model.quantising import quantised_format
 from training.model.routers import copy_into_routers, find_routers, most_chosen, router_parameters
 from training.run_folder.router_delta import load_for

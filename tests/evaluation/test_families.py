@@ -20,7 +20,8 @@ from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
 from training.arguments import TrainArguments
 from training.loop import train_step
-from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
+from training.model.lazy_weights import decoder_layers
 from training.model.loading import load_pretrained
 from training.model.routers import RouterObserver, copy_into_routers, router_kind, router_parameters
 from training.run import build, finish, save_checkpoint

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from evaluation.export.quantised_folder import write_quantised
 from tests.conftest import byte_tokenizer, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,49 @@ def test_sharded_weights_change_neither_losses_nor_routers_nor_what_resuming_giv
     assert_same_course(tmp_path / "one", tmp_path / "two", steps=4)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in routers(tmp_path / "two").items())
     assert not list((tmp_path / "nvme").glob("*")), "nothing of the weights stays on the disk"
+    proofs = [json.loads((tmp_path / run / "proof.json").read_text(encoding="utf-8")) for run in ("one", "two")]
+    assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "family", "kind", "as_stored"),
+    [
+        ("fsdp2", "qwen3_moe_blocks", "fp8", True),
+        ("deepspeed_zero3", "gpt_oss_blocks", "mxfp4", True),
+        ("deepspeed_zero3_cpu_offload", "deepseek_v3_blocks", "int4", False),
+        ("deepspeed_zero3_nvme", "qwen3_moe_blocks", "int8", True),
+    ],
+)
+def test_quantised_experts_are_sharded_as_they_are(
+    launcher: str, family: str, kind: str, as_stored: bool, checkpoint: Any, train_values: Values, tmp_path: Path
+) -> None:
+    """As stored, or rounded while they are loaded; two processes against one."""
+    if "deepspeed" in launcher and shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its communication, and there is no C++ compiler")
+    folder = Path(shutil.copytree(checkpoint(family), tmp_path / "plain"))
+    byte_tokenizer().save_pretrained(folder)
+    if as_stored:
+        write_quantised(folder, tmp_path / "q", kind)
+        folder = tmp_path / "q"
+    shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{launcher}.yaml").read_text(encoding="utf-8"))
+    on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
+    if launcher == "deepspeed_zero3_nvme":
+        needs_libaio()
+        on_cpu = with_nvme(on_cpu, tmp_path)
+    accelerate_config = tmp_path / "accelerate.yaml"
+    accelerate_config.write_text(yaml.safe_dump(on_cpu), encoding="utf-8")
+    model = {"model_name_or_path": str(folder), "experts": None if as_stored else kind, "max_steps": 2}
+    rows = {**train_values(), **model, "per_device_train_batch_size": 2, "objective": "remoe"}
+    finish(
+        command(
+            written({**rows, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "one")}, tmp_path / "a")
+        )
+    )
+    both = written({**rows, "output_dir": str(tmp_path / "two")}, tmp_path / "b")
+    shown = finish(command(both, "--accelerate-config", str(accelerate_config)))
+    assert f" in {dict(fp8='FP8', mxfp4='MXFP4').get(kind, kind)}, largest layer" in shown
+    assert "; 2 processes, " in shown
+    assert_same_course(tmp_path / "one", tmp_path / "two", steps=2)
     proofs = [json.loads((tmp_path / run / "proof.json").read_text(encoding="utf-8")) for run in ("one", "two")]
     assert len({p[key] for p in proofs for key in ("frozen_sha256_before", "frozen_sha256_after")}) == 1
 

@@ -1,9 +1,7 @@
-"""Weights of a checkpoint as lazy slices, read layer by layer or never, for models that no process may hold whole.
+"""Weights of a checkpoint as lazy slices, for models of which parts are read later, or never.
 
-A model starts as a skeleton, of which some tensors are on the meta device; `LayerwiseCheckpoint.fill` then loads one decoder
-layer, so that it can be sharded before the next one is read. transformers' own loader and conversion are given a part of the
-keys at a time, so names, precisions, tied weights, stacked experts and even the memory alignment of what is loaded are what
-`from_pretrained` would have made.
+transformers' own loader and conversion are given slices, of which some stay on the meta device; so names, precisions, tied
+weights, stacked experts and even the memory alignment of what is loaded are what `from_pretrained` would have made.
 """
 
 import json
@@ -22,11 +20,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging
 
 from configs.load import UserError
 from training.model import transformers_internals as internals
-from training.model.host_memory import spare_memory
 from training.model.number_formats.formats import PLAIN_DTYPES
 from training.model.routers import find_routers
 from training.model.shards import INDEX_NAME, StoredTensor, read_index
@@ -216,60 +212,6 @@ def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {f"{name}.{number}": layer for number, layer in model.get_submodule(name).named_children()}
 
 
-class LayerwiseCheckpoint:
-    """The safetensors of a folder, and which module of the model each of them belongs to."""
-
-    def __init__(self, folder: str, *, dtype: str | torch.dtype) -> None:
-        method = quantisation_of(read_config(folder))[0]
-        if method is not None:
-            raise UserError(
-                f"{folder} is quantised ({method}), which launchers that shard weights cannot load layer by layer; write "
-                "--accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing: its experts stay quantised"
-            )
-        spare_memory()  # for as long as it runs: tensors are gathered again and again
-        self._folder, self._slices = folder, lazy_slices(read_index(folder))
-        empty = empty_model(folder, dtype=dtype)
-        self._config, self._dtype = empty.config, empty.dtype
-        self._transforms: Any = internals.get_model_conversion_mapping(empty)
-        target = names_in_model(empty, self._slices)
-        self._routers = list(find_routers(empty))
-        others = [key for key, name in target.items() if not _inside(name, self._routers)]
-        layers = decoder_layers(empty)
-        self._keys = {layer: [key for key in others if _inside(target[key], [layer])] for layer in layers}
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model in eval mode on the CPU, but for what `fill` loads; may raise what `load_slices` does."""
-        later = {key: StaysOnMeta(self._slices[key].get_shape()) for keys in self._keys.values() for key in keys}
-        return load_slices(self._folder, {**self._slices, **later}, config=self._config, dtype=self._dtype)
-
-    def fill(self, model: PreTrainedModel, layer: str) -> None:
-        """Load all of one decoder layer but its routers; what is loaded is frozen.
-
-        Raises:
-            UserError: a shard cannot be read or lacks a tensor.
-        """
-        slices = {key: self._slices[key] for key in self._keys[layer]}
-        how = internals.LoadStateDictConfig(dtype=self._dtype, weight_mapping=self._transforms)
-        progress_bar_was_on = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            internals.convert_and_load_state_dict_in_model(model, slices, how)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._folder}: {layer} cannot be read: {error}") from error
-        finally:
-            if progress_bar_was_on:
-                logging.enable_progress_bar()
-        for name, parameter in model.get_submodule(layer).named_parameters(prefix=layer):
-            if parameter.is_meta:
-                raise UserError(f"{self._folder}: the checkpoint lacks {name}; copy the model again")
-            if not _inside(name, self._routers):
-                parameter.requires_grad_(False)
-
-
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name.startswith(f"{module}.") for module in modules)
-
-
 def lazy_slices(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Slices of safetensors by the tensors' names; nothing is read yet."""
     try:
@@ -291,8 +233,3 @@ def stored_dtype(folder: str | Path) -> torch.dtype:
         names = [first.get_slice(name).get_dtype() for name in first.keys()]  # noqa: SIM118
     known = {**PLAIN_DTYPES, "F64": torch.float64}
     return next((known[name] for name in names if name in known), torch.float32)
-
-
-def expert_modules(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold the stacked weights of all experts of a layer, [experts, rows, columns]."""
-    return [m for m in module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))]

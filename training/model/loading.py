@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import sparing_memory
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
 from training.model.lazy_weights import (
-    LayerwiseCheckpoint,
     check_loaded,
     in_one_precision,
     quantisation_of,
@@ -107,8 +107,8 @@ def load_pretrained(
         raise UserError(f"model {name_or_path}: the weights do not fit config.json: {error}") from error
     model, info = loaded
     check_loaded(folder, model, info)
-    if quantisation_of(config)[0] is not None and isinstance(dtype, torch.dtype):
-        in_one_precision(model, dtype)
+    if quantisation_of(config)[0] is not None and dtype != "auto":
+        in_one_precision(model, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
     find_routers(model)
     if router_delta is not None:
         copy_into_routers(model, router_delta)
@@ -145,11 +145,6 @@ def weights_dtype(args: ModelArguments) -> str | torch.dtype:
 
 def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None) -> PreTrainedModel:
     """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
-    if weights is not None and args.experts is not None:
-        raise UserError(
-            f"experts={args.experts}: launchers that shard weights hold experts as they are stored; write "
-            "--accelerate-config configs/accelerate/multi_gpu.yaml, which shards nothing"
-        )
     if weights is not None:
         model = weights.skeleton()
     elif args.model_name_or_path is not None:

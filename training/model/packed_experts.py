@@ -6,7 +6,7 @@ Axes: E experts of a layer, e some of them.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,50 +18,79 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
-from training.model.lazy_weights import StaysOnMeta, lazy_slices, load_slices, quantisation_of, read_config
-from training.model.number_formats.formats import STORED_DTYPES, as_tensor
+from training.model.lazy_weights import (
+    StaysOnMeta,
+    lazy_slices,
+    load_slices,
+    names_in_model,
+    quantisation_of,
+    read_config,
+)
+from training.model.number_formats.formats import STORED_DTYPES, Stored, as_tensor
 from training.model.quantising import quantised_format
-from training.model.shards import AGAIN, StoredTensor, read_index
+from training.model.shards import StoredTensor, read_bytes, read_index
+
+ALIGNED = 16
+"""Bytes: every part of an expert begins at a multiple, so that it can be looked at as numbers of any size."""
 
 
-class PackedMatrices(nn.Module):
-    """One matrix of all experts of a layer, in the place of a parameter [E, rows, columns]; indexed by a slice it is decoded."""
+class PackedMatrices:
+    """One matrix of all experts of a layer, in the place of a parameter [E, rows, columns]; indexed by a slice it is decoded.
 
-    def __init__(self, form: ExpertFormat, matrix: str, *, experts: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.shape = dtype, torch.Size((experts, *form.shape(matrix)))
-        self._form, self._matrix = form, matrix
+    What is stored is one parameter of the experts module in the model's precision, whatever it holds: libraries that lay
+    weights out over processes take no others. Each expert's parts follow each other, from the next `ALIGNED` bytes on.
+    """
+
+    def __init__(self, experts: nn.Module, form: ExpertFormat, matrix: str, *, number: int, dtype: torch.dtype) -> None:
+        self.dtype, self.shape = dtype, torch.Size((number, *form.shape(matrix)))
+        self._experts, self._form, self._matrix = experts, form, matrix
+        self._places: dict[str, slice] = {}
+        end = 0
         for name in form.parts_of(matrix):
-            stored_dtype, shape = form.parts[name].stored
-            packed = torch.empty(experts, *shape, dtype=STORED_DTYPES[stored_dtype])
-            self.register_parameter(name, nn.Parameter(packed, requires_grad=False))
+            length = form.parts[name].stored.length_bytes
+            self._places[name] = slice(end, end + length)
+            end += -(-length // ALIGNED) * ALIGNED
+        packed = torch.empty(number, end // dtype.itemsize, dtype=dtype, device="meta")
+        experts.register_parameter(f"packed_{matrix}", nn.Parameter(packed, requires_grad=False))
+
+    def make_memory(self) -> None:
+        """For what is stored, which is on the meta device at first."""
+        packed = torch.zeros_like(self.packed, device="cpu")  # between parts there is something too, always the same
+        self._experts.register_parameter(f"packed_{self._matrix}", nn.Parameter(packed, requires_grad=False))
+
+    @property
+    def packed(self) -> nn.Parameter:
+        """[E, numbers that an expert takes]; sharded, its parts are gathered while the module computes."""
+        return self._experts.get_parameter(f"packed_{self._matrix}")
 
     def dim(self) -> int:
         return len(self.shape)
 
     def __getitem__(self, some: slice) -> Tensor:
         """[e, rows, columns]; it holds until matrices are decoded again, as all use the same memory."""
-        chosen = range(self.shape[0])[some]
-        out = _memory((len(chosen), *self.shape[1:]), self.dtype, next(self.parameters()).device)
+        bytes_eB = self.packed.detach()[some].view(torch.uint8)
+        out = _memory((len(bytes_eB), *self.shape[1:]), self.dtype, bytes_eB.device)
         stored_out = out.mT if self._form.transposed else out
         row = 0
         for role in self._form.roles:
             if (role == "down") != (self._matrix == "down"):
                 continue
             rows = self._form.stored_shape(role)[0]
-            self._decode(role, chosen, stored_out[:, row : row + rows])
+            self._decode(role, bytes_eB, stored_out[:, row : row + rows])
             row += rows
         return out
 
-    def _decode(self, role: str, chosen: range, out: Tensor) -> None:
-        packed = {part.ending: self.get_parameter(name) for name, part in self._form.parts.items() if part.role == role}
-        some = slice(chosen.start, chosen.stop)
+    def _decode(self, role: str, bytes_eB: Tensor, out: Tensor) -> None:
+        parts = {
+            self._form.parts[name]: place for name, place in self._places.items() if self._form.parts[name].role == role
+        }
         if not self.by_loops(out):
-            out.copy_(self._form.numbers.values({ending: tensor[some] for ending, tensor in packed.items()}))
+            stored = {part.ending: _as_stored(bytes_eB[:, place], part.stored) for part, place in parts.items()}
+            out.copy_(self._form.numbers.values(stored))
             return
-        for place, expert in enumerate(chosen):
-            stored = {ending: tensor[expert].flatten().view(torch.uint8).numpy() for ending, tensor in packed.items()}
-            self._form.numbers.decode(stored, out[place])
+        as_bytes = np.from_dlpack(bytes_eB)  # after numpy() torch could not give the memory back, as FSDP2 does
+        for expert_B, out_of_one in zip(as_bytes, out, strict=True):
+            self._form.numbers.decode({part.ending: expert_B[place] for part, place in parts.items()}, out_of_one)
 
     @staticmethod
     def by_loops(out: Tensor) -> bool:
@@ -71,8 +100,13 @@ class PackedMatrices(nn.Module):
     @torch.no_grad()
     def fill(self, expert: int, parts: Mapping[str, Tensor]) -> None:
         """Set what is stored of one expert."""
-        for name, parameter in self.named_parameters():
-            parameter[expert] = parts[name]
+        for name, place in self._places.items():
+            self.packed[expert].view(torch.uint8)[place] = parts[name].contiguous().flatten().view(torch.uint8)
+
+
+def _as_stored(bytes_eN: Tensor, stored: Stored) -> Tensor:
+    """[e, ...]: the tensors that these bytes are."""
+    return bytes_eN.view(STORED_DTYPES[stored.dtype]).view(len(bytes_eN), *stored.shape)
 
 
 _MEMORY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -88,11 +122,19 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers of all parameters, of packed matrices as if each were a tensor of its own."""
-    packed = [module for module in model.modules() if isinstance(module, PackedMatrices)]
-    stored = sum(parameter.numel() for module in packed for parameter in module.parameters())
-    return (
-        sum(parameter.numel() for parameter in model.parameters()) - stored + sum(each.shape.numel() for each in packed)
-    )
+    packed = [each for module in model.modules() for each in packed_matrices(module)]
+    more = sum(each.shape.numel() - each.packed.numel() for each in packed)
+    return more + sum(parameter.numel() for parameter in model.parameters())
+
+
+def packed_matrices(module: nn.Module) -> list[PackedMatrices]:
+    """Those of one experts module; none of any other."""
+    return [each for each in vars(module).values() if isinstance(each, PackedMatrices)]
+
+
+def expert_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold the weights of all experts of a layer: stacked, [experts, rows, columns], or packed."""
+    return [m for m in module.modules() if packed_matrices(m) or any(p.dim() == 3 for p in m.parameters(recurse=False))]
 
 
 def packed_layout(folder: str, kind: str | None) -> tuple[ExpertLayout, ExpertFormat] | None:
@@ -140,23 +182,49 @@ def load_packed(folder: str, layout: ExpertLayout, form: ExpertFormat, *, dtype:
     }
     later = {name: StaysOnMeta(shape) for name, shape in layout.meta_shapes.items()}
     model = load_slices(folder, {**lazy_slices(others), **later}, config=read_config(folder), dtype=dtype)
-    for layer, module in experts_modules(model, layout.layer_ids, transposed=form.transposed):
-        matrices = {
-            matrix: PackedMatrices(form, matrix, experts=layout.num_experts, dtype=dtype) for matrix in MATRICES
-        }
+    pack(model, layout, form)
+    fill_packed(model, "", layout, form)
+    return model
+
+
+def pack(model: PreTrainedModel, layout: ExpertLayout, form: ExpertFormat) -> None:
+    """Put experts in this format in the place of those that are on the meta device; they are there too.
+
+    Raises:
+        UserError: experts are no [gate; up] and down.
+    """
+    for name in {target.rpartition(".")[0] for target in names_in_model(model, layout.meta_shapes).values()}:
+        experts = model.get_submodule(name)
+        check_form(name, experts, transposed=form.transposed)
+        for matrix in MATRICES:
+            before = experts.get_parameter(f"{matrix}_proj")
+            delattr(experts, f"{matrix}_proj")
+            packed = PackedMatrices(experts, form, matrix, number=layout.num_experts, dtype=before.dtype)
+            setattr(experts, f"{matrix}_proj", packed)
+
+
+def fill_packed(part: nn.Module, name: str, layout: ExpertLayout, form: ExpertFormat) -> None:
+    """Read the experts in the part of the model of that name, one after the other; what is stored otherwise is rounded."""
+    for module_name, module in part.named_modules(prefix=name):
+        if not (matrices := packed_matrices(module)):
+            continue
+        for packed in matrices:
+            packed.make_memory()
+        layer = layer_id(module_name, layout.layer_ids)
         for expert in range(layout.num_experts):
             parts = _packed(layout.parts[layer, expert], layout.format, form)
-            for packed in matrices.values():
+            for packed in matrices:
                 packed.fill(expert, parts)
-        for matrix, packed in matrices.items():
-            del module._parameters[f"{matrix}_proj"]
-            setattr(module, f"{matrix}_proj", packed)
-    return model
+
+
+def layer_id(module: str, layer_ids: Iterable[int]) -> int:
+    """Which of these layers a module is in."""
+    return next(layer for layer in layer_ids if f".layers.{layer}." in f".{module}.")
 
 
 def _packed(stored: Mapping[str, StoredTensor], before: ExpertFormat, form: ExpertFormat) -> dict[str, Tensor]:
     """An expert's parts as this format has them."""
-    read = {name: _read(tensor) for name, tensor in stored.items()}
+    read = {name: as_tensor(read_bytes(one), one.dtype).view(one.shape) for name, one in stored.items()}
     if before == form:
         return read
     return {
@@ -166,34 +234,8 @@ def _packed(stored: Mapping[str, StoredTensor], before: ExpertFormat, form: Expe
     }
 
 
-def _read(tensor: StoredTensor) -> Tensor:
-    try:
-        found = np.fromfile(tensor.shard, np.uint8, count=tensor.length_bytes, offset=tensor.offset)
-    except OSError as error:
-        raise UserError(f"{tensor.name} cannot be read from {tensor.shard}: {error}") from error
-    if len(found) < tensor.length_bytes:
-        raise UserError(f"shard {tensor.shard} became shorter while it was read; {AGAIN}")
-    return as_tensor(found, tensor.dtype).view(tensor.shape)
-
-
-def experts_modules(
-    model: PreTrainedModel, layer_ids: Sequence[int], *, transposed: bool
-) -> list[tuple[int, nn.Module]]:
-    """(layer id, experts module on the meta device) in the order the layers run.
-
-    Raises:
-        UserError: experts are no [gate; up] and down.
-    """
-    layer_of = {f".layers.{layer}.": layer for layer in layer_ids}
-    found = []
-    for name, module in model.named_modules():
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            _check_form(name, module, transposed=transposed)
-            found.append((next(layer for part, layer in layer_of.items() if part in f".{name}."), module))
-    return found
-
-
-def _check_form(name: str, experts: nn.Module, *, transposed: bool) -> None:
+def check_form(name: str, experts: nn.Module, *, transposed: bool) -> None:
+    """Refuse by a `UserError` experts that are no [gate; up] and down."""
     wanted = {"has_gate": True, "is_transposed": transposed, "has_post_expert_norm": False}
     for flag, value in wanted.items():
         if getattr(experts, flag, None) != value:

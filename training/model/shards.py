@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from configs.load import UserError
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -66,6 +69,17 @@ def read_index(model_dir: str | Path) -> dict[str, StoredTensor]:
                 f"shard {model_dir / shard_name} is changed: it lacks {name}, which the index promises; {AGAIN}"
             )
     return tensors
+
+
+def read_bytes(tensor: StoredTensor) -> npt.NDArray[np.uint8]:
+    """The bytes of a tensor; a `UserError` if they cannot be read."""
+    try:
+        found = np.fromfile(tensor.shard, np.uint8, count=tensor.length_bytes, offset=tensor.offset)
+    except OSError as error:
+        raise UserError(f"{tensor.name} cannot be read from {tensor.shard}: {error}") from error
+    if len(found) < tensor.length_bytes:
+        raise UserError(f"shard {tensor.shard} became shorter while it was read; {AGAIN}")
+    return found
 
 
 def shard_names(model_dir: Path) -> list[str]:

@@ -21,7 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, expert_modules
+from training.model import frozen_experts
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
+from training.model.lazy_weights import decoder_layers
+from training.model.packed_experts import expert_modules
 from training.model.routers import find_routers, router_parameters
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, offload_device
 
@@ -79,6 +82,9 @@ def load_sharded(folder: str, accelerator: Accelerator, *, layout: str, dtype: s
     weights = LayerwiseCheckpoint(folder, dtype=dtype)
     model = weights.skeleton()
     model.requires_grad_(False)
+    if weights.is_packed:
+        frozen_experts.register()
+        model.set_experts_implementation(frozen_experts.IMPLEMENTATION)
     routers = router_parameters(model)  # found out while they are whole
     move_whole_tensors(model, accelerator.device, layout=layout)
     load_layerwise(model, routers, accelerator, layout=layout, weights=weights)

@@ -4,7 +4,7 @@ Weights are counted exactly, from the configuration; activations and what librar
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from configs.sizes import size_text
 from training.model.host_memory import memory_limit
-from training.model.lazy_weights import decoder_layers, empty_model, expert_modules
+from training.model.lazy_weights import decoder_layers, empty_model
 from training.model.loading import ModelArguments, local_folder, weights_dtype
-from training.model.packed_experts import packed_layout
+from training.model.packed_experts import expert_modules, pack, packed_layout, packed_matrices
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, ZERO3, offload_device
 
 
@@ -28,10 +28,7 @@ class Sizes:
     experts: int
     largest_layer: int
     swap_buffers: int  # what an offload to disk holds in memory
-
-    def with_packed(self, layer_bytes: int, *, layers: int) -> "Sizes":
-        """With the experts of a layer in so many bytes; while a layer computes, some of them are decoded beside."""
-        return replace(self, total=self.total - self.experts + layers * layer_bytes, experts=layers * layer_bytes)
+    decoded: int = 0  # where quantised experts of one matrix and layer are decoded
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,15 @@ class Placement:
 def placement(sizes: Sizes, *, layout: str, offload: str | None, processes: int) -> Placement:
     """What each of that many processes holds; a sharded model has one layer whole at a time."""
     if layout == REPLICATED:
-        return Placement(device=sizes.total, host=0, disk=0)
-    share = -(-sizes.total // processes)
+        return Placement(device=sizes.total + sizes.decoded, host=0, disk=0)
+    share, in_use = -(-sizes.total // processes), sizes.largest_layer + sizes.decoded
     if layout == FSDP2 or offload is None:
-        return Placement(device=share + sizes.largest_layer, host=0, disk=0)
+        return Placement(device=share + in_use, host=0, disk=0)
     if offload != NVME:
-        return Placement(device=sizes.largest_layer, host=share, disk=0)
+        return Placement(device=in_use, host=share, disk=0)
     rest = -(-(sizes.total - sizes.experts) // processes)
     buffers = -(-sizes.swap_buffers // processes)
-    return Placement(device=sizes.largest_layer, host=rest + buffers, disk=-(-sizes.experts // processes))
+    return Placement(device=in_use, host=rest + buffers, disk=-(-sizes.experts // processes))
 
 
 def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str) -> None:
@@ -63,10 +60,10 @@ def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str)
         return
     folder = local_folder(args.model_name_or_path)
     model = empty_model(folder, dtype=weights_dtype(args))
-    packed = packed_layout(folder, args.experts) if layout == REPLICATED and args.trainable == "routers" else None
-    sizes, offload = sizes_of(model), offload_device(accelerator)
+    packed = packed_layout(folder, args.experts) if args.trainable == "routers" else None
     if packed is not None:
-        sizes = sizes.with_packed(packed[1].expert_bytes * packed[0].num_experts, layers=len(packed[0].layer_ids))
+        pack(model, *packed)
+    sizes, offload = sizes_of(model), offload_device(accelerator)
     planned = placement(sizes, layout=layout, offload=offload, processes=accelerator.num_processes)
     parts = [f"{size_text(planned.device)} on its {accelerator.device.type}"]
     parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
@@ -93,7 +90,16 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
     total, *of_layers = (sum(tensor.nbytes for tensor in module.parameters()) for module in (model, *layers))
     of_experts = sum(tensor.nbytes for tensors in experts for tensor in tensors)
     buffers = ((1 + len(tensors)) * max(tensor.nbytes for tensor in tensors) for tensors in experts)
-    return Sizes(total, of_experts, largest_layer=max(of_layers), swap_buffers=max(buffers, default=0))
+    decoded = (
+        packed.shape.numel() * packed.dtype.itemsize for each in model.modules() for packed in packed_matrices(each)
+    )
+    return Sizes(
+        total,
+        of_experts,
+        largest_layer=max(of_layers),
+        swap_buffers=max(buffers, default=0),
+        decoded=max(decoded, default=0),
+    )
 
 
 class FreeMemory:

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.engine.device import Host
-from evaluation.engine.resident import load_resident
+from evaluation.engine.resident import experts_modules, load_resident
 from evaluation.engine.store.experts import ExpertStore
 from training.model.lazy_weights import read_config
-from training.model.packed_experts import experts_modules
 
 Checkpoint = Callable[..., Path]
 

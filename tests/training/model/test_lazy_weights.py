@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.load import UserError
-from training.model.lazy_weights import LayerwiseCheckpoint, decoder_layers, empty_model, stored_tensors
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
+from training.model.lazy_weights import decoder_layers, empty_model, stored_tensors
 from training.model.loading import load_pretrained
 from training.model.routers import find_routers
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from configs.load import UserError
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from training.model.lazy_weights import LayerwiseCheckpoint
+from training.model.layerwise_checkpoint import LayerwiseCheckpoint
 from training.model.loading import load_pretrained, load_tokenizer
 
 Tensors = dict[str, torch.Tensor]

@@ -1,6 +1,7 @@
 """What is said to be held where is what is; what does not fit is refused with the launcher that makes it fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from training.arguments import TrainArguments
 from training.model.host_memory import memory_limit
 from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained
+from training.model.packed_experts import ALIGNED, load_packed, pack, packed_layout
 from training.sharding import placement as module
 from training.sharding.placement import Placement, Sizes, check_memory, placement, sizes_of
 
@@ -48,6 +50,24 @@ def test_sizes_are_those_of_the_loaded_model(model_dir: Callable[[str], Path]) -
         largest_layer=max(sum(t.nbytes for t in layer) for layer in layers),
         swap_buffers=3 * max(t.nbytes for t in experts),
     )
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
+def test_sizes_of_quantised_experts_are_those_of_the_loaded_model(kind: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = str(checkpoint("qwen3_moe_blocks"))
+    found = packed_layout(folder, kind)
+    assert found is not None
+    empty, plain = (empty_model(folder, dtype=torch.bfloat16) for _ in range(2))
+    pack(empty, *found)
+    loaded = load_packed(folder, *found, dtype=torch.bfloat16)
+    sizes = sizes_of(loaded)
+    assert sizes == sizes_of(empty)
+    assert sizes.total == sum(t.nbytes for t in loaded.parameters()) < sizes_of(plain).total
+    assert 0 <= sizes.experts - 2 * 8 * found[1].expert_bytes < 2 * 8 * len(found[1].parts) * ALIGNED
+    assert sizes.decoded == max(t.nbytes for t in plain.model.layers[0].mlp.experts.parameters())
+    for layout, offload in (("replicated", None), ("fsdp2", None), ("zero3", "cpu"), ("zero3", "nvme")):
+        without = placement(replace(sizes, decoded=0), layout=layout, offload=offload, processes=2)
+        assert placement(sizes, layout=layout, offload=offload, processes=2).device == without.device + sizes.decoded
 
 
 def test_a_model_whose_experts_are_not_stacked_has_sizes_too(tiny_model: Callable[..., Any]) -> None:

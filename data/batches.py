@@ -55,7 +55,14 @@ class Batch(NamedTuple):
     document_ids_BS: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*moved(self, device))
+
+
+def moved(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device; a CUDA device is not waited for."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 class Chat(str):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from training.model.lazy_weights import stored_tensors
 from training.model.packed_experts import count_parameters
 from training.model.packing import keeps_documents_apart
 from training.model.routers import RouterObserver, task_reaches_routers
+from training.objective.objective import Objective
 from training.objective.terms import TERMS
 from training.objective.token_loss import Head
 from training.run_folder import checkpoint, proof, router_delta
@@ -36,6 +37,22 @@ from training.run_folder.folder import (
 from training.sharding.launcher import REPLICATED, make_accelerator, weight_layout
 from training.sharding.layerwise import load_layerwise, move_whole_tensors, whole_tensors
 from training.sharding.placement import check_memory
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """What a step gave, on the device where it is: reading it means to wait for that.
+
+    Letters: P trained tensors.
+    """
+
+    step: int  # from 1
+    began: float  # on this process's clock
+    learning_rate: float
+    tokens: Tensor
+    shares: list[Objective]  # of this process's micro-batches
+    norms_P: Tensor  # of the gradients, before clipping
+    norm: Tensor
 
 
 @dataclass
@@ -57,6 +74,7 @@ class Run:
     packs: bool  # documents share rows; otherwise the model would let them see each other, and each has its own
     proof_step: int  # gradients are checked in this step, counted from 0
     step: int = 0
+    taken: list[TakenStep] = field(default_factory=list)  # steps that were not read yet
     num_tokens: int = 0
     wandb_id: str | None = None
 

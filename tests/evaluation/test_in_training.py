@@ -113,7 +113,7 @@ def test_what_cannot_be_measured_is_refused_before_a_step(
     key = added.split(":")[0]
     kept = [line for line in SMALL.splitlines() if not line.startswith(key)]
     Path(small).write_text("\n".join([*kept, added]), "utf-8")
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop, "take_step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(UserError, match=words):
         train(train_args(eval_steps=2, eval_config=small))
 

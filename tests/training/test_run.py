@@ -17,9 +17,9 @@ from data.batches import PackedRows
 from training import loop
 from training import run as run_module
 from training.arguments import TrainArguments
-from training.loop import train, train_step
+from training.loop import take_step, train, train_step
 from training.model.loading import load_pretrained
-from training.run import Run, build, save_checkpoint
+from training.run import Run, TakenStep, build, save_checkpoint
 from training.run_folder import checkpoint, router_delta
 
 Arguments = Callable[..., TrainArguments]
@@ -62,13 +62,13 @@ class Stop(Exception):
 def train_until(args: TrainArguments, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, and be interrupted just before the step after `step`."""
 
-    def stepping(run: Run) -> dict[str, float]:
+    def stepping(run: Run) -> TakenStep:
         if run.step == step:
             raise Stop
-        return train_step(run)
+        return take_step(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", stepping)
+        patch.setattr(loop, "take_step", stepping)
         with pytest.raises(Stop):
             train(args)
 
@@ -339,7 +339,7 @@ def test_a_delta_that_could_not_be_exported_is_refused_before_a_step(
         raise UserError(f"{folder} holds no tensor that becomes a router")
 
     monkeypatch.setattr(run_module, "stored_tensors", refuse)
-    monkeypatch.setattr(loop, "train_step", lambda *_: pytest.fail("a step was taken"))
+    monkeypatch.setattr(loop, "take_step", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(UserError, match="holds no tensor that becomes a router"):
         train(args)
     assert asked == [str(args.model_name_or_path)]

@@ -100,7 +100,7 @@ class _FrozenExperts(torch.autograd.Function):
 def _parts(sorted_R: Tensor, num_experts: int) -> Iterator[_Part]:
     """All experts at once on an accelerator, about `PART_ROWS` rows at once on the CPU."""
     ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=sorted_R.device), right=True).to(torch.int32)
-    if sorted_R.device.type != "cpu":
+    if not _has_caches(sorted_R.device):
         yield _Part(slice(None), slice(None), ends_E)
         return
     ends, row, first = ends_E.tolist(), 0, 0
@@ -108,6 +108,11 @@ def _parts(sorted_R: Tensor, num_experts: int) -> Iterator[_Part]:
         if end - row >= PART_ROWS or (expert == num_experts - 1 and end > row):
             yield _Part(slice(row, end), slice(first, expert + 1), ends_E[first : expert + 1] - row)
             row, first = end, expert + 1
+
+
+def _has_caches(device: torch.device) -> bool:
+    """Whether parts are worth their number: on an accelerator each would be waited for."""
+    return device.type == "cpu"
 
 
 def _up(experts: Any) -> str:

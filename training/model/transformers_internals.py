@@ -3,10 +3,12 @@
 No other file of the product imports these modules or reads these attributes, so that a new release is met in one place.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming
@@ -23,6 +25,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer as GradientC
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 
 batched_linear, grouped_linear = _batched_linear, _grouped_linear
+sequences_of = masking_utils.find_packed_sequence_indices
+
+
+@contextmanager
+def packed_sequences(sequences_BS: Tensor | None) -> Iterator[None]:
+    """Models that run meanwhile are told what `sequences_of` gives for the positions of their inputs.
+
+    They ask it themselves in every forward pass, and it waits for an accelerator to answer.
+    """
+    masking_utils.find_packed_sequence_indices = lambda position_ids: sequences_BS
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = sequences_of
 
 
 def router_classes(model: PreTrainedModel) -> tuple[type[nn.Module], ...]:

@@ -2,8 +2,9 @@
 
 Every function returns a **sum** over its items; `counts` says how many items a batch has. Dividing once by the count
 over all micro-batches and ranks makes the numbers independent of both. Padding (document id < 0) and document edges
-break every pair (t, t-d). float32 throughout.
-Letters: B batch, S sequence, E experts, K chosen, C cache slots, N sequences, M windows, W window.
+break every pair (t, t-d). float32 throughout. No shape depends on what a tensor holds, so that an accelerator is never
+waited for: sequences and windows have as many places as there may be, and what is empty counts for nothing.
+Letters: B batch, S sequence, E experts, K chosen, C cache slots, N places for sequences, M for windows, W window.
 """
 
 from collections.abc import Sequence
@@ -34,14 +35,22 @@ def sequence_index(document_ids_BS: Tensor) -> Tensor:
     return starts.flatten().cumsum(0).view_as(document_ids_BS) - 1
 
 
-def full_windows(document_ids_BS: Tensor, window: int) -> Tensor:
-    """[M, W] flat positions of the non-overlapping windows; they restart with every sequence, partial ones are dropped."""
-    flat = sequence_index(document_ids_BS).flatten()
-    lengths = torch.bincount(flat)
-    first = lengths.cumsum(0) - lengths
-    offset = torch.arange(flat.numel(), device=flat.device) - first[flat]
-    fits = (offset % window == 0) & (offset + window <= lengths[flat]) & (document_ids_BS.flatten() >= 0)
-    return fits.nonzero() + torch.arange(window, device=flat.device)
+def full_windows(document_ids_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """[M, W] flat positions of the non-overlapping windows, and [M] bool: whether there is one.
+
+    They restart with every sequence, partial ones are dropped.
+    """
+    flat, (rows, length) = sequence_index(document_ids_BS).flatten(), document_ids_BS.shape
+    lengths_N = torch.zeros_like(flat).scatter_add_(0, flat, torch.ones_like(flat))
+    first_N = lengths_N.cumsum(0) - lengths_N
+    position = torch.arange(flat.numel(), device=flat.device)
+    offset = position - first_N[flat]
+    begins = (offset % window == 0) & (offset + window <= lengths_N[flat]) & (document_ids_BS.flatten() >= 0)
+    number, most = begins.cumsum(0) - 1, rows * (length // window)
+    first_M = torch.zeros(most + 1, dtype=torch.long, device=flat.device)
+    first_M = first_M.scatter_(0, torch.where(begins, number, most), position)[:-1]
+    there_M = torch.arange(most, device=flat.device) < begins.sum()
+    return first_M.where(there_M, 0).unsqueeze(1) + torch.arange(window, device=flat.device), there_M
 
 
 def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], window: int) -> dict[str, Tensor]:
@@ -56,7 +65,7 @@ def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], w
         "tokens": (labels_BS != IGNORE_LABEL).sum(),
         "positions": (document_ids_BS >= 0).sum(),
         "sequences": (sequences > 0).sum(),
-        "windows": torch.tensor(len(full_windows(document_ids_BS, window)), device=document_ids_BS.device),
+        "windows": full_windows(document_ids_BS, window)[1].sum(),
         **{f"pairs_{lag}": same_document(document_ids_BS, lag).sum() for lag in {1, *lags}},
     }
     return {key: value.double() for key, value in items.items()}
@@ -67,7 +76,12 @@ def trust_kl_sum(
 ) -> Tensor:
     """L_trust: KL(P_t || P_t^ref), no gradient to the reference; over valid positions."""
     kl_BS = (probs_BSE * (log_probs_BSE - reference_log_probs_BSE.detach())).sum(-1)
-    return kl_BS[document_ids_BS >= 0].sum()
+    return _over_tokens(kl_BS, document_ids_BS)
+
+
+def _over_tokens(values_BS: Tensor, document_ids_BS: Tensor) -> Tensor:
+    """The sum over what is not padding."""
+    return values_BS.where(document_ids_BS >= 0, 0.0).sum()
 
 
 def previous_choice(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int) -> Tensor:
@@ -104,11 +118,9 @@ def reuse_loss_sum(probs_BSE: Tensor, reusable_BSE: Tensor, document_ids_BS: Ten
     pairs = same_document(document_ids_BS, 1)
     mass_BS = (probs_BSE * reusable_BSE).sum(-1) / top_k * pairs
     index = sequence_index(document_ids_BS).flatten()
-    n_sequences = int(index.max()) + 1
-    length_N = torch.zeros(n_sequences, device=index.device).index_add(0, index, pairs.flatten().float())
-    mass_N = torch.zeros(n_sequences, device=index.device).index_add(0, index, mass_BS.flatten())
-    long_enough = length_N > 0
-    return -torch.log(mass_N[long_enough] / length_N[long_enough] + EPSILON).sum()
+    length_N = torch.zeros(len(index), device=index.device).index_add(0, index, pairs.flatten().float())
+    mass_N = torch.zeros(len(index), device=index.device).index_add(0, index, mass_BS.flatten())
+    return -torch.log(mass_N / length_N.clamp(min=1) + EPSILON).where(length_N > 0, 0.0).sum()
 
 
 def miss_loss_sum(
@@ -121,7 +133,7 @@ def miss_loss_sum(
     """
     chosen_BSE = soft_choice(logits_BSE, top_k, temperature)
     miss_BS = chosen_BSE.masked_fill(held_BSE, 0.0).sum(-1) / top_k
-    return miss_BS[document_ids_BS >= 0].sum()
+    return _over_tokens(miss_BS, document_ids_BS)
 
 
 def soft_cache(requests_BSE: Tensor, document_ids_BS: Tensor, *, slots: int, top_k: int, decay: float) -> Tensor:
@@ -145,7 +157,7 @@ def soft_cache(requests_BSE: Tensor, document_ids_BS: Tensor, *, slots: int, top
 
 def soft_request_sum(requests_BSE: Tensor, cache_BSE: Tensor, document_ids_BS: Tensor) -> Tensor:
     """MELINOE's cache term: <r_t, 1 - c_t>, what is asked for and not held, over valid positions."""
-    return (requests_BSE * (1 - cache_BSE)).sum(-1)[document_ids_BS >= 0].sum()
+    return _over_tokens((requests_BSE * (1 - cache_BSE)).sum(-1), document_ids_BS)
 
 
 def margin_rank_sum(
@@ -153,10 +165,11 @@ def margin_rank_sum(
 ) -> Tensor:
     """MELINOE's rank term: relu(margin - (P_i - P_j)) of pairs that the original router orders so, their mean, over positions."""
     order = reference_logits_BSE.argsort(dim=-1, descending=True)
-    ranked_nE = probs_BSE.gather(-1, order)[document_ids_BS >= 0]
-    experts = ranked_nE.shape[-1]
+    ranked_BSE = probs_BSE.gather(-1, order)
+    experts = ranked_BSE.shape[-1]
     total = sum(
-        torch.relu(margin - (ranked_nE[:, :-apart] - ranked_nE[:, apart:])).sum() for apart in range(1, experts)
+        _over_tokens(torch.relu(margin - (ranked_BSE[..., :-apart] - ranked_BSE[..., apart:])).sum(-1), document_ids_BS)
+        for apart in range(1, experts)
     )
     return torch.as_tensor(total, device=probs_BSE.device) / (experts * (experts - 1) / 2)
 
@@ -202,14 +215,20 @@ def _change(tensor_BSE: Tensor, lag: int) -> Tensor:
 
 def working_set_sum(probs_BSE: Tensor, document_ids_BS: Tensor, window: int) -> Tensor:
     """L_ws: entropy (nats) of P averaged over a window, over the full windows."""
-    mean_ME = probs_BSE.flatten(0, 1)[full_windows(document_ids_BS, window)].mean(1)
-    return -(mean_ME * torch.log(mean_ME + EPSILON)).sum()
+    windows_MW, there_M = full_windows(document_ids_BS, window)
+    mean_ME = probs_BSE.flatten(0, 1)[windows_MW].mean(1)
+    return -(mean_ME * torch.log(mean_ME + EPSILON)).sum(1).where(there_M, 0.0).sum()
 
 
 def load_balance_sum(probs_BSE: Tensor, ids_BSK: Tensor, document_ids_BS: Tensor) -> Tensor:
     """Switch Transformer's auxiliary loss (arXiv 2101.03961, eq. 4) of one layer, times its number of positions."""
-    valid = document_ids_BS >= 0
-    n_experts = probs_BSE.shape[-1]
-    load_E = torch.bincount(ids_BSK[valid].flatten(), minlength=n_experts).float()
-    probs_E = probs_BSE[valid].mean(0)
+    valid, n_experts = document_ids_BS >= 0, probs_BSE.shape[-1]
+    load_E = chosen_by_expert(ids_BSK, document_ids_BS, n_experts).float()
+    probs_E = probs_BSE.where(valid.unsqueeze(-1), 0.0).sum((0, 1)) / valid.sum()
     return n_experts * (load_E / load_E.sum() * probs_E).sum() * valid.sum()
+
+
+def chosen_by_expert(ids_BSK: Tensor, document_ids_BS: Tensor, n_experts: int) -> Tensor:
+    """[E] float64: how often each expert was chosen, by tokens that are no padding."""
+    counted_BSK = (document_ids_BS >= 0).unsqueeze(-1).expand_as(ids_BSK).double()
+    return counted_BSK.new_zeros(n_experts).scatter_add_(0, ids_BSK.flatten(), counted_BSK.flatten())

@@ -84,7 +84,12 @@ def objective(
         loss=loss,
         terms={name: value.detach() for name, value in terms.items()},
         reuse_L=torch.cat(reuse_L),
-        load_LE=torch.stack([_load(routing, batch) for routing in routings]),
+        load_LE=torch.stack(
+            [
+                losses.chosen_by_expert(routing.ids_BSK, batch.document_ids_BS, routing.logits_BSE.shape[-1])
+                for routing in routings
+            ]
+        ),
         hits_C=torch.stack(hits_C).sum(0) / len(routings),
     )
 
@@ -127,9 +132,3 @@ def _hit_rates(layers: Layers) -> Tensor:
     hits = [held_BSE.gather(-1, ids_BSK).sum().double() for held_BSE in layers.cached]
     zero = torch.zeros((), dtype=torch.double, device=ids_BSK.device)  # so that there may be no cache
     return torch.stack([*hits, zero])[:-1] / (layers.top_k * layers.count["positions"].clamp(min=1))
-
-
-@torch.no_grad()
-def _load(routing: Routing, batch: Batch) -> Tensor:
-    ids = routing.ids_BSK[batch.document_ids_BS >= 0]
-    return torch.bincount(ids.flatten(), minlength=routing.logits_BSE.shape[-1]).double()

@@ -190,8 +190,10 @@ def smooth(layers: Layers) -> Tensor:
 
 
 def lagged(layers: Layers) -> Tensor:
-    fitting = [layers.change[lag] for lag in layers.args.lags if layers.count[f"pairs_{lag}"] > 0]
-    return torch.stack(fitting).mean() if fitting else layers.probs_BSE.new_zeros(())
+    """Over those of `lags` at which there are pairs; the others' sums are 0."""
+    lags = layers.args.lags
+    fitting = torch.stack([layers.count[f"pairs_{lag}"] > 0 for lag in lags]).sum().clamp(min=1)
+    return torch.stack([layers.change[lag] for lag in lags]).sum() / fitting
 
 
 def working_set(layers: Layers) -> Tensor:

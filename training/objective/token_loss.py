@@ -17,9 +17,11 @@ from torch.autograd.function import once_differentiable
 from data.batches import IGNORE_LABEL
 
 PART_NUMBERS = 2**20
-"""Logits worked on together: few enough to stay in a processor's cache, enough to outweigh the calls ..."""
+"""Logits worked on together on the CPU: few enough to stay in its cache, enough to outweigh the calls ..."""
 PART_POSITIONS = 128
 """... but at least that many positions, so that a head multiplies a matrix and no single rows."""
+ACCELERATOR_PART_NUMBERS, ACCELERATOR_PART_POSITIONS = 2**27, 2048
+"""The same on an accelerator, which has to be kept busy: float32 logits of 512 MiB, and a head that is read few times."""
 
 Head = Callable[[Tensor], Tensor]
 
@@ -105,9 +107,17 @@ def _gradient(
 
 def _parts(outputs_TX: Tensor, labels_T: Tensor, head: Head) -> Iterator[slice]:
     """Slices of positions that are worked on together; a head is tried once to see how many logits it makes."""
-    vocabulary = outputs_TX.shape[1]
+    vocabulary, fewest = outputs_TX.shape[1], 1
     if head is not _as_it_is:
+        fewest = part_size(outputs_TX.device)[1]
         with torch.no_grad():
             vocabulary = head(outputs_TX[:1]).shape[1]
-    size = max(PART_POSITIONS if head is not _as_it_is else 1, PART_NUMBERS // vocabulary)
+    size = max(fewest, part_size(outputs_TX.device)[0] // vocabulary)
     return (slice(first, first + size) for first in range(0, len(labels_T), size))
+
+
+def part_size(device: torch.device) -> tuple[int, int]:
+    """How many logits are worked on together, and of how many positions at least, where a head makes them."""
+    if device.type == "cpu":
+        return PART_NUMBERS, PART_POSITIONS
+    return ACCELERATOR_PART_NUMBERS, ACCELERATOR_PART_POSITIONS

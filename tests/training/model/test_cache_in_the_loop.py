@@ -187,13 +187,14 @@ def test_what_is_computed_beside_the_choice_changes_no_number_and_gives_other_gr
 def test_every_document_of_a_packed_row_begins_with_an_empty_cache(train_args: Arguments) -> None:
     args = train_args(objective="in_the_loop", cache_slots=[4, 6], lever_delta=0.1, cache_policy="decayed")
     documents = torch.tensor([[7, 7, 7, 9, 9, -1], [3, 3, 3, 3, 3, 3]])
-    batch: Any = SimpleNamespace(document_ids_BS=documents)
-    cache = _cache_in_the_loop(args, batch, None)
+    batch: Any = SimpleNamespace(on_host=SimpleNamespace(document_ids_BS=documents), alone=None)
+    cache = _cache_in_the_loop(args, batch)
     assert (cache.delta, cache.slots, cache.policy) == (0.1, (4, 6), "decayed")
     assert cache.starts_BS[:, 1:].tolist() == [[False, False, True, False, True], [False] * 5]
     alone = one_per_row(torch.arange(12).view(2, 6), documents)
-    assert not _cache_in_the_loop(args, batch, alone).starts_BS[:, 1:].any(), "each has a row of its own"
-    assert _cache_in_the_loop(args, batch, alone).starts_BS.shape == alone.input_ids_DT.shape
+    batch.alone = alone
+    assert not _cache_in_the_loop(args, batch).starts_BS[:, 1:].any(), "each has a row of its own"
+    assert _cache_in_the_loop(args, batch).starts_BS.shape == alone.input_ids_DT.shape
 
 
 @pytest.mark.parametrize("changed", [{}, {"lever_delta": 0.0}, {"cache_policy": "decayed", "cache_slots": [4, 3]}])

@@ -8,7 +8,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ import psutil
 import torch
 import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 from torch.utils.benchmark import Timer
 from torch.utils.data import IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,15 +30,22 @@ from configs.command import run as run_command
 from configs.load import UserError, load
 from data.batches import Batch, PackedRows
 from evaluation.engine.memory.process import peak_rss_bytes
+from training import loop
 from training.arguments import TrainArguments
 from training.loop import train_step
-from training.model import packed_attention
+from training.model import frozen_experts, packed_attention
 from training.model.host_memory import give_back_memory
 from training.run import Run, build
 
-OURS = "remoe"
+OURS, OURS_CE_ONLY, OURS_STOCK_EXPERTS, STOCK_OUR_EXPERTS = "remoe", "ce_only", "stock_experts", "our_experts"
+OF_OURS: Mapping[str, str] = {
+    OURS_CE_ONLY: "remoe, cross entropy alone",
+    OURS_STOCK_EXPERTS: "remoe, transformers' grouped_mm experts",
+}
+"""Sides that our loop takes the steps of, beside `OURS`; `STOCK_OUR_EXPERTS` are Trainer's with our experts function."""
 READY, FIGURES = "ready for a step", "measured: "
 """A process prints the first before each step, which it takes when a line comes in, and its figures as JSON at its end."""
+PROFILE_ROWS = 30
 RATE_SIZE, ACCELERATOR_RATE_SIZE, RATE_SECONDS = 1024, 8192, 0.5
 """The square matrices with which the machine's rate is measured (on an accelerator starting a small product takes longer
 than the product), and how long."""
@@ -54,30 +63,37 @@ class Measured:
     forward_flop_per_step: int  # of the model's matrix products
     matrix_flop_per_second: float
     attn_implementation: str  # transformers' name
+    waits_per_step: int | None = None  # how often the processor waited for a CUDA device, by torch's own count
+    profile: str | None = None  # where one more step spent its time, as torch.profiler has it
 
 
-def main(side: str, config: str, threads: int) -> None:
+def main(side: str, config: str, threads: int, profiles: bool) -> None:
     """Load, train, print the figures as one line of JSON.
 
-    `side` is `OURS`, or a stock experts_implementation, trained by transformers' Trainer; max_steps are all steps.
+    `side` is one of ours (`OURS`, `OF_OURS`), or a stock experts_implementation or `STOCK_OUR_EXPERTS`, trained by
+    transformers' Trainer; max_steps are all steps.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run = build(load(TrainArguments, config))
-    if side != OURS:
+    args = load(TrainArguments, config, ["objective=ce_only"] if side == OURS_CE_ONLY else [])
+    run, is_ours = build(args), side == OURS or side in OF_OURS
+    if side == OURS_STOCK_EXPERTS:
+        run.model.set_experts_implementation("grouped_mm")
+    if not is_ours:
         run.observer.close()
-        run.model.set_experts_implementation(side)
+        run.model.set_experts_implementation(frozen_experts.IMPLEMENTATION if side == STOCK_OUR_EXPERTS else side)
         if _attention(run) == packed_attention.IMPLEMENTATION:
             run.model.set_attn_implementation("sdpa")
     batch = run.rows.batch(range(run.args.per_device_train_batch_size)).to(run.accelerator.device)
     flop = _forward_flop(run, batch) * run.rows_per_step // len(batch.input_ids_BS)
     model_bytes = _begin_counting(run.accelerator.device)
-    seconds, losses = (_our_steps if side == OURS else _stock_steps)(run)
+    seconds, losses = (_our_steps if is_ours else _stock_steps)(run)
     measured = Measured(
         seconds, losses, run.rows_per_step * run.args.max_length, model_bytes,
         peak_bytes=_peak_bytes(run.accelerator.device) - model_bytes, forward_flop_per_step=flop,
         matrix_flop_per_second=_matrix_rate(run), attn_implementation=_attention(run),
+        waits_per_step=_waits(run) if is_ours else None, profile=_profile(run) if is_ours and profiles else None,
     )  # fmt: skip
     print(f"{FIGURES}{json.dumps(asdict(measured))}", flush=True)
 
@@ -102,6 +118,30 @@ def _our_steps(run: Run) -> tuple[list[float], list[float]]:
         losses.append(train_step(run)["train/loss"])
         seconds.append(_finished(run.accelerator.device) - began)
     return seconds, losses
+
+
+def _waits(run: Run) -> int | None:
+    """How often a step that is not read waits for a CUDA device; None on others, which do not tell."""
+    if run.accelerator.device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run.taken.append(loop.take_step(run))
+        torch.cuda.set_sync_debug_mode("default")
+    loop.read_steps(run)
+    return sum("synchron" in str(one.message) for one in caught)
+
+
+def _profile(run: Run) -> str:
+    """Of one more step, what took the most time on the device."""
+    device = run.accelerator.device.type
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with torch.profiler.profile(activities=activities) as profiled:
+        train_step(run)
+        _finished(run.accelerator.device)
+    table = profiled.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=PROFILE_ROWS)
+    return str(table)
 
 
 def _stock_steps(run: Run) -> tuple[list[float], list[float]]:
@@ -195,4 +235,4 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda _: main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    sys.exit(run_command(lambda _: main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True")))

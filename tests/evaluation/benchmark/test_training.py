@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.benchmark.sides.training_side import READY, Measured
-from evaluation.benchmark.training import TrainingBenchmark, benchmark, compare, loaded, table, take_step
+from evaluation.benchmark.training import FURTHER, TrainingBenchmark, benchmark, compare, loaded, table, take_step
 
 
 def measured(seconds: float, peak: int) -> Measured:
@@ -40,6 +41,19 @@ def test_ours_is_compared_with_the_fastest_stock_side_of_the_same_repeat() -> No
     assert "grouped_mm: 1.50 x" in str(table(result).caption)
 
 
+def test_further_sides_are_compared_with_stock_too_and_are_none() -> None:
+    runs = {
+        side: [measured(seconds, 100)]
+        for side, seconds in zip(("remoe", *FURTHER, "eager"), (3, 1, 1, 1, 2), strict=True)
+    }
+    result = compare(runs)
+    assert result["fastest_stock"] == "eager"
+    assert [row["speed_ratio"]["median"] for row in result["sides"].values()] == pytest.approx([2 / 3, 2, 2, 2, 1])
+    shown = list(table(result).columns[0].cells)
+    assert shown == ["remoe", "remoe, cross entropy alone", "remoe, transformers' grouped_mm experts",
+                     "Trainer, our experts", "Trainer, eager"]  # fmt: skip
+
+
 def test_steps_of_the_same_turn_are_compared() -> None:
     ours, theirs = measured(1.0, 1), measured(1.0, 1)
     ours.step_seconds, theirs.step_seconds = [9.0, 1.0, 4.0, 4.0], [9.0, 2.0, 4.0, 8.0]
@@ -51,6 +65,15 @@ def test_unknown_sides_and_numbers_are_refused() -> None:
         TrainingBenchmark(config="x.yaml", stock="deepspeed")
     with pytest.raises(UserError, match="--stock '' is not known; write some of grouped_mm,batched_mm,eager"):
         TrainingBenchmark(config="x.yaml", stock="")
+    with pytest.raises(
+        UserError, match="--sides 'x' is not known; write some of ce_only,stock_experts,our_experts,all"
+    ):
+        TrainingBenchmark(config="x.yaml", sides="x")
+    with pytest.raises(UserError, match="--profile writes into the output"):
+        TrainingBenchmark(config="x.yaml", profile=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: torch finds no CUDA device"):
+            TrainingBenchmark(config="x.yaml", device="cuda")
     with pytest.raises(UserError, match="--steps is 0; write at least 1"):
         TrainingBenchmark(config="x.yaml", steps=0)
 
@@ -78,17 +101,22 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
     config = tmp_path / "c.yaml"
     config.write_text("objective: ce_only\n", encoding="utf-8")
     output = str(tmp_path / "o.json")
-    benchmark(TrainingBenchmark(config=str(config), overrides=overrides, repeats=1, steps=3, threads=1, output=output))
+    beside: dict[str, Any] = {"sides": "our_experts,stock_experts", "device": "cpu", "profile": True}
+    how = {"repeats": 1, "steps": 3, "threads": 1, "output": output, **beside}
+    benchmark(TrainingBenchmark(config=str(config), overrides=overrides, **how))
     result = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
     ours, *others = (runs[0] for runs in result["runs"].values())
-    assert len(others) == 2
+    assert len(others) == 4
+    assert "Self CPU" in ours["profile"]
     for theirs in others:
         assert theirs["losses"] == pytest.approx(ours["losses"], abs=2e-4), "Trainer rounds what it logs to 4 digits"
         assert theirs["tokens_per_step"] == ours["tokens_per_step"] == 2 * 2 * 24
     assert ours["losses"][-1] < ours["losses"][0]
     assert all(side["peak_bytes"] > 0 for side in (ours, *others))
     assert ours["forward_flop_per_step"] == others[0]["forward_flop_per_step"]
-    assert [side["attn_implementation"] for side in (ours, *others)] == ["remoe_packed", "sdpa", "sdpa"]
+    attention = {name: runs[0]["attn_implementation"] for name, runs in result["runs"].items()}
+    assert {name for name in attention if attention[name] == "remoe_packed"} == {"remoe", "stock_experts"}
+    assert set(attention.values()) == {"remoe_packed", "sdpa"}
 
 
 @pytest.mark.slow

@@ -206,19 +206,20 @@ def _summary(measured: Sequence[Measured]) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> Table:
     """The figures for a terminal."""
     speed, memory = (_ratio(result[which]) for which in ("speed_ratio", "memory_ratio"))
+    waits = any(row["waits_per_step"] is not None for row in result["sides"].values())
     rows = [
         (
             NAMES.get(side, f"Trainer, {side}"),
             f"{row['step_seconds']:.3f} ({row['step_seconds_min']:.3f} to {row['step_seconds_max']:.3f})",
-            f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['loss_at_step_1']:.5f}",
-            f"{100 * row['bound_share']:.0f} %", _ratio(row["speed_ratio"]), _ratio(row["memory_ratio"]),
-            "" if row["waits_per_step"] is None else str(row["waits_per_step"]),
+            f"{row['tokens_per_second']:,.0f} ({row['speed_ratio']['median']:.2f} x)",
+            f"{row['peak_bytes'] / 2**20:,.0f} MiB ({row['memory_ratio']['median']:.2f} x)",
+            f"{100 * row['bound_share']:.0f} %", f"{row['loss_at_step_1']:.5f}", *([str(row["waits_per_step"])] * waits),
         )
         for side, row in result["sides"].items()
     ]  # fmt: skip
     return tables.table(
         "Training routers: ours beside transformers' Trainer",
-        "side|>s per step|>tokens/s|>above the model|>task loss, step 1|>of the bound|>tokens/s, ratio|>memory, ratio|>waits",
+        "side|>s per step|>tokens/s|>above the model|>of the bound|>loss, step 1" + "|>waits a step" * waits,
         rows,
         caption=f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model",
     )

@@ -51,7 +51,7 @@ class TrainingBenchmark:
       remoe make-model --output runs/models/train100m --layers 8 --hidden 256 --intermediate 256 --dtype float32 \\
           --check-tokens 0
       remoe bench training configs/train/bench.yaml --output runs/bench_train.json
-      remoe bench training configs/train/bench.yaml --device cuda --sides all --profile --output runs/bench_gpu.json \
+      remoe bench training configs/train/bench.yaml --device cuda --sides all --profile --output runs/bench_gpu.json \\
           bf16=true max_length=1024 per_device_train_batch_size=4
     """
 

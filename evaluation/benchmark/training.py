@@ -71,8 +71,6 @@ class TrainingBenchmark:
     def __post_init__(self) -> None:
         at_least(self, steps=1, repeats=1, threads=1)
         _ = self.stock_sides, self.further_sides
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no CUDA device here; write auto or cpu")
         if self.profile and not self.output:
             raise UserError("--profile writes into the output; write --output FILE")
 
@@ -94,6 +92,8 @@ class TrainingBenchmark:
 
 def benchmark(options: TrainingBenchmark) -> None:
     """Let the sides take turns, compare, write and print."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; write auto or cpu")
     output = prepare(options.output) if options.output else None
     config = options.train_arguments()
     sides = [OURS, *options.further_sides, *options.stock_sides]

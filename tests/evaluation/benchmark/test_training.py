@@ -73,7 +73,7 @@ def test_unknown_sides_and_numbers_are_refused() -> None:
         TrainingBenchmark(config="x.yaml", profile=True)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda: torch finds no CUDA device"):
-            TrainingBenchmark(config="x.yaml", device="cuda")
+            benchmark(TrainingBenchmark(config="x.yaml", device="cuda"))
     with pytest.raises(UserError, match="--steps is 0; write at least 1"):
         TrainingBenchmark(config="x.yaml", steps=0)
 

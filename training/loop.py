@@ -26,6 +26,7 @@ from data.batches import Batch, moved
 from training.arguments import TrainArguments
 from training.model import transformers_internals as internals
 from training.model.cache_in_the_loop import CacheInTheLoop
+from training.model.packed_experts import packed_matrices
 from training.model.packing import OnePerRow, one_per_row
 from training.objective.objective import Objective, objective, total_counts
 from training.run import Run, TakenStep, build, finish, save_checkpoint
@@ -147,10 +148,8 @@ def take_step(run: Run) -> TakenStep:
     """One optimizer step; what it gave is read by `read_steps`, on a CPU here already: nothing but finite numbers is taken."""
     began = time.perf_counter()
     batches = [_micro_batch(run, index) for index in range(run.args.gradient_accumulation_steps)]
-    own = {
-        key: each.to(run.accelerator.device, non_blocking=True)
-        for key, each in total_counts(run.args, [each.on_host for each in batches]).items()
-    }
+    own = total_counts(run.args, [batch.on_host for batch in batches])
+    own = dict(zip(own, moved(own.values(), run.accelerator.device), strict=True))
     count, shares = _sum_over_processes(run.accelerator, own), []
     for index, batch in enumerate(batches):
         share = _forward(run, batch, count)
@@ -253,8 +252,9 @@ def _cache_in_the_loop(args: TrainArguments, batch: MicroBatch) -> CacheInTheLoo
 
 def _not_finite(run: Run) -> str | None:
     """The first frozen weight that holds a NaN or an infinity; of a sharded one, this process's part is looked at."""
+    packed = {id(each.packed) for module in run.model.modules() for each in packed_matrices(module)}  # of no numbers
     for name, parameter in run.model.named_parameters():
-        if name in run.trained:
+        if name in run.trained or id(parameter) in packed:
             continue
         part = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
         if not part.isfinite().all():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GraniteMoeConfig
 
 from configs.load import UserError
 from data.batches import IGNORE_LABEL
-from tests.conftest import SMALL
+from tests.conftest import SMALL, byte_tokenizer
 from training.arguments import TrainArguments
 from training.loop import train, train_step
 from training.model.loading import load_pretrained, plain_head
@@ -243,6 +244,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(train_args: Arguments) 
             run.model.get_parameter(name).copy_(kept)
     assert run.step == 1
     assert all(torch.equal(router, before[name]) for name, router in routers_of(run).items())
+
+
+def test_bytes_of_quantised_experts_are_no_numbers_that_could_be_infinite(
+    train_args: Arguments, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint("qwen3_moe_blocks"), tmp_path / "model")
+    byte_tokenizer().save_pretrained(folder)
+    run = build(train_args(model_name_or_path=str(folder), experts="fp8"))
+    bytes_of_experts = [tensor for name, tensor in run.model.named_parameters() if ".packed_" in name]
+    with torch.no_grad():
+        bytes_of_experts[0][0, 0] = float("inf")  # as scales or codes may look
+        next(iter(run.trained.values())).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="loss is nan at step 1, process 0, micro-batch 0: stopped before the step"):
+        train_step(run)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -130,3 +130,16 @@ def test_no_label_at_all_is_a_sum_of_nothing() -> None:
     assert sums == (0, 0, 0)
     sums.loss.backward()
     assert (logits.grad == 0).all()
+
+
+def test_parts_are_large_where_an_accelerator_has_to_be_kept_busy() -> None:
+    labels_T = torch.zeros(5000, dtype=torch.long, device="meta")
+    logits_TV, hidden_TX = (torch.empty(5000, size, device="meta") for size in (2**17, 8))
+
+    def head(hidden_tX: Tensor) -> Tensor:
+        return hidden_tX.new_empty(len(hidden_tX), 2**17)
+
+    found = [part.stop - part.start for part in token_loss._parts(logits_TV, labels_T, token_loss._as_it_is)]
+    assert set(found) == {1024}
+    assert {part.stop - part.start for part in token_loss._parts(hidden_TX, labels_T, head)} == {2048}
+    assert {part.stop - part.start for part in token_loss._parts(torch.zeros(1, 8), labels_T, head)} == {128}

@@ -18,6 +18,8 @@ from evaluation.engine.engine import Engine
 from evaluation.server.application import HttpServer, listener
 from launch.serve import Serve, opened
 
+THREAD_SECONDS = 60
+
 
 @dataclass(frozen=True)
 class Served:
@@ -59,6 +61,13 @@ def serve(folder: Path, *flags: str, memory: tuple[str, str] = ("--expert-cache"
 def our_threads() -> set[threading.Thread]:
     """The threads that run, but for the one that progress bars leave."""
     return {thread for thread in threading.enumerate() if "tqdm" not in thread.name}
+
+
+def threads_left(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Those that were started since and do not end; a pool tells its threads to, and does not wait until they have."""
+    for thread in our_threads() - before:
+        thread.join(THREAD_SECONDS)
+    return our_threads() - before
 
 
 class Plain:

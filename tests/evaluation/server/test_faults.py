@@ -19,7 +19,7 @@ import pytest
 from configs.load import UserError
 from evaluation.server.work import Job
 from evaluation.server.worker import Worker
-from tests.evaluation.server.running import Plain, Served, our_threads, serve
+from tests.evaluation.server.running import Plain, Served, our_threads, serve, threads_left
 
 PROMPT = "It was a bright cold day"
 WAIT_SECONDS = 60
@@ -86,7 +86,7 @@ def test_a_client_that_leaves_stops_its_generation_and_the_next_is_served(
             "broken off in its third decode call"
         )
         assert served.metric("remoe_generation_tokens_total") == 20
-    assert our_threads() == threads, "no thread is left"
+    assert not threads_left(threads)
     assert len(os.listdir("/proc/self/fd")) == files, "no file or connection is left"
 
 

@@ -41,9 +41,8 @@ class TrainArguments(ModelArguments, DataArguments, ObjectiveArguments, Optimize
     output_dir: str = "???"  # the run's own folder; all that a run writes is in it
     run_name: str | None = None  # what messages and W&B call the run; null: the name of its folder
     seed: int = 0  # decides the order of the data and, for a new model, its weights
-    logging_steps: int = (
-        10  # steps from one line of metrics.jsonl to the next; an accelerator's numbers are read only then
-    )
+    # steps from one line of metrics.jsonl to the next; off the CPU, numbers are read only then
+    logging_steps: int = 10
     save_steps: int = 200  # steps from one checkpoint to the next
     save_total_limit: int = 2  # checkpoints that are kept, the newest
     resume_from_checkpoint: str | None = None  # auto (the newest), or a checkpoint folder; null: start afresh

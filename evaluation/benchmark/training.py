@@ -58,9 +58,8 @@ class TrainingBenchmark:
     config: str  # a YAML as for remoe train; configs/train/bench.yaml is made for this
     overrides: Sequence[str] = ()  # key=value: override a key of the config
     stock: str = "grouped_mm,eager"  # the opponent's experts implementations, with commas between; the fastest counts
-    sides: str = (
-        ""  # further sides, with commas between: ce_only, stock_experts (ours), our_experts (Trainer's); or all
-    )
+    # further sides, with commas between: ce_only, stock_experts (ours), our_experts (Trainer's); or all
+    sides: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto: on an accelerator if there is one
     profile: bool = False  # write into the output where one more step of ours spends its time
     steps: int = 6  # timed steps of a process, after one to warm up

@@ -50,7 +50,7 @@ def full_windows(document_ids_BS: Tensor, window: int) -> tuple[Tensor, Tensor]:
     first_M = torch.zeros(most + 1, dtype=torch.long, device=flat.device)
     first_M = first_M.scatter_(0, torch.where(begins, number, most), position)[:-1]
     there_M = torch.arange(most, device=flat.device) < begins.sum()
-    return first_M.where(there_M, 0).unsqueeze(1) + torch.arange(window, device=flat.device), there_M
+    return first_M.unsqueeze(1) + torch.arange(window, device=flat.device), there_M
 
 
 def counts(document_ids_BS: Tensor, labels_BS: Tensor, *, lags: Sequence[int], window: int) -> dict[str, Tensor]:

@@ -83,6 +83,11 @@ class Run:
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
 
+    @property
+    def reads_at_once(self) -> bool:
+        """Whether a step's numbers are looked at before the next one, for which an accelerator would have to be waited for."""
+        return self.accelerator.device.type == "cpu"
+
 
 def build(args: TrainArguments) -> Run:
     """Load model and data, freeze, and resume from a checkpoint if there is one."""

@@ -37,13 +37,14 @@ from evaluation.engine.stats import EngineStats
 from evaluation.export.hf_folder import write_folder
 from evaluation.tracing import teacher_forced_trace
 from training.arguments import TrainArguments
-from training.loop import outputs_of, train_step
+from training.loop import train_step
 from training.model.lazy_weights import stored_tensors
 from training.model.loading import load_pretrained
 from training.model.packing import one_per_row
 from training.model.routers import router_parameters
 from training.run import Run, build, finish
 from training.run_folder import router_delta
+from training.step import outputs_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -9,10 +9,11 @@ import torch
 
 from configs.load import UserError
 from training.arguments import TrainArguments
-from training.loop import _forward, _micro_batch, train_step
+from training.loop import train_step
 from training.model.routers import find_routers
 from training.objective.objective import total_counts
 from training.run import Run, build
+from training.step import forward, micro_batch
 
 Arguments = Callable[..., TrainArguments]
 LOCAL: dict[str, Any] = {
@@ -55,8 +56,8 @@ def test_the_gradient_of_a_router_does_not_depend_on_layers_behind_it(train_args
         last = next(reversed(list(find_routers(run.model).values())))
         with torch.no_grad():
             last.weight.mul_(factor)  # type: ignore[operator]
-        batch = _micro_batch(run, 0)
-        _forward(run, batch, total_counts(run.args, [batch.on_host])).loss.backward()
+        batch = micro_batch(run, 0)
+        forward(run, batch, total_counts(run.args, [batch.on_host])).loss.backward()
         found.append(gradients_of(run))
         assert all(p.grad is None for name, p in run.model.named_parameters() if name not in run.trained)
         run.observer.close()

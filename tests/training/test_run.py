@@ -17,10 +17,11 @@ from data.batches import PackedRows
 from training import loop
 from training import run as run_module
 from training.arguments import TrainArguments
-from training.loop import take_step, train, train_step
+from training.loop import train, train_step
 from training.model.loading import load_pretrained
 from training.run import Run, TakenStep, build, save_checkpoint
 from training.run_folder import checkpoint, router_delta
+from training.step import take_step
 
 Arguments = Callable[..., TrainArguments]
 

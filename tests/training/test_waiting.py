@@ -17,11 +17,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from training import loop
+from configs.load import UserError
+from training import step
 from training.arguments import TrainArguments
+from training.loop import _one_step, train_step
 from training.model import frozen_experts
 from training.run import Run, build
 from training.run_folder.metrics import Tracker
+from training.step_metrics import read_steps
 
 ROOT = Path(__file__).parents[2]
 Arguments = Callable[..., TrainArguments]
@@ -73,10 +76,10 @@ def as_on_an_accelerator(patch: pytest.MonkeyPatch, run: Run, counting: Counting
 
         return called
 
-    patch.setattr(loop, "_reads_at_once", lambda _: False)
+    patch.setattr(Run, "reads_at_once", False)
     patch.setattr(frozen_experts, "_has_caches", lambda _: False)
-    for name in ("_micro_batch", "total_counts"):
-        patch.setattr(loop, name, on_host(getattr(loop, name)))
+    for name in ("micro_batch", "total_counts"):
+        patch.setattr(step, name, on_host(getattr(step, name)))
     patch.setattr(run.optimizer, "step", on_host(run.optimizer.step))  # counts its steps in a tensor on the host
     run.model.set_attn_implementation("sdpa")
 
@@ -103,12 +106,14 @@ def test_a_step_waits_for_nothing(
     with counting:
         for _ in range(8):
             counting.found.clear()
-            loop._one_step(run, tracker, [], None)
+            _one_step(run, tracker, [], None)
             read.append(dict(counting.found))
     tracker.close()
     assert [bool(one) for one in read] == [True, False, False, True, False, False, False, True], read
     assert all(
-        place.startswith((str(ROOT / "training" / "loop.py"), str(ROOT / "training" / "run_folder" / "proof.py")))
+        place.startswith(
+            (str(ROOT / "training" / "step_metrics.py"), str(ROOT / "training" / "run_folder" / "proof.py"))
+        )
         for one in read
         for place in one
     ), read
@@ -134,12 +139,12 @@ def test_read_later_numbers_are_the_same(
 ) -> None:
     args = train_args(objective=objective, cache_slots=[6], output_dir=str(tmp_path / "a"))
     run = build(args)
-    expected = [loop.train_step(run) for _ in range(3)]
+    expected = [train_step(run) for _ in range(3)]
     tokens = run.num_tokens
     run = build(replace(args, output_dir=str(tmp_path / "b")))
-    monkeypatch.setattr(loop, "_reads_at_once", lambda _: False)
-    run.taken = [loop.take_step(run) for _ in range(3)]
-    found = loop.read_steps(run)
+    monkeypatch.setattr(Run, "reads_at_once", False)
+    run.taken = [step.take_step(run) for _ in range(3)]
+    found = read_steps(run)
     assert run.num_tokens == tokens
     assert run.taken == []
     for key, value in expected[-1].items():
@@ -155,20 +160,20 @@ def test_what_is_not_finite_is_noticed_before_it_is_saved(
     """At the next reading, with the step at which it was."""
     run = build(train_args(save_steps=3, logging_steps=100, max_steps=9, output_dir=str(tmp_path / "run")))
     tracker = Tracker(run.args, step=0, wandb_id=None, active=True)
-    monkeypatch.setattr(loop, "_reads_at_once", lambda _: False)
-    loop._one_step(run, tracker, [], None)
+    monkeypatch.setattr(Run, "reads_at_once", False)
+    _one_step(run, tracker, [], None)
     name = list(run.trained)[1]
     if what == "loss":
         with torch.no_grad():
             run.trained[name].view(-1)[0] = math.nan
     else:
         run.trained[name].register_hook(lambda gradient: gradient * math.inf)
-    loop._one_step(run, tracker, [], None)
+    _one_step(run, tracker, [], None)
     words = {
         "loss": "loss is nan at step 2, process 0, micro-batch 0",
         "gradient": f"gradient of {name} is not finite at step 2",
     }
-    with pytest.raises(loop.UserError, match=f"{words[what]}: stopped, and nothing of that step is saved"):
-        loop._one_step(run, tracker, [], None)
+    with pytest.raises(UserError, match=f"{words[what]}: stopped, and nothing of that step is saved"):
+        _one_step(run, tracker, [], None)
     tracker.close()
     assert not list((tmp_path / "run").glob("checkpoint*"))

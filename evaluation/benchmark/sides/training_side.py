@@ -30,12 +30,13 @@ from configs.command import run as run_command
 from configs.load import UserError, load
 from data.batches import Batch, PackedRows
 from evaluation.engine.memory.process import peak_rss_bytes
-from training import loop
 from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import give_back_memory
 from training.run import Run, build
+from training.step import take_step
+from training.step_metrics import read_steps
 
 OURS, OURS_CE_ONLY, OURS_STOCK_EXPERTS, STOCK_OUR_EXPERTS = "remoe", "ce_only", "stock_experts", "our_experts"
 OF_OURS: Mapping[str, str] = {
@@ -127,9 +128,9 @@ def _waits(run: Run) -> int | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        run.taken.append(loop.take_step(run))
+        run.taken.append(take_step(run))
         torch.cuda.set_sync_debug_mode("default")
-    loop.read_steps(run)
+    read_steps(run)
     return sum("synchron" in str(one.message) for one in caught)
 
 

@@ -16,7 +16,7 @@ from evaluation.benchmark.families import make_tiny, tiny_config
 from evaluation.engine.levers.prior import Prior
 from evaluation.frontier.steps import CacheKind, read_in_steps
 from training.arguments import TrainArguments
-from training.loop import _cache_in_the_loop, train_step
+from training.loop import train_step
 from training.model.cache_in_the_loop import HALF_LIVES, CacheInTheLoop, served
 from training.model.loading import load_pretrained
 from training.model.packing import one_per_row
@@ -24,6 +24,7 @@ from training.model.router_kind import Choosing, RouterKind, Weighing
 from training.model.routers import RouterObserver, router_parameters
 from training.objective import losses
 from training.run import build
+from training.step import cache_in_the_loop
 
 Arguments = Callable[..., TrainArguments]
 
@@ -188,13 +189,13 @@ def test_every_document_of_a_packed_row_begins_with_an_empty_cache(train_args: A
     args = train_args(objective="in_the_loop", cache_slots=[4, 6], lever_delta=0.1, cache_policy="decayed")
     documents = torch.tensor([[7, 7, 7, 9, 9, -1], [3, 3, 3, 3, 3, 3]])
     batch: Any = SimpleNamespace(on_host=SimpleNamespace(document_ids_BS=documents), alone=None)
-    cache = _cache_in_the_loop(args, batch)
+    cache = cache_in_the_loop(args, batch)
     assert (cache.delta, cache.slots, cache.policy) == (0.1, (4, 6), "decayed")
     assert cache.starts_BS[:, 1:].tolist() == [[False, False, True, False, True], [False] * 5]
     alone = one_per_row(torch.arange(12).view(2, 6), documents)
     batch.alone = alone
-    assert not _cache_in_the_loop(args, batch).starts_BS[:, 1:].any(), "each has a row of its own"
-    assert _cache_in_the_loop(args, batch).starts_BS.shape == alone.input_ids_DT.shape
+    assert not cache_in_the_loop(args, batch).starts_BS[:, 1:].any(), "each has a row of its own"
+    assert cache_in_the_loop(args, batch).starts_BS.shape == alone.input_ids_DT.shape
 
 
 @pytest.mark.parametrize("changed", [{}, {"lever_delta": 0.0}, {"cache_policy": "decayed", "cache_slots": [4, 3]}])

@@ -28,6 +28,7 @@ from evaluation.benchmark.sides.contenders import OPPONENTS, Contender, opponent
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.levers.spec import levers_of
+from evaluation.engine.options import EXACT
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
 from training.model.lazy_weights import read_config
@@ -64,9 +65,9 @@ class DecodeBenchmark:
     repeats: int = 3  # processes of every side
     cache_policy: str = DEFAULT  # ours
     prefetch: str = "0"  # ours: experts of a layer to read ahead; 0,3: without and with it, in turns
-    lever: str = (
-        ""  # ours: with this lever too, in turns; it changes outputs. prior:delta=0 shows what a lever itself takes
-    )
+    # ours: with this lever too, in turns; it changes outputs. prior:delta=0 shows what a lever itself takes
+    lever: str = ""
+    products: str = EXACT  # ours: exact, or packed for experts as they are stored; packed changes last bits
     threads: int = field(default_factory=torch.get_num_threads)  # of every side; all cores if not given
     timeout: float = 3600  # seconds for one process
     work_dir: str = "runs/bench_files"  # for the GGUF, which is kept, and accelerate's offload; on the model's disk
@@ -156,7 +157,7 @@ def _legs(model_dir: str, options: DecodeBenchmark) -> tuple[list[list[Leg]], li
 
 def _contenders(model_dir: str, options: DecodeBenchmark, hierarchy: Hierarchy | None) -> list[Contender]:
     limits = Limits(options.timeout, options.limit_bytes, hierarchy)
-    base = Order("", model_dir, [], options.threads, cache_policy=options.cache_policy)
+    base = Order("", model_dir, [], options.threads, cache_policy=options.cache_policy, products=options.products)
     work_dir = Path(options.work_dir).resolve()
     gguf = Path(options.gguf).resolve() if options.gguf else work_dir / f"{Path(model_dir).name}-f16.gguf"
     caches, budgets = words(options.expert_cache), words(options.memory_budget)

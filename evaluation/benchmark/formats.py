@@ -35,8 +35,8 @@ from evaluation.turns import in_turn
 from training.model.expert_format import MATRICES
 from training.model.loading import load_tokenizer, local_folder
 
-TRIES = 50
-"""Of decoding an expert, of which the median counts."""
+TRIES, TOGETHER = 50, 8
+"""Of decoding so many experts and of multiplying by them at once; the median counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,23 +166,24 @@ def _rates(model_dir: str) -> dict[str, float]:
     store = ExpertStore(model_dir)
     if not store.format.is_quantised:
         return {}
-    memory = SlotMemory(store, 1, torch.bfloat16, as_stored=True, multiplies_packed=True)
-    for span in memory.spans(0, *next(iter(store.keys))):
-        span.target[:] = np.fromfile(span.shard, np.uint8, count=len(span.target), offset=span.offset)
-    numbers = 3 * store.format.hidden * store.format.intermediate
-    rows = {"gate_up": torch.randn(store.format.hidden).numpy(), "down": torch.randn(store.format.intermediate).numpy()}
-    outs = {
-        "gate_up": torch.empty(2 * store.format.intermediate).numpy(),
-        "down": torch.empty(store.format.hidden).numpy(),
-    }
+    keys = list(store.keys)[:TOGETHER]
+    slots = range(len(keys))
+    memory = SlotMemory(store, len(keys), torch.bfloat16, as_stored=True, multiplies_packed=True)
+    for slot, key in enumerate(keys):
+        for span in memory.spans(slot, *key):
+            span.target[:] = np.fromfile(span.shard, np.uint8, count=len(span.target), offset=span.offset)
+    numbers = 3 * store.format.hidden * store.format.intermediate * len(keys)
+    columns = {"gate_up": store.format.hidden, "down": store.format.intermediate}
+    rows = {matrix: torch.randn(len(keys), count).numpy() for matrix, count in columns.items()}
 
     def decode_all() -> None:
-        for matrix in MATRICES:
-            memory.matrix(0, matrix)
+        for slot in slots:
+            for matrix in MATRICES:
+                memory.matrix(slot, matrix)
 
     def multiply_all() -> None:
         for matrix in MATRICES:
-            memory.multiply(0, matrix, rows[matrix], outs[matrix])
+            memory.multiply(slots, matrix, rows[matrix])
 
     before, found = torch.get_num_threads(), {}
     for threads in sorted({1, before}):
@@ -202,4 +203,4 @@ def _rates(model_dir: str) -> dict[str, float]:
 def _rates_table(rates: Mapping[str, Mapping[str, float]]) -> Table:
     columns = list(next(iter(rates.values())))
     rows = [(name, *(f"{each[column] / 1e9:.1f} G" for column in columns)) for name, each in rates.items()]
-    return table("one expert again and again", "|>".join(("numbers a second", *columns)), rows)
+    return table(f"{TOGETHER} experts again and again", "|>".join(("numbers a second", *columns)), rows)

@@ -31,6 +31,7 @@ class Order:
     cache_policy: str = DEFAULT  # ours
     prefetch: int = 0  # ours: experts of a layer to read ahead
     lever: str | None = None  # ours
+    products: str = "exact"  # ours
     gguf: str | None = None  # llamacpp
     kv_cache: str = "F16"  # llamacpp: precision of keys and values; F16 is its own choice
     resident_bytes: int | None = None  # accelerate: weights to keep in memory

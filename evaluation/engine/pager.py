@@ -127,8 +127,7 @@ def _compute(products: Products, service: Service, flight: Flight, guess: Callab
         products.whole(key, slot)
         if slot in taken:
             flight.start({taken[slot]: slot})
-    for key, slot in service.staying.items():
-        products.whole(key, slot)
+    products.several(service.staying)
     for key, slot in flight.landings():
         products.whole(key, slot)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from evaluation.engine.slot_memory import NOT_FILLED, SlotMemory
 from training.model.transformers_internals import batched_linear
 
 PACKED_ROWS = 2
-"""Rows of an expert that are multiplied by packed numbers one by one, where that is allowed; for more it is decoded once."""
+"""Rows of an expert that are multiplied by packed numbers, each alone, where that is allowed; for more it is decoded once."""
 COMBINED_TOKENS = 64
 """Tokens whose weighted rows exist at once, in the wider precision of the weights."""
 
@@ -31,6 +31,9 @@ class Products(Protocol):
 
     def whole(self, key: Key, slot: int) -> None:
         """Everything that can be done with this expert, which lies in this slot until the next one is handed in."""
+
+    def several(self, placed: Mapping[Key, int]) -> None:
+        """The same for experts that all lie in slots now."""
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """TH: the sum of each token's rows, weighted; after every expert was handed in."""
@@ -56,13 +59,25 @@ class GroupedProducts:
 
     def whole(self, key: Key, slot: int) -> None:
         """Compute everything for the rows of this expert, which lies in this slot."""
-        part = self._rows.of_expert[key[1]]
-        self._up(part, key[1], slot)
-        self._down(part, key[1], slot, self._activation(self._gate_up_RJ[part]))
+        self.several({key: slot})
+
+    def several(self, placed: Mapping[Key, int]) -> None:
+        """The same for each of these; packed products of all at once."""
+        packed, rest = self._packed_and_rest(placed)
+        if packed.rows:
+            self._packed_up(packed)
+            self._packed_down(packed, self._activation(self._gate_up_RJ[packed.rows]))
+        for (_, expert), slot in rest.items():
+            part = self._rows.of_expert[expert]
+            self._up(part, expert, slot)
+            self._down(part, expert, slot, self._activation(self._gate_up_RJ[part]))
 
     def up(self, placed: Mapping[Key, int]) -> None:
         """Gate and up projection of the rows of these experts, which lie in these slots."""
-        for (_, expert), slot in placed.items():
+        packed, rest = self._packed_and_rest(placed)
+        if packed.rows:
+            self._packed_up(packed)
+        for (_, expert), slot in rest.items():
             self._up(self._rows.of_expert[expert], expert, slot)
 
     def activate(self) -> None:
@@ -71,7 +86,10 @@ class GroupedProducts:
 
     def down(self, placed: Mapping[Key, int]) -> None:
         """Down projection, after `up` and `activate`."""
-        for (_, expert), slot in placed.items():
+        packed, rest = self._packed_and_rest(placed)
+        if packed.rows:
+            self._packed_down(packed, self._activated_RI[packed.rows])
+        for (_, expert), slot in rest.items():
             part = self._rows.of_expert[expert]
             self._down(part, expert, slot, self._activated_RI[part])
 
@@ -94,12 +112,36 @@ class GroupedProducts:
 
     def _product(self, slot: int, matrix: str, input_RN: Tensor, out_RM: Tensor) -> Tensor:
         """Rows times a matrix of the expert in `slot`, into `out_RM`, which is returned."""
-        if not self.memory.multiplies_packed or len(input_RN) > PACKED_ROWS:
-            return self._multiply(input_RN, self.memory.matrix(slot, matrix), out=out_RM, sizes=self._fill[matrix])
-        products_RM = out_RM.new_empty(out_RM.shape, dtype=torch.float32)
-        for row_N, out_M in zip(input_RN.float().numpy(), products_RM.numpy(), strict=True):
-            self.memory.multiply(slot, matrix, row_N, out_M)
-        return out_RM.copy_(products_RM)
+        return self._multiply(input_RN, self.memory.matrix(slot, matrix), out=out_RM, sizes=self._fill[matrix])
+
+    def _packed_and_rest(self, placed: Mapping[Key, int]) -> tuple["_PackedRows", Mapping[Key, int]]:
+        """What is multiplied by numbers as they are stored, and the experts that are not."""
+        packed = _PackedRows([], [], [])
+        if not self.memory.multiplies_packed:
+            return packed, placed
+        rest = {}
+        for key, slot in placed.items():
+            part = self._rows.of_expert[key[1]]
+            if part.stop - part.start > PACKED_ROWS:
+                rest[key] = slot
+            else:
+                for row in range(part.start, part.stop):
+                    packed.add(row, key[1], slot)
+        return packed, rest
+
+    def _packed_up(self, packed: "_PackedRows") -> None:
+        bias = self._experts.gate_up_proj_bias if self._experts.has_bias else None
+        products_XJ = self._packed_product(packed, "gate_up", self._hidden_RH[packed.rows], bias)
+        self._gate_up_RJ[packed.rows] = products_XJ
+
+    def _packed_down(self, packed: "_PackedRows", activated_XI: Tensor) -> None:
+        bias = self._experts.down_proj_bias if self._experts.has_bias else None
+        self._out_RH[packed.rows] = self._packed_product(packed, "down", activated_XI, bias)
+
+    def _packed_product(self, packed: "_PackedRows", matrix: str, input_XN: Tensor, bias_EM: Tensor | None) -> Tensor:
+        products_XM = torch.from_numpy(self.memory.multiply(packed.slots, matrix, input_XN.float().numpy()))
+        products_XM = products_XM.to(self.memory.dtype)
+        return products_XM if bias_EM is None else products_XM.add_(bias_EM[packed.experts])
 
 
 class BatchedProducts:
@@ -124,6 +166,11 @@ class BatchedProducts:
             self._down_RIH[row].copy_(self._memory.down_IH(slot))
         self._memory.device.used(slot)
 
+    def several(self, placed: Mapping[Key, int]) -> None:
+        """The same for each of these."""
+        for key, slot in placed.items():
+            self.whole(key, slot)
+
     def combined(self, weights_TK: Tensor) -> Tensor:
         """All products, then the sum of each token's rows, weighted."""
         activated_RI = self._experts._apply_gate(self._linear(self._hidden_RH, self._gate_up_RHJ, "gate_up_proj_bias"))
@@ -143,6 +190,18 @@ class BatchedProducts:
 
 def _weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
     return (rows_RH * weights_TK.reshape(-1, 1)).view(*weights_TK.shape, -1).sum(dim=1)
+
+
+class _PackedRows(NamedTuple):
+    """Rows that are multiplied by an expert's numbers as they are stored, with the expert and the slot of each."""
+
+    rows: list[int]
+    experts: list[int]
+    slots: list[int]
+
+    def add(self, row: int, expert: int, slot: int) -> None:
+        for values, value in zip(self, (row, expert, slot), strict=True):
+            values.append(value)
 
 
 @dataclass(frozen=True)

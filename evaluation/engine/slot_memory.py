@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from configs.load import UserError
@@ -16,7 +17,7 @@ from evaluation.engine.store.experts import ExpertStore, Extent
 from evaluation.engine.store.reader import Bytes, Span
 from evaluation.engine.store.records import NO_LEADS, Leads, Record, StoredRecord
 from training.model.expert_format import MATRICES
-from training.model.number_formats.formats import PLAIN_DTYPES, Floats, Plain
+from training.model.number_formats.formats import PLAIN_DTYPES, Floats, Places, Plain
 from training.model.shards import AGAIN
 
 DECODED = -1
@@ -161,11 +162,23 @@ class SlotMemory:
                 self._store.format.numbers.decode(stored, by_output[rows])
         return into
 
-    def multiply(self, slot: int, matrix: str, row: Floats, out: Floats) -> None:
-        """Fill `out` with what `row` [columns] gives with the packed numbers in `slot`, which stay as they are stored."""
-        for stored, rows in self._packed(slot, matrix):
-            with self._told(slot):
-                self._store.format.numbers.multiply(stored, row, out[rows])
+    def multiply(self, slots: Sequence[int], matrix: str, row_XK: Floats) -> Floats:
+        """[X, matrix's rows]: each row times the packed numbers in a slot of its own, which stay as they are stored."""
+        try:
+            return self._multiply(slots, matrix, row_XK)
+        except ValueError:
+            for x, slot in enumerate(slots):  # to tell whose numbers are wrong
+                with self._told(slot):
+                    self._multiply([slot], matrix, row_XK[x : x + 1])
+            raise
+
+    def _multiply(self, slots: Sequence[int], matrix: str, row_XK: Floats) -> Floats:
+        form, found = self._store.format, []
+        for role, parts in self._parts_of(matrix).items():
+            at_X = {ending: self._landing.starts(slots, part) for ending, part in parts.items()}
+            rows = form.stored_shape(role)[0]
+            found.append(form.numbers.multiply(self._landing.memory, at_X, row_XK, rows=rows))
+        return np.concatenate(found, axis=1)
 
     @contextmanager
     def _told(self, slot: int) -> Iterator[None]:
@@ -180,14 +193,18 @@ class SlotMemory:
         """What lies in a place of the records that are read into, role by role, and which rows of the matrix it is."""
         where = self._landing.place_of(place), matrix
         if where not in self._packed_views:
-            form, row, found = self._store.format, 0, []
-            for role in form.roles:
-                if (role == "down") == (matrix == "down"):
-                    parts = {part.ending: name for name, part in form.parts.items() if part.role == role}
-                    stored = {ending: self._landing.part(place, name) for ending, name in parts.items()}
-                    found.append((stored, slice(row, row := row + form.stored_shape(role)[0])))
+            row, found = 0, []
+            for role, parts in self._parts_of(matrix).items():
+                stored = {ending: self._landing.part(place, name) for ending, name in parts.items()}
+                found.append((stored, slice(row, row := row + self._store.format.stored_shape(role)[0])))
             self._packed_views[where] = found
         return self._packed_views[where]
+
+    def _parts_of(self, matrix: str) -> dict[str, dict[str, str]]:
+        """The parts that a matrix is stored as, by role and by how the names of tensors end."""
+        form = self._store.format
+        roles = [role for role in form.roles if (role == "down") == (matrix == "down")]
+        return {role: {part.ending: name for name, part in form.parts.items() if part.role == role} for role in roles}
 
 
 class _Records:
@@ -205,7 +222,8 @@ class _Records:
         self._matrices: dict[tuple[int, str, Leads], torch.Tensor] = {}  # views, which take longer to make than to use
 
     @cached_property
-    def _memory(self) -> Bytes:
+    def memory(self) -> Bytes:
+        """All of it."""
         return self._raw.numpy()
 
     def matrix(self, slot: int, role: str) -> torch.Tensor:
@@ -228,7 +246,12 @@ class _Records:
         """What is stored of the expert in `slot`, and in which part."""
         start, length = self._record.place(part, NO_LEADS)
         start += self._place[slot] * self.record_bytes
-        return self._memory[start : start + length]
+        return self.memory[start : start + length]
+
+    def starts(self, slots: Sequence[int], part: str) -> Places:
+        """[slots]: where in the memory that part of each expert begins."""
+        start, _ = self._record.place(part, NO_LEADS)
+        return start + self.record_bytes * np.array([self._place[slot] for slot in slots], dtype=np.int64)
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the places of two slots."""
@@ -254,6 +277,6 @@ class _Records:
                     start, offset = target_end - len(first.target), first.offset
                     length += len(first.target)
                 target_end = start + length
-                spans.append(Span(extent.shard, offset, self._memory[start:target_end]))
+                spans.append(Span(extent.shard, offset, self.memory[start:target_end]))
                 offset += length
         return spans

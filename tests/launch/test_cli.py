@@ -1,6 +1,7 @@
 """The `remoe` command: every sub-command is a module, has help with an example, and tells mistakes in one message."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.bench import SUBJECTS
 from launch.cli import COMMANDS, GROUPS, main
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,18 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr().out
     assert f"usage: remoe {command}" in shown
     assert f"  remoe {command} " in shown.split("example")[1]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"bench {subject}" for subject in SUBJECTS)])
+def test_help_says_something_of_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    shown = "\n".join(line.strip("│|")[1:].rstrip() for line in capsys.readouterr().out.splitlines())
+    flags = re.findall(r"^ ?(--[a-z][\w-]*)((?: [A-Z{][\w|{},.]*)*.*(?:\n {6,}\S.*)*)", shown, flags=re.MULTILINE)
+    assert flags or command in ("run", "frontier", "search", "bench", "lm-eval"), "no flag was found"
+    no_words = r"\((default|required|repeatable)[^)]*\)|(?<= )[A-Z]+\b|\{.*?\}"
+    without_words = [flag for flag, words in flags if not re.sub(no_words, "", words, flags=re.DOTALL).strip()]
+    assert without_words == []
 
 
 def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

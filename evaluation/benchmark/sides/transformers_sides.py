@@ -30,7 +30,8 @@ def remoe(order: Order) -> Iterator[Serving]:
     """Our engine, with the order's expert cache or memory budget."""
     _prepare(order)
     choices: dict[str, Any] = {
-        name: getattr(order, name) for name in ("expert_cache", "memory_budget", "cache_policy", "prefetch", "lever")
+        name: getattr(order, name)
+        for name in ("expert_cache", "memory_budget", "cache_policy", "prefetch", "lever", "products")
     }
     options = EngineOptions(**choices, context_tokens=order.context_tokens, record_trace=True, warn=False)
     with load(order.model_dir, options) as (model, engine):

@@ -5,7 +5,7 @@ Decoding gives what transformers (5.23) gives when it loads the same tensors on 
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Places = npt.NDArray[np.int64]
 PLAIN_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Precisions in which weights can be computed with, by the names that safetensors has for them."""
 STORED_DTYPES = {
@@ -63,8 +64,12 @@ class NumberFormat(Protocol):
             ValueError: a scale is no finite number.
         """
 
-    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
-        """Fill `out` [rows] with the products of the matrix and `row` [columns], added up in float32.
+    def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
+        """[X, rows]: the products of matrices that lie in one memory, each with a row of its own, added up in float32.
+
+        Args:
+            at_X: the first byte of each of `tensors`, of every matrix.
+            rows: of each matrix.
 
         Raises:
             ValueError: a scale is no finite number.
@@ -97,8 +102,8 @@ class Plain:
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         out.copy_(as_tensor(stored[""], self.dtype).view(out.shape))
 
-    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
-        multiply_values(self, stored, row, out)
+    def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
+        return multiply_values(self, memory, at_X, row_XK, rows=rows)
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         return stored[""]
@@ -118,10 +123,25 @@ def as_tensors(numbers: NumberFormat, stored: Mapping[str, Bytes], rows: int, co
     return {ending: as_tensor(stored[ending], one.dtype).view(one.shape) for ending, one in of.items()}
 
 
-def multiply_values(numbers: NumberFormat, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
+def stored_in(
+    numbers: NumberFormat, memory: Bytes, at_X: Mapping[str, Places], rows: int, columns: int, *, of: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of matrices that lie in one memory, stacked: a copy of all, or of those whose names end so."""
+    tensors, found = numbers.tensors(rows, columns), {}
+    for ending in of or tensors:
+        one = tensors[ending]
+        each = [as_tensor(memory[start : start + one.length_bytes], one.dtype) for start in at_X[ending]]
+        found[ending] = torch.stack(each).view(-1, *one.shape)
+    return found
+
+
+def multiply_values(
+    numbers: NumberFormat, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int
+) -> Floats:
     """What `multiply` does, slowly, for any format."""
-    matrix = numbers.values(as_tensors(numbers, stored, len(out), len(row))).float()
-    torch.mv(matrix, torch.from_numpy(row), out=torch.from_numpy(out))
+    matrix_XNK = numbers.values(stored_in(numbers, memory, at_X, rows, row_XK.shape[1])).float()
+    found: Floats = torch.einsum("xnk,xk->xn", matrix_XNK, torch.from_numpy(row_XK)).numpy()
+    return found
 
 
 @contextmanager

@@ -6,7 +6,6 @@ each row or matrix; blocks too).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -16,14 +15,16 @@ from training.model.number_formats.formats import (
     PLAIN_DTYPES,
     Bytes,
     Floats,
+    Places,
     Stored,
     as_tensor,
     as_tensors,
     halves,
     rounds_to_bfloat16,
+    stored_in,
 )
 from training.model.number_formats.kernels import by_rows, fp8_rows, fp8_rows_in_parts
-from training.model.number_formats.row_products import fp8_product, fp8_product_in_parts
+from training.model.number_formats.row_products import fp8_products, fp8_products_in_parts
 
 LARGEST = 448.0
 
@@ -61,23 +62,37 @@ class Fp8:
 
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         rows, columns = out.shape
-        given = self._given(stored, rows, columns)
+        scales = self._scales(as_tensor(stored[self.ending], self.scale_dtype), columns)
         if rounds_to_bfloat16(out):
-            by_rows(fp8_rows, fp8_rows_in_parts, rows, columns, *given, halves(out))
+            codes_NK, block_rows = stored[""].reshape(rows, columns), self.block[0] or rows
+            by_rows(fp8_rows, fp8_rows_in_parts, rows, columns, codes_NK, scales, block_rows, halves(out))
         else:
             out.copy_(self.values(as_tensors(self, stored, rows, columns)))
 
-    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
-        rows, columns = len(out), len(row)
-        by_rows(fp8_product, fp8_product_in_parts, rows, columns, *self._given(stored, rows, columns), row, out)
+    def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
+        matrices, columns = row_XK.shape
+        scales = self._scales(stored_in(self, memory, at_X, rows, columns, of=[self.ending])[self.ending], columns)
+        found_XN, block_rows = np.empty((matrices, rows), dtype=np.float32), self.block[0] or rows
+        by_rows(
+            fp8_products,
+            fp8_products_in_parts,
+            found_XN.size,
+            columns,
+            memory,
+            at_X[""],
+            scales,
+            block_rows,
+            row_XK,
+            found_XN,
+        )
+        return found_XN
 
-    def _given(self, stored: Mapping[str, Bytes], rows: int, columns: int) -> tuple[Bytes, Floats, Floats, int]:
-        """Codes, what each stands for, scales and how many rows share one: what compiled loops are given."""
-        high, wide = self.block[0] or rows, self.block[1] or columns
-        scales = as_tensor(stored[self.ending], self.scale_dtype).float().numpy().reshape(rows // high, columns // wide)
-        if not np.isfinite(scales).all():
+    def _scales(self, scales: Tensor, columns: int) -> Floats:
+        """[blocks of rows, blocks of columns] of matrices below each other: what compiled loops are given."""
+        found: Floats = scales.float().numpy().reshape(-1, columns // (self.block[1] or columns))
+        if not np.isfinite(found).all():
             raise ValueError(f"a scale of {self.name} is no finite number")
-        return stored[""].reshape(rows, columns), _value_of_code(), scales, high
+        return found
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         numbers, scales = stored[""].float(), stored[self.ending].float()
@@ -95,8 +110,3 @@ class Fp8:
         scales = (largest / LARGEST).where(largest > 0, 1).to(PLAIN_DTYPES[self.scale_dtype])
         codes = (blocks / scales.float()[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return {"": codes.view(rows, columns), self.ending: scales.view(self.tensors(rows, columns)[self.ending].shape)}
-
-
-@cache
-def _value_of_code() -> Floats:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()

@@ -22,9 +22,7 @@ SHARED_NUMBERS = 2**16
 """A smaller matrix is decoded by one thread: some ten microseconds, as long as it takes to share it out."""
 TILE_ROWS = 512
 """Rows that are written column by column, so that whole cache lines are."""
-HALF = np.uint32(126 << 7)
-"""0.5 in bfloat16, the smallest number of 4 bits but for 0."""
-U16, U32, U64 = np.uint16, np.uint32, np.uint64
+U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32
 
 
 def by_rows(loop: Callable[..., None], in_parts: Callable[..., None], rows: int, columns: int, *given: Any) -> None:
@@ -52,27 +50,23 @@ def all_within(codes: Codes, least: int, largest: int) -> bool:
 
 
 @compiled
-def mxfp4_rows(blocks_NB: Codes, scales_NG: Codes, out_NB: npt.NDArray[np.uint32], first: int, end: int) -> None:
+def mxfp4_rows(blocks_NB: Codes, scales_NG: Codes, out_NK: Halves, first: int, end: int) -> None:
     """Two numbers of 4 bits in a byte, the first in the low half, into two of 16 bits that follow each other."""
+    pairs_B, add_W = np.empty(blocks_NB.shape[1], dtype=np.uint32), np.empty(out_NK.shape[1] // 4, dtype=np.uint64)
+    codes_K, add_K, add_GW = pairs_B.view(np.uint16), add_W.view(np.uint16), add_W.reshape(-1, 8)
     for n in range(first, end):
+        _apart(blocks_NB[n], pairs_B)
         for g in range(scales_NG.shape[1]):
-            add = U32(((np.int32(scales_NG[n, g]) - 127) << 7) & 0xFFFF)
-            for b in range(16):
-                x = U32(blocks_NB[n, 16 * g + b])
-                low, high = x & 7, (x >> 4) & 7
-                low_bits = (HALF if low == 1 else HALF + (low << 6)) + add
-                high_bits = (HALF if high == 1 else HALF + (high << 6)) + add
-                low_bits = U32(0) if low == 0 else low_bits & 0x7FFF
-                high_bits = U32(0) if high == 0 else high_bits & 0x7FFF
-                out_NB[n, 16 * g + b] = low_bits | ((x & 8) << 12) | (high_bits << 16) | ((x & 128) << 24)
+            add_GW[g, :] = U64(_mxfp4_add(scales_NG[n, g])) * U64(0x0001000100010001)
+        _mxfp4_numbers(codes_K, U16(0), add_K, out_NK[n])
 
 
 @compiled_in_parts
-def mxfp4_rows_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_NB: npt.NDArray[np.uint32]) -> None:
+def mxfp4_rows_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_NK: Halves) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
         first, end = part_of(part, parts, len(blocks_NB))
-        mxfp4_rows(blocks_NB, scales_NG, out_NB, first, end)
+        mxfp4_rows(blocks_NB, scales_NG, out_NK, first, end)
 
 
 @compiled
@@ -84,14 +78,14 @@ def mxfp4_columns(blocks_NW: Words, scales_NG: Codes, out_KN: Halves, first: int
         rows = min(TILE_ROWS, end - start)
         for g in range(scales_NG.shape[1]):
             for n in range(rows):
-                add_N[n] = U16(((np.int32(scales_NG[start + n, g]) - 127) << 7) & 0xFFFF)
+                add_N[n] = _mxfp4_add(scales_NG[start + n, g])
             for half in range(2):
                 for n in range(0, rows, 8):
                     _transpose_bytes(blocks_NW, start + n, 2 * g + half, tile_BW, 8 * half, n // 8)
             for b in range(16):
                 k = 32 * g + 2 * b
-                _mxfp4_nibbles(tile_BN[b, :rows], U16(0), add_N, out_KN[k, start : start + rows])
-                _mxfp4_nibbles(tile_BN[b, :rows], U16(4), add_N, out_KN[k + 1, start : start + rows])
+                _mxfp4_numbers(tile_BN[b, :rows], U16(0), add_N, out_KN[k, start : start + rows])
+                _mxfp4_numbers(tile_BN[b, :rows], U16(4), add_N, out_KN[k + 1, start : start + rows])
 
 
 @compiled_in_parts
@@ -103,12 +97,26 @@ def mxfp4_columns_in_parts(parts: int, blocks_NW: Words, scales_NG: Codes, out_K
 
 
 @compiled
-def _mxfp4_nibbles(bytes_N: Codes, shift: np.uint16, add_N: Halves, out_N: Halves) -> None:
-    """As in `mxfp4_rows`, in steps of 16 bits."""
-    for n in range(len(bytes_N)):
-        x = U16(U16(bytes_N[n]) >> shift)
+def _apart(bytes_B: Codes, out_B: npt.NDArray[np.uint32]) -> None:
+    """Each byte's two halves as two numbers of 16 bits."""
+    for b in range(len(bytes_B)):
+        x = U32(bytes_B[b])
+        out_B[b] = U32(U32(x & U32(15)) | U32(U32(x & U32(240)) << U32(12)))
+
+
+@compiled
+def _mxfp4_add(scale: np.uint8) -> np.uint16:
+    """2^(scale - 127) x 0.5 in bfloat16, to which sizes are added: 0.5 is the smallest number but for 0."""
+    return U16((((np.int32(scale) - 127) << 7) + (126 << 7)) & 0xFFFF)
+
+
+@compiled
+def _mxfp4_numbers(codes_N: npt.NDArray[Any], shift: np.uint16, add_N: Halves, out_N: Halves) -> None:
+    """What the 4 bits above `shift` stand for: 0, .5, 1, 1.5, 2, 3, 4, 6, or less than 0. All but 0 and .5 have a mantissa."""
+    for n in range(len(codes_N)):
+        x = U16(U16(codes_N[n]) >> shift)
         size = U16(x & U16(7))
-        bits = U16(U16(U16(size << U16(6)) + U16(126 << 7)) + add_N[n])
+        bits = U16(U16(size << U16(6)) + add_N[n])
         bits = U16(bits - U16(64)) if size == U16(1) else bits
         bits = U16(0) if size == U16(0) else bits
         out_N[n] = U16(U16(bits & U16(0x7FFF)) | U16(U16(x & U16(8)) << U16(12)))
@@ -148,38 +156,52 @@ def _exchanged(one: np.uint64, other: np.uint64, mask: np.uint64, bits: np.uint6
 
 
 @compiled
-def fp8_rows(
-    codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, out_NK: Halves, first: int, end: int
-) -> None:
-    """Numbers of 8 bits, `value` of each code, times their block's scale.
+def fp8_rows(codes_NK: Codes, scales: Floats, block_rows: int, out_NK: Halves, first: int, end: int) -> None:
+    """Numbers of 8 bits (E4M3) times their block's scale.
 
     Args:
         scales: [blocks of rows, G]; G divides K.
     """
-    columns, blocks = codes_NK.shape[1], scales.shape[1]
-    row_K = np.empty(columns, dtype=np.float32)
-    width = columns // blocks
+    width = codes_NK.shape[1] // scales.shape[1]
     for n in range(first, end):
-        for g in range(blocks):
+        for g in range(scales.shape[1]):
             part = slice(g * width, (g + 1) * width)
-            looked_up(codes_NK[n, part], value, scales[n // block_rows, g], row_K[part])
-        _rounded(row_K.view(np.uint32), out_NK[n])
+            _fp8_numbers(codes_NK[n, part], scales[n // block_rows, g], out_NK[n, part])
 
 
 @compiled_in_parts
-def fp8_rows_in_parts(
-    parts: int, codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, out_NK: Halves
-) -> None:
+def fp8_rows_in_parts(parts: int, codes_NK: Codes, scales: Floats, block_rows: int, out_NK: Halves) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
         first, end = part_of(part, parts, len(codes_NK))
-        fp8_rows(codes_NK, value, scales, block_rows, out_NK, first, end)
+        fp8_rows(codes_NK, scales, block_rows, out_NK, first, end)
 
 
 @compiled
-def looked_up(codes: Codes, value: Floats, scale: np.float32, out: Floats) -> None:
-    for k in range(len(codes)):
-        out[k] = value[codes[k]] * scale
+def _fp8_numbers(codes_K: Codes, scale: np.float32, out_K: Halves) -> None:
+    for k in range(len(codes_K)):
+        out_K[k] = _upper_half(_as_bits(F32(_e4m3(codes_K[k]) * scale)))
+
+
+@compiled
+def _e4m3(code: np.uint8) -> np.float32:
+    """What 8 bits stand for: sign, 4 bits of exponent and 3 of mantissa; in the first 8 sizes the mantissa is all there is."""
+    size = U32(code) & U32(127)
+    bits = U32(U32(size << U32(20)) + U32((127 - 7) << 23))
+    small = F32(as_float(U32(bits + U32(1 << 23))) - F32(2.0**-6))  # a power of two more, less that power
+    found = small if size < U32(8) else as_float(bits)
+    found = F32(np.nan) if size == U32(127) else found
+    return as_float(U32(U32(_as_bits(found)) | U32(U32(U32(code) & U32(128)) << U32(24))))
+
+
+@compiled
+def as_float(bits: np.uint32) -> np.float32:
+    return U32(bits).view(np.float32)
+
+
+@compiled
+def _as_bits(number: np.float32) -> np.uint32:
+    return F32(number).view(np.uint32)
 
 
 @compiled
@@ -243,7 +265,11 @@ def _shifted(codes_K: Codes, zero_K: Floats, scale_K: Floats, out_K: Floats) -> 
 
 @compiled
 def _rounded(bits_K: npt.NDArray[np.uint32], out_K: Halves) -> None:
-    """The upper halves of float32, rounded."""
     for k in range(len(bits_K)):
-        x = bits_K[k]
-        out_K[k] = U16((x + U32(0x7FFF) + ((x >> U32(16)) & U32(1))) >> U32(16))
+        out_K[k] = _upper_half(bits_K[k])
+
+
+@compiled
+def _upper_half(x: np.uint32) -> np.uint16:
+    """Of a float32's bits, rounded."""
+    return U16(U32(x + U32(0x7FFF) + ((x >> U32(16)) & U32(1))) >> U32(16))

@@ -14,6 +14,7 @@ from torch import Tensor
 from training.model.number_formats.formats import (
     Bytes,
     Floats,
+    Places,
     Stored,
     as_tensors,
     halves,
@@ -28,7 +29,7 @@ from training.model.number_formats.kernels import (
     mxfp4_rows,
     mxfp4_rows_in_parts,
 )
-from training.model.number_formats.row_products import mxfp4_product, mxfp4_product_in_parts
+from training.model.number_formats.row_products import all_within_at, mxfp4_products, mxfp4_products_in_parts
 
 BLOCK = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -74,19 +75,30 @@ class Mxfp4:
             )
         else:
             with in_bfloat16(out) as rounded:  # which has all these numbers
-                by_rows(
-                    mxfp4_rows, mxfp4_rows_in_parts, rows, columns, codes_NB, scales_NG, halves(rounded).view(np.uint32)
-                )
+                by_rows(mxfp4_rows, mxfp4_rows_in_parts, rows, columns, codes_NB, scales_NG, halves(rounded))
 
-    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
-        rows, columns = len(out), len(row)
-        codes, scales = (stored[ending] for ending in self._endings)
-        if not self._are_normal(scales):
-            multiply_values(self, stored, row, out)
-            return
-        codes_NB, scales_NG = codes.reshape(rows, columns // 2), scales.reshape(rows, columns // BLOCK)
-        even, odd = (np.ascontiguousarray(row[start::2]) for start in range(2))
-        by_rows(mxfp4_product, mxfp4_product_in_parts, rows, columns, codes_NB, scales_NG, even, odd, out)
+    def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
+        (matrices, columns), (codes, scales) = row_XK.shape, self._endings
+        length = rows * columns // BLOCK
+        if not all_within_at(memory, at_X[scales], length, NORMAL_SCALES[0], NORMAL_SCALES[-1]):
+            for start in at_X[scales]:
+                self._are_normal(memory[start : start + length])
+            return multiply_values(self, memory, at_X, row_XK, rows=rows)
+        even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
+        found_XN = np.empty((matrices, rows), dtype=np.float32)
+        by_rows(
+            mxfp4_products,
+            mxfp4_products_in_parts,
+            found_XN.size,
+            columns,
+            memory,
+            at_X[codes],
+            at_X[scales],
+            even_XB,
+            odd_XB,
+            found_XN,
+        )
+        return found_XN
 
     def _are_normal(self, scales: Bytes) -> bool:
         """Whether they are what the compiled loops are for; a `ValueError` if one is no number."""

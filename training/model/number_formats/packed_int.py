@@ -11,15 +11,16 @@ from training.model.number_formats.formats import (
     PLAIN_DTYPES,
     Bytes,
     Floats,
+    Places,
     Stored,
-    as_tensor,
     as_tensors,
     halves,
     in_bfloat16,
     rounds_to_bfloat16,
+    stored_in,
 )
 from training.model.number_formats.kernels import by_rows, packed_rows, packed_rows_in_parts
-from training.model.number_formats.row_products import packed_product, packed_product_in_parts
+from training.model.number_formats.row_products import packed_products, packed_products_in_parts
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,31 @@ class PackedInt:
 
     def decode(self, stored: Mapping[str, Bytes], out: Tensor) -> None:
         rows, columns = out.shape
-        given = self._given(stored, rows, columns)
+        tensors = as_tensors(self, stored, rows, columns)
+        zeros, scales = self._zeros_and_scales(tensors, rows)
+        given = stored["_packed"].reshape(rows, columns * self.bits // 8), self.bits, zeros, scales
         if self.scale_dtype != "BF16" and not (self.scale_dtype == "F32" and rounds_to_bfloat16(out)):
-            out.copy_(self.values(as_tensors(self, stored, rows, columns)))
+            out.copy_(self.values(tensors))
             return
         with in_bfloat16(out) as rounded:  # as scales in bfloat16 make others round to it
             by_rows(packed_rows, packed_rows_in_parts, rows, columns, *given, halves(rounded))
 
-    def multiply(self, stored: Mapping[str, Bytes], row: Floats, out: Floats) -> None:
-        rows, columns = len(out), len(row)
-        given = self._given(stored, rows, columns)
-        by_rows(packed_product, packed_product_in_parts, rows, columns, *given, row, out)
+    def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
+        matrices, columns = row_XK.shape
+        small = [ending for ending in self.tensors(rows, columns) if ending != "_packed"]
+        zeros, scales = self._zeros_and_scales(stored_in(self, memory, at_X, rows, columns, of=small), rows)
+        found_XN = np.empty((matrices, rows), dtype=np.float32)
+        given = memory, at_X["_packed"], self.bits, zeros, scales, row_XK, found_XN
+        by_rows(packed_products, packed_products_in_parts, found_XN.size, columns, *given)
+        return found_XN
 
-    def _given(self, stored: Mapping[str, Bytes], rows: int, columns: int) -> tuple[Bytes, int, Floats, Floats]:
-        """Codes, their bits, zeros and scales: what compiled loops are given."""
-        group = self.group or columns
-        scales_NG = as_tensor(stored["_scale"], self.scale_dtype).float().numpy().reshape(rows, columns // group)
-        if not np.isfinite(scales_NG).all():
+    def _zeros_and_scales(self, stored: Mapping[str, Tensor], rows: int) -> tuple[Floats, Floats]:
+        """[rows, groups] of matrices below each other, twice; of zeros [1, 1] where all are the same."""
+        scales: Floats = stored["_scale"].float().flatten(0, -2).numpy()
+        if not np.isfinite(scales).all():
             raise ValueError(f"a scale of {self.name} is no finite number")
-        zeros_NG = self._zeros(as_tensors(self, stored, rows, columns), rows).float().numpy()
-        return stored["_packed"].reshape(rows, columns * self.bits // 8), self.bits, zeros_NG, scales_NG
+        zeros: Floats = self._zeros(stored, rows).float().flatten(0, -2).numpy()
+        return zeros, scales
 
     def values(self, stored: Mapping[str, Tensor]) -> Tensor:
         codes, scales = self._codes(stored["_packed"]).float(), stored["_scale"]
@@ -99,7 +105,7 @@ class PackedInt:
     def _zeros(self, stored: Mapping[str, Tensor], rows: int) -> Tensor:
         """[..., N, G], as unsigned numbers; [1, 1] where all are the same."""
         if not self.has_zeros:
-            return torch.full((1, 1), 2 ** (self.bits - 1), device=stored["_packed"].device)
+            return torch.full((1, 1), 2 ** (self.bits - 1), device=stored["_scale"].device)
         return self._codes(stored["_zero_point"].mT.contiguous())[..., :rows].mT.contiguous()
 
     def _codes(self, packed: Tensor) -> Tensor:

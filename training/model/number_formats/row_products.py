@@ -1,8 +1,10 @@
-"""Compiled loops that multiply stored numbers by one row, without ever writing the matrix that they stand for.
+"""Compiled loops that multiply matrices of stored numbers by one row each, without ever writing what the numbers stand for.
 
-Decoding one row of the matrix stays in the processor's cache, so only what is stored is read from memory. Everything is added up
+Decoding one row of a matrix stays in the processor's cache, so only what is stored is read from memory. Everything is added up
 in float32; the last bits are not those of a product with the decoded matrix in 16 bits.
-Axes: N rows (outputs), K columns (inputs), G blocks of a row that share a scale, B bytes of a row.
+The matrices lie anywhere in one `memory`, each tensor of matrix x at byte `..._at_X[x]`. Loops go through the rows `first` to
+`end` of all matrices as if these stood below each other, and as `..._in_parts` through all, shared out among threads.
+Axes: X matrices, N rows (outputs), K columns (inputs), G blocks of a row that share a scale, B bytes of a row.
 """
 
 import numba
@@ -10,36 +12,58 @@ import numpy as np
 import numpy.typing as npt
 
 from training.model.compiled import compiled, compiled_in_any_order, compiled_in_parts
-from training.model.number_formats.kernels import Codes, Floats, looked_up, nibbles, part_of
+from training.model.number_formats.kernels import Codes, Floats, all_within, as_float, nibbles, part_of
 
+Places = npt.NDArray[np.int64]
 Sizes = npt.NDArray[np.int8]
 F32, I8, I32, U8, U32, U64 = np.float32, np.int8, np.int32, np.uint8, np.uint32, np.uint64
+FP8_HALF_BIAS = np.float32(2.0**60)
+"""By which both factors of a sum of `_fp8_dot` are multiplied, so that neither is too large or too small."""
 
 
 @compiled
-def mxfp4_product(
-    blocks_NB: Codes, scales_NG: Codes, even_B: Floats, odd_B: Floats, out_N: Floats, first: int, end: int
+def all_within_at(memory: Codes, at_X: Places, length: int, least: int, largest: int) -> bool:
+    """Whether all bytes of these parts of the memory are."""
+    found = True
+    for x in range(len(at_X)):
+        found &= all_within(memory[at_X[x] : at_X[x] + length], least, largest)
+    return found
+
+
+@compiled
+def mxfp4_products(
+    memory: Codes,
+    codes_at_X: Places,
+    scales_at_X: Places,
+    even_XB: Floats,
+    odd_XB: Floats,
+    out_XN: Floats,
+    first: int,
+    end: int,
 ) -> None:
     """Numbers of 4 bits times the row's numbers in even and in odd columns; scales are 2^(s - 127), neither 0 nor 255."""
-    width = blocks_NB.shape[1]
+    rows, width = out_XN.shape[1], even_XB.shape[1]
+    blocks = width // 16
     low_B, high_B = np.empty(width, dtype=np.int8), np.empty(width, dtype=np.int8)
     exponent_B, bits_B = np.empty(width, dtype=np.uint8), np.empty(width, dtype=np.uint32)
     exponent_GW, scale_B = exponent_B.view(np.uint64).reshape(-1, 2), bits_B.view(np.float32)
-    for n in range(first, end):
-        _doubled(blocks_NB[n], low_B, high_B)
-        _in_every_byte(scales_NG[n], exponent_GW)
+    for row in range(first, end):
+        x, n = row // rows, row % rows
+        codes, scales = codes_at_X[x] + n * width, scales_at_X[x] + n * blocks
+        _doubled(memory[codes : codes + width], low_B, high_B)
+        _in_every_byte(memory[scales : scales + blocks], exponent_GW)
         _exponents(exponent_B, bits_B)
-        out_N[n] = F32(0.5) * _mxfp4_dot(low_B, high_B, even_B, odd_B, scale_B)
+        out_XN[x, n] = F32(0.5) * _mxfp4_dot(low_B, high_B, even_XB[x], odd_XB[x], scale_B)
 
 
 @compiled_in_parts
-def mxfp4_product_in_parts(
-    parts: int, blocks_NB: Codes, scales_NG: Codes, even_B: Floats, odd_B: Floats, out_N: Floats
+def mxfp4_products_in_parts(
+    parts: int, memory: Codes, codes_at_X: Places, scales_at_X: Places, even_XB: Floats, odd_XB: Floats, out_XN: Floats
 ) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
-        first, end = part_of(part, parts, len(blocks_NB))
-        mxfp4_product(blocks_NB, scales_NG, even_B, odd_B, out_N, first, end)
+        first, end = part_of(part, parts, out_XN.size)
+        mxfp4_products(memory, codes_at_X, scales_at_X, even_XB, odd_XB, out_XN, first, end)
 
 
 @compiled
@@ -83,71 +107,129 @@ def _mxfp4_dot(low_B: Sizes, high_B: Sizes, even_B: Floats, odd_B: Floats, scale
 
 
 @compiled
-def fp8_product(
-    codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, row_K: Floats, out_N: Floats, first: int, end: int
+def fp8_products(
+    memory: Codes,
+    codes_at_X: Places,
+    scales: Floats,
+    block_rows: int,
+    row_XK: Floats,
+    out_XN: Floats,
+    first: int,
+    end: int,
 ) -> None:
-    """Numbers of 8 bits, `value` of each code; `scales` as for `fp8_rows`."""
-    columns, blocks = codes_NK.shape[1], scales.shape[1]
-    width = columns // blocks
-    value_K = np.empty(columns, dtype=np.float32)
-    for n in range(first, end):
-        looked_up(codes_NK[n], value, F32(1), value_K)
-        found = F32(0)
-        for g in range(blocks):
-            part = slice(g * width, (g + 1) * width)
-            found += scales[n // block_rows, g] * _dot(value_K[part], row_K[part])
-        out_N[n] = found
+    """Numbers of 8 bits (E4M3).
+
+    Args:
+        scales: [X x blocks of rows, G]; G divides K.
+    """
+    rows, columns = out_XN.shape[1], row_XK.shape[1]
+    scaled_K, scaled_for = np.empty(columns, dtype=np.float32), -1
+    for row in range(first, end):
+        x, n = row // rows, row % rows
+        block = x * (rows // block_rows) + n // block_rows
+        if block != scaled_for:
+            _scaled(row_XK[x], scales[block], scaled_K)
+            scaled_for = block
+        start = codes_at_X[x] + n * columns
+        codes_K = memory[start : start + columns]
+        if _largest_size(codes_K) == 127:
+            out_XN[x, n] = np.nan
+        else:
+            out_XN[x, n] = _fp8_dot(codes_K, scaled_K) * FP8_HALF_BIAS
 
 
 @compiled_in_parts
-def fp8_product_in_parts(
-    parts: int, codes_NK: Codes, value: Floats, scales: Floats, block_rows: int, row_K: Floats, out_N: Floats
+def fp8_products_in_parts(
+    parts: int, memory: Codes, codes_at_X: Places, scales: Floats, block_rows: int, row_XK: Floats, out_XN: Floats
 ) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
-        first, end = part_of(part, parts, len(codes_NK))
-        fp8_product(codes_NK, value, scales, block_rows, row_K, out_N, first, end)
+        first, end = part_of(part, parts, out_XN.size)
+        fp8_products(memory, codes_at_X, scales, block_rows, row_XK, out_XN, first, end)
+
+
+@compiled
+def _scaled(row_K: Floats, scales_G: Floats, out_K: Floats) -> None:
+    width = len(row_K) // len(scales_G)
+    for g in range(len(scales_G)):
+        scale = scales_G[g] * FP8_HALF_BIAS
+        for k in range(g * width, (g + 1) * width):
+            out_K[k] = row_K[k] * scale
+
+
+@compiled
+def _largest_size(codes_K: Codes) -> np.uint8:
+    largest = U8(0)
+    for k in range(len(codes_K)):
+        largest = max(largest, U8(codes_K[k] & U8(127)))
+    return largest
 
 
 @compiled_in_any_order
-def _dot(one_K: Floats, other_K: Floats) -> np.float32:
+def _fp8_dot(codes_K: Codes, row_K: Floats) -> np.float32:
+    """2^-120 of it: sign, exponent and mantissa stand where those of float32 begin, so exponents count from elsewhere."""
     found = F32(0)
-    for k in range(len(one_K)):
-        found += one_K[k] * other_K[k]
+    for k in range(len(codes_K)):
+        bits = U32(U32(I32(I8(codes_K[k])) << I32(20)) & U32(0x87F00000))
+        found += as_float(bits) * row_K[k]
     return found
 
 
 @compiled
-def packed_product(
-    packed_NB: Codes, bits: int, zeros: Floats, scales_NG: Floats, row_K: Floats, out_N: Floats, first: int, end: int
+def packed_products(
+    memory: Codes,
+    codes_at_X: Places,
+    bits: int,
+    zeros: Floats,
+    scales: Floats,
+    row_XK: Floats,
+    out_XN: Floats,
+    first: int,
+    end: int,
 ) -> None:
-    """Unsigned numbers of 4 or 8 bits; `zeros` as for `packed_rows`."""
-    columns, blocks = len(row_K), scales_NG.shape[1]
-    width = columns // blocks
+    """Unsigned numbers of 4 or 8 bits, less their block's zero, times its scale.
+
+    Args:
+        zeros: [X x N, G], or [1, 1]: the same for all.
+        scales: [X x N, G]; G divides K.
+    """
+    rows, columns, blocks = out_XN.shape[1], row_XK.shape[1], scales.shape[1]
+    width, length = columns // blocks, columns * bits // 8
     codes_K, sum_G = np.empty(columns, dtype=np.uint8), np.empty(blocks, dtype=np.float32)
-    for g in range(blocks):
-        sum_G[g] = row_K[g * width : (g + 1) * width].sum()
-    for n in range(first, end):
+    summed = -1  # the matrix whose row is added up in `sum_G`
+    for row in range(first, end):
+        x, n = row // rows, row % rows
+        if x != summed:
+            for g in range(blocks):
+                sum_G[g] = row_XK[x, g * width : (g + 1) * width].sum()
+            summed = x
+        codes, found = codes_at_X[x] + n * length, F32(0)
         if bits == 4:
-            nibbles(packed_NB[n], codes_K.view(np.uint16))
+            nibbles(memory[codes : codes + length], codes_K.view(np.uint16))
         else:
-            codes_K = packed_NB[n]
-        found = F32(0)
+            codes_K = memory[codes : codes + length]
         for g in range(blocks):
-            zero = zeros[n, g] if len(zeros) > 1 else zeros[0, 0]
+            zero = zeros[row, g] if len(zeros) > 1 else zeros[0, 0]
             part = slice(g * width, (g + 1) * width)
-            found += scales_NG[n, g] * (_codes_dot(codes_K[part], row_K[part]) - zero * sum_G[g])
-        out_N[n] = found
+            found += scales[row, g] * (_codes_dot(codes_K[part], row_XK[x, part]) - zero * sum_G[g])
+        out_XN[x, n] = found
 
 
 @compiled_in_parts
-def packed_product_in_parts(
-    parts: int, packed_NB: Codes, bits: int, zeros: Floats, scales_NG: Floats, row_K: Floats, out_N: Floats
+def packed_products_in_parts(
+    parts: int,
+    memory: Codes,
+    codes_at_X: Places,
+    bits: int,
+    zeros: Floats,
+    scales: Floats,
+    row_XK: Floats,
+    out_XN: Floats,
 ) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
-        first, end = part_of(part, parts, len(packed_NB))
-        packed_product(packed_NB, bits, zeros, scales_NG, row_K, out_N, first, end)
+        first, end = part_of(part, parts, out_XN.size)
+        packed_products(memory, codes_at_X, bits, zeros, scales, row_XK, out_XN, first, end)
 
 
 @compiled_in_any_order

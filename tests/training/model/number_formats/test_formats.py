@@ -162,9 +162,56 @@ def test_threads_change_nothing(numbers: NumberFormat, transposed: bool, monkeyp
 
 
 def multiplied(numbers: NumberFormat, stored: dict[str, Tensor], row: npt.NDArray[np.float32]) -> Any:
-    out = np.full(ROWS, 7, dtype=np.float32)
-    numbers.multiply(as_bytes(stored), row, out)
-    return out
+    return multiplied_at_once(numbers, [stored], row[None])[0]
+
+
+def multiplied_at_once(numbers: NumberFormat, each: list[dict[str, Tensor]], row_XK: npt.NDArray[np.float32]) -> Any:
+    """The last matrix lies first in memory, and something else between all tensors."""
+    memory, at_X = np.full(64, 255, dtype=np.uint8), {ending: np.zeros(len(each), dtype=np.int64) for ending in each[0]}
+    for x in reversed(range(len(each))):
+        for ending, part in as_bytes(each[x]).items():
+            at_X[ending][x] = len(memory)
+            padding = np.full(64 + -len(part) % 64, 255, dtype=np.uint8)
+            memory = np.concatenate([memory, part, padding])
+    return numbers.multiply(memory, at_X, row_XK, rows=ROWS)
+
+
+@pytest.mark.parametrize("scale", [120, 1])
+@pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)
+def test_products_of_several_matrices_are_those_of_each(
+    numbers: NumberFormat, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared out among threads too, where some begin in the middle of a matrix."""
+    each = [drawn(numbers, seed) for seed in range(5)]
+    if isinstance(numbers, Mxfp4):  # 1: one that is not for the compiled loop
+        each[3][numbers._endings[1]][:, 1] = scale
+    row_XK = np.random.default_rng(0).standard_normal((5, COLUMNS), dtype=np.float32)
+    alone = np.stack([multiplied(numbers, stored, row) for stored, row in zip(each, row_XK, strict=True)])
+    at_once = multiplied_at_once(numbers, each, row_XK)
+    np.testing.assert_allclose(at_once, alone, rtol=1e-4, atol=1e-4 * abs(alone).max())
+    monkeypatch.setattr(kernels, "SHARED_NUMBERS", 1)
+    monkeypatch.setattr(kernels, "threads_to_share", lambda: 3)
+    assert (multiplied_at_once(numbers, each, row_XK) == at_once).all()
+
+
+def test_every_number_of_fp8() -> None:
+    """Those without an exponent, the one that is none, and both zeros."""
+    numbers = Fp8("_scale_inv", "F32", (1, 128))
+    stored = {"": torch.arange(256).byte().view(torch.float8_e4m3fn).view(2, 128), "_scale_inv": torch.ones(2, 1)}
+    out = torch.empty(2, 128, dtype=torch.bfloat16)
+    numbers.decode(as_bytes(stored), out)
+    expected = stored[""].float()
+    assert torch.equal(out.float().nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(out.signbit(), expected.signbit())
+    for column in range(128):
+        row = np.zeros((1, 128), dtype=np.float32)
+        row[0, column] = 1
+        codes = stored[""].view(torch.uint8).clone()
+        codes[:, torch.arange(128) != column] = 0
+        memory = np.concatenate([codes.flatten().numpy(), np.ones(2, np.float32).view(np.uint8)])
+        at = {"": np.array([0]), "_scale_inv": np.array([256])}
+        product = torch.from_numpy(numbers.multiply(memory, at, row, rows=2))[0]
+        assert torch.equal(product.nan_to_num(7), expected[:, column].nan_to_num(7))
 
 
 @pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)

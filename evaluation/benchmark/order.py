@@ -33,6 +33,9 @@ class Order:
     lever: str | None = None  # ours
     products: str = "exact"  # ours
     gguf: str | None = None  # llamacpp
+    repacks: bool = (
+        True  # llamacpp: may copy quantised weights into memory of its own, in an order that suits the processor
+    )
     kv_cache: str = "F16"  # llamacpp: precision of keys and values; F16 is its own choice
     resident_bytes: int | None = None  # accelerate: weights to keep in memory
     offload_dir: str | None = None  # accelerate

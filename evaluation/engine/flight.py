@@ -59,21 +59,39 @@ class Flight(AbstractContextManager["Flight"]):
                 self._read(key, slot, slot, matrix)
         self._fill_passing_slots()
 
-    def landings(self) -> Iterator[tuple[Key, int]]:
-        """Every started expert and its slot, as they land, or `UserError`; a passing one stays only until the next."""
+    def landings(self) -> Iterator[dict[Key, int]]:
+        """Every started expert and its slot, as they land, together those that have; or `UserError`. What passes through stays
+        only until the next."""
         while self._under_way:
-            started = time.perf_counter()
-            request = self._landed.get()
-            self.stall_seconds += time.perf_counter() - started
-            self.device_bytes += request.device_bytes
-            read_into, meant_for, matrix = self._under_way.pop(request.key)
-            if request.error is not None:
-                self._free_after_use(read_into)
-                raise request.error
-            slot = self._memory.convert(read_into, meant_for, matrix) if self._memory.converts else read_into
-            yield request.key, slot
-            self._free_after_use(read_into)
+            landed, read_into = dict[Key, int](), list[int]()
+            try:
+                for request in self._landed_by_now():
+                    reading = self._under_way.pop(request.key)
+                    read_into.append(reading.read_into)
+                    self.device_bytes += request.device_bytes
+                    if request.error is not None:
+                        raise request.error
+                    landed[request.key] = self._placed(reading)
+                yield landed
+            finally:
+                for slot in read_into:
+                    self._free_after_use(slot)
             self._fill_passing_slots()
+
+    def _landed_by_now(self) -> Iterator[Request]:
+        """The next one and whatever else there is; it alone if it is converted: what passes through has one place then."""
+        started = time.perf_counter()
+        request = self._landed.get()
+        self.stall_seconds += time.perf_counter() - started
+        yield request
+        while not self._memory.converts and not self._landed.empty():
+            yield self._landed.get()
+
+    def _placed(self, reading: _Reading) -> int:
+        """The slot in which what was read is used."""
+        if not self._memory.converts:
+            return reading.read_into
+        return self._memory.convert(reading.read_into, reading.meant_for, reading.matrix)
 
     def _fill_passing_slots(self) -> None:
         while self._free and self._waiting:

@@ -124,12 +124,12 @@ def _compute(products: Products, service: Service, flight: Flight, guess: Callab
     if guess:
         guess()
     for key, slot in service.leaving.items():
-        products.whole(key, slot)
+        products.whole({key: slot})
         if slot in taken:
             flight.start({taken[slot]: slot})
-    products.several(service.staying)
-    for key, slot in flight.landings():
-        products.whole(key, slot)
+    products.whole(service.staying)
+    for landed in flight.landings():
+        products.whole(landed)
 
 
 def _compute_in_two_parts(
@@ -145,13 +145,13 @@ def _compute_in_two_parts(
     if guess:
         guess()
     products.up(service.staying)
-    for key, slot in flight.landings():
-        products.up({key: slot})
+    for landed in flight.landings():
+        products.up(landed)
     products.activate()
     flight.start(dict.fromkeys(service.passing), matrix="down")
     products.down(service.staying | service.coming)
-    for key, slot in flight.landings():
-        products.down({key: slot})
+    for landed in flight.landings():
+        products.down(landed)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The last bits depend on both, and transformers (5.23) computes in two ways. `GroupedProducts` is its `grouped_mm`: rows
 sorted by expert id, one product per expert over all its rows. `BatchedProducts` is its `batched_mm`, to which `generate`
 turns on an accelerator for every step but the first: one product per row, with a copy of its expert's matrices.
-Experts are handed in one after the other, in whatever order they land.
+Experts are handed in some at a time, in whatever order they land.
 Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate, then up).
 """
 
@@ -29,11 +29,8 @@ COMBINED_TOKENS = 64
 class Products(Protocol):
     """What the pager asks of either way to compute."""
 
-    def whole(self, key: Key, slot: int) -> None:
-        """Everything that can be done with this expert, which lies in this slot until the next one is handed in."""
-
-    def several(self, placed: Mapping[Key, int]) -> None:
-        """The same for experts that all lie in slots now."""
+    def whole(self, placed: Mapping[Key, int]) -> None:
+        """Everything that can be done with these experts, which lie in these slots until others are handed in."""
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """TH: the sum of each token's rows, weighted; after every expert was handed in."""
@@ -57,12 +54,8 @@ class GroupedProducts:
         counts = {len(self._hidden_RH), *(part.stop - part.start for part in self._rows.of_expert.values())}
         return self.memory.device.rows_are_independent(counts, self.memory.gate_up_columns // 2)
 
-    def whole(self, key: Key, slot: int) -> None:
-        """Compute everything for the rows of this expert, which lies in this slot."""
-        self.several({key: slot})
-
-    def several(self, placed: Mapping[Key, int]) -> None:
-        """The same for each of these; packed products of all at once."""
+    def whole(self, placed: Mapping[Key, int]) -> None:
+        """Compute everything for the rows of these experts, packed products of all at once."""
         packed, rest = self._packed_and_rest(placed)
         if packed.rows:
             self._packed_up(packed)
@@ -159,17 +152,13 @@ class BatchedProducts:
         self._gate_up_RHJ = self._empty(len(self._ids_R), hidden, width)
         self._down_RIH = self._empty(len(self._ids_R), width // 2, hidden)
 
-    def whole(self, key: Key, slot: int) -> None:
-        """Copy the matrices of this expert for each of its rows."""
-        for row in self._rows_of[key[1]]:
-            self._gate_up_RHJ[row].copy_(self._memory.gate_up_HJ(slot))
-            self._down_RIH[row].copy_(self._memory.down_IH(slot))
-        self._memory.device.used(slot)
-
-    def several(self, placed: Mapping[Key, int]) -> None:
-        """The same for each of these."""
-        for key, slot in placed.items():
-            self.whole(key, slot)
+    def whole(self, placed: Mapping[Key, int]) -> None:
+        """Copy the matrices of these experts for each of their rows."""
+        for (_, expert), slot in placed.items():
+            for row in self._rows_of[expert]:
+                self._gate_up_RHJ[row].copy_(self._memory.gate_up_HJ(slot))
+                self._down_RIH[row].copy_(self._memory.down_IH(slot))
+            self._memory.device.used(slot)
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """All products, then the sum of each token's rows, weighted."""

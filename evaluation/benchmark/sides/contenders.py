@@ -17,6 +17,9 @@ OPPONENTS = ("accelerate", "llamacpp", "resident")
 PROBE = Leg(COLD, [1] * 8, 2)
 ACCELERATE_MARGINS = (500 << 20, 700 << 20, 1000 << 20)  # of the limit, for Python, one layer and its copy
 
+REPACKED = 1.25
+"""Memory that llama.cpp takes to copy quantised weights, in sizes of the GGUF; with less it uses them as they are mapped."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -56,7 +59,9 @@ def opponent(name: str, base: Order, limits: Limits, *, work_dir: Path, gguf: Pa
     if name == "resident":  # the reference that has everything in memory; it would only be killed
         return Contender(name, order, replace(limits, memory_bytes=None))
     if name == "llamacpp":
-        return Contender(name, replace(order, gguf=str(gguf)), limits, unable=_write_gguf(base.model_dir, gguf))
+        unable, limit_bytes = _write_gguf(base.model_dir, gguf), limits.memory_bytes
+        repacks = bool(unable) or limit_bytes is None or gguf.stat().st_size * REPACKED <= limit_bytes
+        return Contender(name, replace(order, gguf=str(gguf), repacks=repacks), limits, unable=unable)
     (work_dir / "offload").mkdir(parents=True, exist_ok=True)
     order = replace(order, offload_dir=str(work_dir / "offload"))
     if limits.memory_bytes is None:

@@ -26,6 +26,7 @@ def llamacpp(order: Order) -> Iterator[Serving]:
     params.n_parallel, params.n_gpu_layers = 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = order.threads
     params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{order.kv_cache}")
+    params.no_extra_bufts = not order.repacks
     params.warmup = False  # it would read the whole model
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
     params.fit_params, params.ui, params.cache_prompt, params.verbosity = False, False, False, 0
@@ -33,7 +34,7 @@ def llamacpp(order: Order) -> Iterator[Serving]:
     settings = {
         "xllamacpp": xllamacpp.__version__, "gguf": Path(order.gguf).name, "gguf_precision": GGUF_PRECISION,
         "load_mode": "mmap", "lazy_mode": "auto", "n_ctx": params.n_ctx, "threads": order.threads,
-        "kv_cache": order.kv_cache, "warmup": False,
+        "kv_cache": order.kv_cache, "warmup": False, "repacks": order.repacks,
         "system_info": xllamacpp.get_system_info().strip(),
     }  # fmt: skip
     yield Serving(lambda leg: _ask_server(server.listening_address, leg), [Path(order.gguf)], settings)

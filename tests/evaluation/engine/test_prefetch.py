@@ -184,7 +184,7 @@ def test_what_was_guessed_lies_in_the_slot_that_is_swapped_in(checkpoint: Checkp
         prefetch.guess(0, torch.zeros(1, 32))
         with Flight(memory, reader, layer_id=1, prefetch=prefetch) as flight:
             flight.start({(1, 2): 0, (1, 3): None, (1, 5): 1})
-            for (_, expert), slot in flight.landings():
+            for (_, expert), slot in (pair for landed in flight.landings() for pair in landed.items()):
                 for span in memory.spans(slot, 1, expert):
                     held = np.fromfile(span.shard, np.uint8, len(span.target), offset=span.offset)
                     assert np.array_equal(span.target, held), expert

@@ -165,7 +165,7 @@ def test_a_budget_may_be_in_parts_of_the_smallest_that_works() -> None:
 def test_memory_of_slots_that_make_room_goes_back_to_the_system(checkpoint: Checkpoint) -> None:
     memory = SlotMemory(ExpertStore(checkpoint("olmoe")), 4096, torch.float32)
     before_bytes, all_bytes = private_bytes(), 4096 * memory._records.record_bytes
-    memory._records._memory[:] = 1
+    memory._records.memory[:] = 1
     assert private_bytes() - before_bytes > 0.9 * all_bytes
     for slot in range(4096):
         memory.release(slot)

@@ -338,6 +338,25 @@ def test_a_scale_that_is_no_number_is_named_with_its_expert(
         generated(model, batch=4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "scale", "value", "bad"),
+    [("fp8", f"{EXPERT}_scale_inv", torch.nan, 3), ("mxfp4", f"{FUSED}_scales", 255, 7)],
+)
+def test_packed_products_of_several_name_the_expert_whose_scale_is_no_number(
+    quantised: Quantised, tmp_path: Path, kind: str, scale: str, value: float, bad: int
+) -> None:
+    folder = quantised("gpt_oss_blocks" if kind == "mxfp4" else "qwen3_moe_blocks", kind)
+    folder = changed(folder, tmp_path / "m", lambda t, _: t[scale].view(-1).__setitem__(-1, value))
+    store, experts = ExpertStore(folder), [2, bad, 5]
+    memory = SlotMemory(store, 3, torch.bfloat16, as_stored=True, multiplies_packed=True)
+    for slot, expert in enumerate(experts):
+        for span in memory.spans(slot, 1, expert):
+            span.target[:] = np.fromfile(span.shard, np.uint8, count=len(span.target), offset=span.offset)
+    matrix, columns = ("gate_up", store.format.hidden) if kind == "fp8" else ("down", store.format.intermediate)
+    with pytest.raises(UserError, match=f"layer 1 expert {bad}: a scale of .* no"):
+        memory.multiply(range(3), matrix, np.ones((3, columns), dtype=np.float32))
+
+
 def test_slots_that_cannot_hold_what_is_stored(checkpoint: Checkpoint) -> None:
     with (
         pytest.raises(UserError, match="its experts are not quantised; write slots=ready"),

@@ -60,16 +60,17 @@ class _FrozenExperts(torch.autograd.Function):
         rows_TK = torch.empty_like(order_R).index_copy_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         rows_TK, tokens_R = rows_TK.view_as(expert_ids_TK), order_R // expert_ids_TK.shape[1]
         inputs_TH, kept = hidden_TH.to(experts.down_proj.dtype), []
-        out_RH = torch.empty(len(order_R), hidden_TH.shape[1], device=hidden_TH.device)
+        out_RH = _all_rows(len(order_R), inputs_TH)
         for part in _parts(sorted_R, experts.num_experts):
             inputs_rH = inputs_TH.index_select(0, tokens_R[part.rows])
             gate_up_rJ = _product(experts, _up(experts), inputs_rH, part, sorted_R)
             activated_rI = _activate(experts, gate_up_rJ)
-            out_RH[part.rows] = _product(experts, "down_proj", activated_rI, part, sorted_R)
+            out_RH = _put(out_RH, _product(experts, "down_proj", activated_rI, part, sorted_R), part)
             kept.append(gate_up_rJ if ctx.needs_input_grad[1] else activated_rI)
         ctx.experts, ctx.hidden_dtype = experts, hidden_TH.dtype
         ctx.save_for_backward(weights_TK, sorted_R, tokens_R, rows_TK, *kept)
-        out_TH = nn.functional.embedding_bag(rows_TK, out_RH, per_sample_weights=weights_TK.float(), mode="sum")
+        weights_TK = weights_TK.to(out_RH.dtype)
+        out_TH = nn.functional.embedding_bag(rows_TK, out_RH, per_sample_weights=weights_TK, mode="sum")
         return out_TH.to(hidden_TH.dtype)
 
     @staticmethod
@@ -78,8 +79,7 @@ class _FrozenExperts(torch.autograd.Function):
         experts, (weights_TK, sorted_R, tokens_R, rows_TK, *kept) = ctx.experts, ctx.saved_tensors
         grad_TH, grad_R = grad_TH.to(experts.down_proj.dtype), weights_TK.new_empty(len(tokens_R))
         weights_R1 = torch.empty_like(grad_R).index_copy_(0, rows_TK.flatten(), weights_TK.flatten()).unsqueeze(1)
-        shape = (len(tokens_R), grad_TH.shape[1])
-        grad_RH = torch.empty(shape, device=grad_TH.device) if ctx.needs_input_grad[1] else None
+        grad_RH = _all_rows(len(tokens_R), grad_TH) if ctx.needs_input_grad[1] else None
         for part, kept_r in zip(_parts(sorted_R, experts.num_experts), kept, strict=True):
             grad_rH = grad_TH.index_select(0, tokens_R[part.rows])
             grad_rI = _product_back(experts, "down_proj", grad_rH, part)  # as if every weight were 1
@@ -87,7 +87,7 @@ class _FrozenExperts(torch.autograd.Function):
                 grad_r = (grad_rI * kept_r).sum(1, dtype=grad_R.dtype)
             else:
                 grad_r, grad_rJ = _activation_back(experts, kept_r, grad_rI, weights_R1[part.rows])
-                grad_RH[part.rows] = _product_back(experts, _up(experts), grad_rJ, part)
+                grad_RH = _put(grad_RH, _product_back(experts, _up(experts), grad_rJ, part), part)
             if experts.has_bias:
                 grad_r += (grad_rH * experts.down_proj_bias[sorted_R[part.rows]]).sum(1, dtype=grad_R.dtype)
             grad_R[part.rows] = grad_r
@@ -95,6 +95,20 @@ class _FrozenExperts(torch.autograd.Function):
         if grad_RH is not None:
             grad_hidden = nn.functional.embedding_bag(rows_TK, grad_RH, mode="sum").to(ctx.hidden_dtype)
         return None, grad_hidden, None, grad_R[rows_TK]
+
+
+def _all_rows(rows: int, like_TH: Tensor) -> Tensor:
+    """What is to be added up: in float32 on the CPU, and in the experts' precision where `_put` takes one part for all."""
+    in_parts = _has_caches(like_TH.device)
+    return like_TH.new_empty(rows if in_parts else 0, like_TH.shape[1], dtype=torch.float32 if in_parts else None)
+
+
+def _put(all_RH: Tensor, rows_rH: Tensor, part: _Part) -> Tensor:
+    """All rows with those of a part among them. Where there is one part it is not copied: memory traffic is what it takes."""
+    if not len(all_RH):
+        return rows_rH
+    all_RH[part.rows] = rows_rH
+    return all_RH
 
 
 def _parts(sorted_R: Tensor, num_experts: int) -> Iterator[_Part]:

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.integrations.moe import use_experts_implementation
 
 from tests.conftest import needs_gpu, small_config
@@ -107,6 +109,39 @@ def test_sixteen_bit_experts_take_float32_inputs_and_weights_and_give_them_float
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     for ours, theirs in zip(torch.autograd.grad(found.sum(), (hidden, weights)), wanted, strict=True):
         assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+
+
+class Made(TorchDispatchMode):
+    """Notes what tensors are made, by precision and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[torch.dtype, torch.Size]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found |= {(one.dtype, one.shape) for one in tree_leaves(out) if isinstance(one, Tensor)}
+        return out
+
+
+def test_on_an_accelerator_all_rows_exist_in_sixteen_bits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, hidden, ids, weights = a_call(torch.bfloat16)
+    all_rows = torch.Size((ids.numel(), HIDDEN))
+    expected = one_by_one(module.float(), hidden, ids, weights)
+    wanted = torch.autograd.grad(expected.sum(), (hidden, weights))
+    module.to(torch.bfloat16)
+    with Made() as on_cpu:
+        torch.autograd.grad(module(hidden, ids, weights).sum(), (hidden, weights))
+    assert (torch.float32, all_rows) in on_cpu.found
+    monkeypatch.setattr(frozen_experts, "_has_caches", lambda _: False)
+    with Made() as made_tensors:
+        found = module(hidden, ids, weights)
+        gradients = torch.autograd.grad(found.sum(), (hidden, weights))
+    assert (torch.bfloat16, all_rows) in made_tensors.found
+    assert (torch.float32, all_rows) not in made_tensors.found
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    for ours, theirs in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
 
 

@@ -28,7 +28,7 @@ from evaluation.benchmark.sides.contenders import OPPONENTS, Contender, opponent
 from evaluation.benchmark.tables import result_tables
 from evaluation.engine.cache.policies import DEFAULT
 from evaluation.engine.levers.spec import levers_of
-from evaluation.engine.options import EXACT
+from evaluation.engine.options import EXACT, PACKED
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
 from training.model.lazy_weights import read_config
@@ -84,6 +84,8 @@ class DecodeBenchmark:
             raise UserError(
                 "our engine needs a size: write --expert-cache 400MiB (experts) or --memory-budget 900MiB (all)"
             )
+        if self.products not in (EXACT, PACKED):
+            raise UserError(f"--products {self.products!r} is not known; write {EXACT} or {PACKED}")
         _ = self.prefetches, self.opponents, self.limit_bytes, self.lever and levers_of(self.lever)
 
     @property

@@ -3,10 +3,12 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs.load import UserError
 from data.corpus import EMBEDDED
@@ -17,6 +19,7 @@ from evaluation.benchmark.made_model.synthetic import Shape
 from evaluation.benchmark.order import COLD, LONG, WARM, Order
 from evaluation.benchmark.processes import Limits, SideRun
 from evaluation.benchmark.sides import contenders
+from evaluation.benchmark.sides.side import open_side
 from training.model.loading import load_tokenizer
 
 FIGURES = {
@@ -130,6 +133,30 @@ def test_a_lever_takes_part_beside_not_having_one(
     ]  # fmt: skip
 
 
+def test_packed_products_are_asked_of_our_engine(
+    model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]
+) -> None:
+    bench.benchmark(options(model, tmp_path, expert_cache="30%", repeats=1, against="", products="packed"))
+    assert [order.products for _, _, order in ran] == ["packed"]
+    with (
+        pytest.raises(UserError, match="its experts are not quantised"),
+        open_side(replace(ran[0][2], threads=torch.get_num_threads())),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("limit", "repacks"), [(None, True), (1249, False), (1250, True)])
+def test_llamacpp_copies_quantised_weights_where_that_fits(
+    tmp_path: Path, limit: int | None, repacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = tmp_path / "g"
+    gguf.write_bytes(bytes(1000))
+    monkeypatch.setattr(contenders, "_write_gguf", lambda *_: None)
+    base = Order("", str(tmp_path), [], 1)
+    found = contenders.opponent("llamacpp", base, Limits(1, limit), work_dir=tmp_path, gguf=gguf, ours=base)
+    assert found.order.repacks == repacks
+
+
 def test_repeats_use_other_prompts(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:
     bench.benchmark(options(model, tmp_path, against=""))
     prompts = {tuple(leg.prompt_ids) for _, _, order in ran for leg in order.legs}
@@ -165,6 +192,7 @@ def test_a_model_llamacpp_cannot_have_is_told(
         ({"repeats": 0}, "--repeats is 0; write at least 1"),
         ({"expert_cache": ""}, "our engine needs a size: write --expert-cache 400MiB"),
         ({"lever": "prio"}, "lever 'prio' is not known"),
+        ({"products": "fast"}, "--products 'fast' is not known; write exact or packed"),
         ({"prefetch": "some"}, "--prefetch 'some' is no list of numbers; write for example 3, or 0,3 for both"),
         ({"max_new_tokens": 500}, "do not fit the model's context of 512"),
         ({"memory_limit_cgroup": "25%"}, "--memory-limit-cgroup '25%' is not understood"),

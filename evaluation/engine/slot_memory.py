@@ -174,7 +174,7 @@ class SlotMemory:
 
     def _multiply(self, slots: Sequence[int], matrix: str, row_XK: Floats) -> Floats:
         form, found = self._store.format, []
-        for role, parts in self._parts_of(matrix).items():
+        for role, parts in self._parts_of[matrix].items():
             at_X = {ending: self._landing.starts(slots, part) for ending, part in parts.items()}
             rows = form.stored_shape(role)[0]
             found.append(form.numbers.multiply(self._landing.memory, at_X, row_XK, rows=rows))
@@ -194,17 +194,20 @@ class SlotMemory:
         where = self._landing.place_of(place), matrix
         if where not in self._packed_views:
             row, found = 0, []
-            for role, parts in self._parts_of(matrix).items():
+            for role, parts in self._parts_of[matrix].items():
                 stored = {ending: self._landing.part(place, name) for ending, name in parts.items()}
                 found.append((stored, slice(row, row := row + self._store.format.stored_shape(role)[0])))
             self._packed_views[where] = found
         return self._packed_views[where]
 
-    def _parts_of(self, matrix: str) -> dict[str, dict[str, str]]:
-        """The parts that a matrix is stored as, by role and by how the names of tensors end."""
-        form = self._store.format
-        roles = [role for role in form.roles if (role == "down") == (matrix == "down")]
-        return {role: {part.ending: name for name, part in form.parts.items() if part.role == role} for role in roles}
+    @cached_property
+    def _parts_of(self) -> dict[str, dict[str, dict[str, str]]]:
+        """The parts that each matrix is stored as, by role and by how the names of tensors end."""
+        form, found = self._store.format, dict[str, dict[str, dict[str, str]]]()
+        for role in form.roles:
+            parts = {part.ending: name for name, part in form.parts.items() if part.role == role}
+            found.setdefault("down" if role == "down" else "gate_up", {})[role] = parts
+        return found
 
 
 class _Records:

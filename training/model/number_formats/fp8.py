@@ -73,18 +73,8 @@ class Fp8:
         matrices, columns = row_XK.shape
         scales = self._scales(stored_in(self, memory, at_X, rows, columns, of=[self.ending])[self.ending], columns)
         found_XN, block_rows = np.empty((matrices, rows), dtype=np.float32), self.block[0] or rows
-        by_rows(
-            fp8_products,
-            fp8_products_in_parts,
-            found_XN.size,
-            columns,
-            memory,
-            at_X[""],
-            scales,
-            block_rows,
-            row_XK,
-            found_XN,
-        )
+        given = memory, at_X[""], scales, block_rows, row_XK, found_XN
+        by_rows(fp8_products, fp8_products_in_parts, found_XN.size, columns, *given)
         return found_XN
 
     def _scales(self, scales: Tensor, columns: int) -> Floats:

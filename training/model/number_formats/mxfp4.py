@@ -86,18 +86,8 @@ class Mxfp4:
             return multiply_values(self, memory, at_X, row_XK, rows=rows)
         even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
         found_XN = np.empty((matrices, rows), dtype=np.float32)
-        by_rows(
-            mxfp4_products,
-            mxfp4_products_in_parts,
-            found_XN.size,
-            columns,
-            memory,
-            at_X[codes],
-            at_X[scales],
-            even_XB,
-            odd_XB,
-            found_XN,
-        )
+        given = memory, at_X[codes], at_X[scales], even_XB, odd_XB, found_XN
+        by_rows(mxfp4_products, mxfp4_products_in_parts, found_XN.size, columns, *given)
         return found_XN
 
     def _are_normal(self, scales: Bytes) -> bool:

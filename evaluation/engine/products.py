@@ -8,7 +8,7 @@ Axes: T tokens, K chosen, R = T K rows, H hidden, I intermediate, J = 2 I (gate,
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
@@ -57,7 +57,7 @@ class GroupedProducts:
     def whole(self, placed: Mapping[Key, int]) -> None:
         """Compute everything for the rows of these experts, packed products of all at once."""
         packed, rest = self._packed_and_rest(placed)
-        if packed.rows:
+        if packed.slots:
             self._packed_up(packed)
             self._packed_down(packed, self._activation(self._gate_up_RJ[packed.rows]))
         for (_, expert), slot in rest.items():
@@ -68,7 +68,7 @@ class GroupedProducts:
     def up(self, placed: Mapping[Key, int]) -> None:
         """Gate and up projection of the rows of these experts, which lie in these slots."""
         packed, rest = self._packed_and_rest(placed)
-        if packed.rows:
+        if packed.slots:
             self._packed_up(packed)
         for (_, expert), slot in rest.items():
             self._up(self._rows.of_expert[expert], expert, slot)
@@ -80,7 +80,7 @@ class GroupedProducts:
     def down(self, placed: Mapping[Key, int]) -> None:
         """Down projection, after `up` and `activate`."""
         packed, rest = self._packed_and_rest(placed)
-        if packed.rows:
+        if packed.slots:
             self._packed_down(packed, self._activated_RI[packed.rows])
         for (_, expert), slot in rest.items():
             part = self._rows.of_expert[expert]
@@ -109,18 +109,16 @@ class GroupedProducts:
 
     def _packed_and_rest(self, placed: Mapping[Key, int]) -> tuple["_PackedRows", Mapping[Key, int]]:
         """What is multiplied by numbers as they are stored, and the experts that are not."""
-        packed = _PackedRows([], [], [])
         if not self.memory.multiplies_packed:
-            return packed, placed
-        rest = {}
+            return _PackedRows.of([]), placed
+        packed, rest = list[tuple[int, int, int]](), dict[Key, int]()
         for key, slot in placed.items():
             part = self._rows.of_expert[key[1]]
             if part.stop - part.start > PACKED_ROWS:
                 rest[key] = slot
             else:
-                for row in range(part.start, part.stop):
-                    packed.add(row, key[1], slot)
-        return packed, rest
+                packed += [(row, key[1], slot) for row in range(part.start, part.stop)]
+        return _PackedRows.of(packed), rest
 
     def _packed_up(self, packed: "_PackedRows") -> None:
         bias = self._experts.gate_up_proj_bias if self._experts.has_bias else None
@@ -184,13 +182,17 @@ def _weighted_sum(rows_RH: Tensor, weights_TK: Tensor) -> Tensor:
 class _PackedRows(NamedTuple):
     """Rows that are multiplied by an expert's numbers as they are stored, with the expert and the slot of each."""
 
-    rows: list[int]
+    rows: slice | list[int]  # a slice where they follow each other, as all rows do where nothing is missing
     experts: list[int]
     slots: list[int]
 
-    def add(self, row: int, expert: int, slot: int) -> None:
-        for values, value in zip(self, (row, expert, slot), strict=True):
-            values.append(value)
+    @classmethod
+    def of(cls, found: Iterable[tuple[int, int, int]]) -> "_PackedRows":
+        """Of each a row, an expert and a slot."""
+        by_row = sorted(found)
+        rows, experts, slots = ([one[which] for one in by_row] for which in range(3))
+        follow = bool(rows) and rows[-1] - rows[0] == len(rows) - 1
+        return cls(slice(rows[0], rows[-1] + 1) if follow else rows, experts, slots)
 
 
 @dataclass(frozen=True)

@@ -173,12 +173,14 @@ class SlotMemory:
             raise
 
     def _multiply(self, slots: Sequence[int], matrix: str, row_XK: Floats) -> Floats:
-        form, found = self._store.format, []
-        for role, parts in self._parts_of[matrix].items():
-            at_X = {ending: self._landing.starts(slots, part) for ending, part in parts.items()}
-            rows = form.stored_shape(role)[0]
-            found.append(form.numbers.multiply(self._landing.memory, at_X, row_XK, rows=rows))
-        return np.concatenate(found, axis=1)
+        form, parts_of = self._store.format, self._parts_of[matrix]
+        roles, (rows, _) = list(parts_of), form.stored_shape(next(iter(parts_of)))  # gate and up are of one shape
+        starts = {
+            ending: self._landing.starts(slots, [parts_of[role][ending] for role in roles])
+            for ending in parts_of[roles[0]]
+        }
+        found = form.numbers.multiply(self._landing.memory, starts, np.tile(row_XK, (len(roles), 1)), rows=rows)
+        return found.reshape(len(roles), -1, rows).swapaxes(0, 1).reshape(len(slots), -1)
 
     @contextmanager
     def _told(self, slot: int) -> Iterator[None]:
@@ -251,10 +253,11 @@ class _Records:
         start += self._place[slot] * self.record_bytes
         return self.memory[start : start + length]
 
-    def starts(self, slots: Sequence[int], part: str) -> Places:
-        """[slots]: where in the memory that part of each expert begins."""
-        start, _ = self._record.place(part, NO_LEADS)
-        return start + self.record_bytes * np.array([self._place[slot] for slot in slots], dtype=np.int64)
+    def starts(self, slots: Sequence[int], parts: Sequence[str]) -> Places:
+        """[parts x slots]: where in the memory each part of each expert begins."""
+        records = [self._place[slot] * self.record_bytes for slot in slots]
+        firsts = [self._record.place(part, NO_LEADS)[0] for part in parts]
+        return np.array([first + record for first in firsts for record in records], dtype=np.int64)
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the places of two slots."""

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from training.model.number_formats.kernels import gathered
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Places = npt.NDArray[np.int64]
@@ -130,8 +132,7 @@ def stored_in(
     tensors, found = numbers.tensors(rows, columns), {}
     for ending in of or tensors:
         one = tensors[ending]
-        each = [as_tensor(memory[start : start + one.length_bytes], one.dtype) for start in at_X[ending]]
-        found[ending] = torch.stack(each).view(-1, *one.shape)
+        found[ending] = as_tensor(gathered(memory, at_X[ending], one.length_bytes), one.dtype).view(-1, *one.shape)
     return found
 
 

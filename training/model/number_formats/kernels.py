@@ -41,6 +41,15 @@ def part_of(part: int, parts: int, rows: int) -> tuple[int, int]:
 
 
 @compiled
+def gathered(memory: Codes, at_X: npt.NDArray[np.int64], length: int) -> Codes:
+    """So many bytes from each of these places, below each other, flat."""
+    found = np.empty(len(at_X) * length, dtype=np.uint8)
+    for x in range(len(at_X)):
+        found[x * length : (x + 1) * length] = memory[at_X[x] : at_X[x] + length]
+    return found
+
+
+@compiled
 def all_within(codes: Codes, least: int, largest: int) -> bool:
     """Whether all of a flat array are."""
     found = True

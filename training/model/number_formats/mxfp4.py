@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.model.number_formats import bf16_dots
 from training.model.number_formats.formats import (
     Bytes,
     Floats,
@@ -84,10 +85,15 @@ class Mxfp4:
             for start in at_X[scales]:
                 self._are_normal(memory[start : start + length])
             return multiply_values(self, memory, at_X, row_XK, rows=rows)
-        even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
-        found_XN = np.empty((matrices, rows), dtype=np.float32)
-        given = memory, at_X[codes], at_X[scales], even_XB, odd_XB, found_XN
-        by_rows(mxfp4_products, mxfp4_products_in_parts, found_XN.size, columns, *given)
+        found_XN, places = np.empty((matrices, rows), dtype=np.float32), (memory, at_X[codes], at_X[scales])
+        half_XK = bf16_dots.as_multiplied(row_XK) if bf16_dots.is_possible() else None
+        if half_XK is not None:
+            loops = bf16_dots.mxfp4_dots, bf16_dots.mxfp4_dots_in_parts
+            by_rows(*loops, found_XN.size, columns, *places, half_XK, found_XN)
+        else:
+            even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
+            loops = mxfp4_products, mxfp4_products_in_parts
+            by_rows(*loops, found_XN.size, columns, *places, even_XB, odd_XB, found_XN)
         return found_XN
 
     def _are_normal(self, scales: Bytes) -> bool:

@@ -20,7 +20,7 @@ from training.model.number_formats.fp8 import Fp8
 from training.model.number_formats.mxfp4 import VALUES, Mxfp4
 from training.model.number_formats.packed_int import PackedInt
 
-ROWS, COLUMNS = 64, 96
+ROWS, COLUMNS = 64, 192
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 FORMATS = [
     Plain("F16"),
@@ -176,16 +176,17 @@ def multiplied_at_once(numbers: NumberFormat, each: list[dict[str, Tensor]], row
     return numbers.multiply(memory, at_X, row_XK, rows=ROWS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [120, 1])
 @pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)
 def test_products_of_several_matrices_are_those_of_each(
-    numbers: NumberFormat, scale: int, monkeypatch: pytest.MonkeyPatch
+    numbers: NumberFormat, scale: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shared out among threads too, where some begin in the middle of a matrix."""
     each = [drawn(numbers, seed) for seed in range(5)]
     if isinstance(numbers, Mxfp4):  # 1: one that is not for the compiled loop
         each[3][numbers._endings[1]][:, 1] = scale
-    row_XK = np.random.default_rng(0).standard_normal((5, COLUMNS), dtype=np.float32)
+    row_XK = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype).float().numpy()
     alone = np.stack([multiplied(numbers, stored, row) for stored, row in zip(each, row_XK, strict=True)])
     at_once = multiplied_at_once(numbers, each, row_XK)
     np.testing.assert_allclose(at_once, alone, rtol=1e-4, atol=1e-4 * abs(alone).max())
@@ -214,10 +215,14 @@ def test_every_number_of_fp8() -> None:
         assert torch.equal(product.nan_to_num(7), expected[:, column].nan_to_num(7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("numbers", [*FORMATS, *WITH_ZEROS], ids=repr)
-def test_products_are_those_of_the_decoded_matrix_but_for_the_last_bits(numbers: NumberFormat) -> None:
+def test_products_are_those_of_the_decoded_matrix_but_for_the_last_bits(
+    numbers: NumberFormat, dtype: torch.dtype
+) -> None:
+    """Of rows in bfloat16 by other instructions, where the processor has them."""
     stored = drawn(numbers)
-    row = np.random.default_rng(1).standard_normal(COLUMNS, dtype=np.float32)
+    row = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype).float().numpy()
     matrix = decoded(numbers, stored, torch.float32).double()
     expected, found = matrix @ torch.from_numpy(row).double(), torch.from_numpy(multiplied(numbers, stored, row))
     scales_round = (

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+
+from training.model.number_formats import bf16_dots, mxfp4
+from training.model.number_formats.mxfp4 import VALUES, Mxfp4
+
+ROWS, COLUMNS = 24, 192
+has_instructions = pytest.mark.skipif(not bf16_dots.is_possible(), reason="this processor has no AVX512-BF16")
+
+
+def test_what_is_multiplied_so() -> None:
+    """Rows of 8 bits of mantissa, in whole steps; nothing may be rounded that was not before."""
+    row_XK = torch.randn(2, COLUMNS).bfloat16().float().numpy()
+    bits_XK = bf16_dots.as_multiplied(row_XK)
+    assert bits_XK is not None
+    assert sorted(bits_XK[1]) == sorted(row_XK[1].view(np.uint32) >> 16)
+    assert bf16_dots.as_multiplied(np.ascontiguousarray(row_XK[:, :96])) is None
+    row_XK[1, 5] += 2**-9 * row_XK[1, 5]
+    assert bf16_dots.as_multiplied(row_XK) is None
+
+
+def multiplied(codes_NB: np.ndarray, scales_NG: np.ndarray, row_K: np.ndarray) -> np.ndarray:
+    """By `Mxfp4`; the bytes around are no numbers."""
+    around = np.full(63, 255, dtype=np.uint8)
+    memory = np.concatenate([around, codes_NB.ravel(), around, scales_NG.ravel(), around])
+    at = {"_blocks": np.array([63]), "_scales": np.array([2 * 63 + codes_NB.size])}
+    return Mxfp4(is_gpt_oss=True).multiply(memory, at, row_K[None], rows=len(codes_NB))[0]
+
+
+@has_instructions
+def test_every_number_in_every_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One column at a time, so that one in the wrong place, or with another block's scale, would be seen."""
+    monkeypatch.delattr(mxfp4, "mxfp4_products")  # the other loop
+    generator = np.random.default_rng(0)
+    codes_NB = generator.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8)
+    scales_NG = generator.integers(100, 150, (ROWS, COLUMNS // 32), dtype=np.uint8)
+    codes_NK = np.stack([codes_NB & 15, codes_NB >> 4], axis=-1).reshape(ROWS, COLUMNS)
+    matrix_NK = np.array(VALUES)[codes_NK] * 2.0 ** (scales_NG.repeat(32, axis=1).astype(int) - 127)
+    assert len(np.unique(codes_NK)) == 16
+    for column in range(COLUMNS):
+        row_K = np.zeros(COLUMNS, dtype=np.float32)
+        row_K[column] = 1.5
+        assert (multiplied(codes_NB, scales_NG, row_K) == 1.5 * matrix_NK[:, column]).all()
+
+
+@has_instructions
+def test_a_row_that_is_no_number_stays_none() -> None:
+    codes_NB, scales_NG = np.full((8, 32), 0x22, dtype=np.uint8), np.full((8, 2), 127, dtype=np.uint8)
+    row_K = np.ones(64, dtype=np.float32)
+    for value in (np.nan, np.inf, -np.inf):
+        row_K[40] = value
+        np.testing.assert_equal(multiplied(codes_NB, scales_NG, row_K), np.full(8, value, dtype=np.float32))
+
+
+def test_without_the_instructions_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    codes_NB = generator.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8)
+    scales_NG = generator.integers(120, 130, (ROWS, COLUMNS // 32), dtype=np.uint8)
+    row_K = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(0)).bfloat16().float().numpy()
+    found = multiplied(codes_NB, scales_NG, row_K)
+    monkeypatch.setattr(bf16_dots, "is_possible", lambda: False)
+    np.testing.assert_allclose(multiplied(codes_NB, scales_NG, row_K), found, rtol=1e-4, atol=1e-4 * abs(found).max())

@@ -174,4 +174,4 @@ def paged_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: T
 def _heaviest_first(expert_ids_TK: Tensor, weights_TK: Tensor) -> npt.NDArray[np.integer]:
     """Expert ids by descending router weight; equal weights keep the router's order."""
     order_TK = np.argsort(-weights_TK.detach().float().cpu().numpy(), axis=1, kind="stable")
-    return np.take_along_axis(expert_ids_TK.cpu().numpy(), order_TK, axis=1)
+    return expert_ids_TK.cpu().numpy()[np.arange(len(order_TK))[:, None], order_TK]

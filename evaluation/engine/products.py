@@ -43,7 +43,7 @@ class GroupedProducts:
         self._experts: Any = experts
         self._activation: Any = self._experts._apply_gate
         self._rows = _Rows.of(expert_ids_TK)
-        hidden_RH = hidden_TH[self._rows.order_R // expert_ids_TK.shape[1]].to(memory.dtype)
+        hidden_RH = hidden_TH.index_select(0, self._rows.token_R).to(memory.dtype)
         self.memory, self._multiply, self._hidden_RH = memory, memory.device.multiply, hidden_RH
         self._fill = memory.filled_rows if torch.get_num_threads() == memory.filled_for_threads else NOT_FILLED
         self._gate_up_RJ = hidden_RH.new_empty(len(hidden_RH), memory.gate_up_columns)
@@ -88,7 +88,9 @@ class GroupedProducts:
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
-        place_TK = self._rows.order_R.argsort().view(weights_TK.shape)
+        place_TK = self._rows.place_R.view(weights_TK.shape)
+        if len(weights_TK) <= COMBINED_TOKENS:
+            return _weighted_sum(self._out_RH.index_select(0, self._rows.place_R), weights_TK)
         parts = zip(place_TK.split(COMBINED_TOKENS), weights_TK.split(COMBINED_TOKENS), strict=True)
         return torch.cat([_weighted_sum(self._out_RH[place_tK.flatten()], part_tK) for place_tK, part_tK in parts])
 
@@ -199,7 +201,8 @@ class _PackedRows(NamedTuple):
 class _Rows:
     """Token-expert pairs sorted by expert id, as the resident implementation sorts them."""
 
-    order_R: Tensor  # sorted position -> pair
+    token_R: Tensor  # sorted position -> token
+    place_R: Tensor  # pair -> sorted position
     of_expert: dict[int, slice]  # sorted positions of each expert
 
     @classmethod
@@ -207,4 +210,5 @@ class _Rows:
         sorted_ids_R, order_R = torch.sort(expert_ids_TK.reshape(-1))
         counts = Counter(sorted_ids_R.tolist())
         ends = accumulate(counts.values())
-        return cls(order_R, {e: slice(end - n, end) for (e, n), end in zip(counts.items(), ends, strict=True)})
+        of_expert = {e: slice(end - n, end) for (e, n), end in zip(counts.items(), ends, strict=True)}
+        return cls(order_R // expert_ids_TK.shape[1], order_R.argsort(), of_expert)

@@ -255,9 +255,8 @@ class _Records:
 
     def starts(self, slots: Sequence[int], parts: Sequence[str]) -> Places:
         """[parts x slots]: where in the memory each part of each expert begins."""
-        records = [self._place[slot] * self.record_bytes for slot in slots]
-        firsts = [self._record.place(part, NO_LEADS)[0] for part in parts]
-        return np.array([first + record for first in firsts for record in records], dtype=np.int64)
+        records, place = [self._place[slot] * self.record_bytes for slot in slots], self._record.place
+        return np.array([place(part, NO_LEADS)[0] + record for part in parts for record in records])
 
     def swap(self, one: int, other: int) -> None:
         """Exchange the places of two slots."""

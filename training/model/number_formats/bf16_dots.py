@@ -19,12 +19,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from training.model.compiled import compiled, compiled_in_parts
-from training.model.number_formats.kernels import Codes, Floats, part_of
+from training.model.number_formats.kernels import LARGEST_SCALE, LEAST_SCALE, Codes, Floats, all_within, part_of
 
 COLUMNS = 64
 """That are multiplied at once: 32 bytes, two blocks."""
 Halves = npt.NDArray[np.uint16]
 Places = npt.NDArray[np.int64]
+U16, U32 = np.uint16, np.uint32
 _BITS = [int(number) >> 16 for number in np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32).view(np.uint32)]
 _TABLE = [*_BITS, *(bits | 0x8000 for bits in _BITS)] * 2
 """A code's number in bfloat16; twice, as each half of a register looks in its own."""
@@ -60,13 +61,25 @@ def is_possible() -> bool:
 
 def as_multiplied(row_XK: Floats) -> Halves | None:
     """[X, K]: rows in bfloat16, in the order of `_dot`; None where they are of more bits, or no whole number of `COLUMNS`."""
-    bits_XK = row_XK.view(np.uint32)
-    if row_XK.shape[1] % COLUMNS or (bits_XK & 0xFFFF).any():
-        return None
-    split = (
-        (bits_XK >> 16).astype(np.uint16).reshape(len(row_XK), -1, 2, 2, 8, 2)
-    )  # block, its half, byte, half of a byte
-    return np.ascontiguousarray(split.transpose(0, 1, 5, 3, 2, 4)).reshape(row_XK.shape)
+    found_XK = np.empty(row_XK.shape, dtype=np.uint16)
+    is_whole = row_XK.shape[1] % COLUMNS == 0 and _in_order(row_XK.view(np.uint32), found_XK)
+    return found_XK if is_whole else None
+
+
+@compiled
+def _in_order(bits_XK: npt.NDArray[np.uint32], out_XK: Halves) -> bool:
+    """Even columns come before odd ones, and of both the first 8 of two blocks before the last 8; whether no bit was lost."""
+    lost = U32(0)
+    for x in range(len(bits_XK)):
+        for start in range(0, bits_XK.shape[1], COLUMNS):
+            to = start
+            for first in (0, 16, 1, 17):
+                for block in (0, 32):
+                    for column in range(start + block + first, start + block + first + 16, 2):
+                        lost |= U32(bits_XK[x, column] << U32(16))
+                        out_XK[x, to] = U16(bits_XK[x, column] >> U32(16))
+                        to += 1
+    return lost == 0
 
 
 @compiled
@@ -77,10 +90,12 @@ def mxfp4_dots(
     rows, columns = out_XN.shape[1], row_XK.shape[1]
     for row in range(first, end):
         x, n = row // rows, row % rows
-        codes = memory.ctypes.data + codes_at_X[x] + n * (columns // 2)
-        scales = memory.ctypes.data + scales_at_X[x] + n * (columns // 32)
-        given = row_XK.ctypes.data + x * columns * 2
-        out_XN[x, n] = _dot(np.uintp(codes), np.uintp(scales), np.uintp(given), columns // COLUMNS)
+        codes, scales = codes_at_X[x] + n * (columns // 2), scales_at_X[x] + n * (columns // 32)
+        if all_within(memory[scales : scales + columns // 32], LEAST_SCALE, LARGEST_SCALE):
+            start, given = memory.ctypes.data, row_XK.ctypes.data + x * columns * 2
+            out_XN[x, n] = _dot(np.uintp(start + codes), np.uintp(start + scales), np.uintp(given), columns // COLUMNS)
+        else:
+            out_XN[x, n] = np.nan
 
 
 @compiled_in_parts

@@ -20,6 +20,8 @@ Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint64]
 SHARED_NUMBERS = 2**16
 """A smaller matrix is decoded by one thread: some ten microseconds, as long as it takes to share it out."""
+LEAST_SCALE, LARGEST_SCALE = 2, 252
+"""Of MXFP4: between them every number but 0 has a full exponent in bfloat16; others go through float32."""
 TILE_ROWS = 512
 """Rows that are written column by column, so that whole cache lines are."""
 U16, U32, U64, F32 = np.uint16, np.uint32, np.uint64, np.float32

@@ -23,6 +23,8 @@ from training.model.number_formats.formats import (
     multiply_values,
 )
 from training.model.number_formats.kernels import (
+    LARGEST_SCALE,
+    LEAST_SCALE,
     all_within,
     by_rows,
     mxfp4_columns,
@@ -30,15 +32,13 @@ from training.model.number_formats.kernels import (
     mxfp4_rows,
     mxfp4_rows_in_parts,
 )
-from training.model.number_formats.row_products import all_within_at, mxfp4_products, mxfp4_products_in_parts
+from training.model.number_formats.row_products import mxfp4_products, mxfp4_products_in_parts
 
 BLOCK = 32
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BIAS, NO_NUMBER = 127, 255
 LARGEST_EXPONENT = 2
 """Of 6, the largest number."""
-NORMAL_SCALES = range(2, 253)
-"""Of which every number but 0 has a full exponent in bfloat16; others go through float32."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,6 @@ class Mxfp4:
 
     def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
         (matrices, columns), (codes, scales) = row_XK.shape, self._endings
-        length = rows * columns // BLOCK
-        if not all_within_at(memory, at_X[scales], length, NORMAL_SCALES[0], NORMAL_SCALES[-1]):
-            for start in at_X[scales]:
-                self._are_normal(memory[start : start + length])
-            return multiply_values(self, memory, at_X, row_XK, rows=rows)
         found_XN, places = np.empty((matrices, rows), dtype=np.float32), (memory, at_X[codes], at_X[scales])
         half_XK = bf16_dots.as_multiplied(row_XK) if bf16_dots.is_possible() else None
         if half_XK is not None:
@@ -94,11 +89,15 @@ class Mxfp4:
             even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
             loops = mxfp4_products, mxfp4_products_in_parts
             by_rows(*loops, found_XN.size, columns, *places, even_XB, odd_XB, found_XN)
-        return found_XN
+        if np.isfinite(found_XN).all():
+            return found_XN
+        length = rows * columns // BLOCK
+        are_normal = [self._are_normal(memory[start : start + length]) for start in at_X[scales]]
+        return found_XN if all(are_normal) else multiply_values(self, memory, at_X, row_XK, rows=rows)
 
     def _are_normal(self, scales: Bytes) -> bool:
         """Whether they are what the compiled loops are for; a `ValueError` if one is no number."""
-        if all_within(scales, NORMAL_SCALES[0], NORMAL_SCALES[-1]):
+        if all_within(scales, LEAST_SCALE, LARGEST_SCALE):
             return True
         if scales.max() == NO_NUMBER:
             raise ValueError(f"a scale of {self.name} is {NO_NUMBER}, which is no number")
@@ -117,7 +116,7 @@ class Mxfp4:
         rows, columns = matrix.shape
         blocks_NGb = matrix.float().view(rows, columns // BLOCK, BLOCK)
         exponents_NG = torch.frexp(blocks_NGb.abs().amax(2)).exponent - 1  # of the largest: 2^e <= it < 2^(e + 1)
-        exponents_NG = (exponents_NG - LARGEST_EXPONENT).clamp(NORMAL_SCALES[0] - BIAS, NORMAL_SCALES[-1] - BIAS)
+        exponents_NG = (exponents_NG - LARGEST_EXPONENT).clamp(LEAST_SCALE - BIAS, LARGEST_SCALE - BIAS)
         sizes_NGb = torch.ldexp(blocks_NGb, -exponents_NG.unsqueeze(2)).abs()
         codes_NGb = torch.zeros(sizes_NGb.shape, dtype=torch.uint8)
         for code, (low, high) in enumerate(pairwise(VALUES[:8])):  # ties go to the even one of two codes

@@ -12,22 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from training.model.compiled import compiled, compiled_in_any_order, compiled_in_parts
-from training.model.number_formats.kernels import Codes, Floats, all_within, as_float, nibbles, part_of
+from training.model.number_formats.kernels import (
+    LARGEST_SCALE,
+    LEAST_SCALE,
+    Codes,
+    Floats,
+    all_within,
+    as_float,
+    nibbles,
+    part_of,
+)
 
 Places = npt.NDArray[np.int64]
 Sizes = npt.NDArray[np.int8]
 F32, I8, I32, U8, U32, U64 = np.float32, np.int8, np.int32, np.uint8, np.uint32, np.uint64
 FP8_HALF_BIAS = np.float32(2.0**60)
 """By which both factors of a sum of `_fp8_dot` are multiplied, so that neither is too large or too small."""
-
-
-@compiled
-def all_within_at(memory: Codes, at_X: Places, length: int, least: int, largest: int) -> bool:
-    """Whether all bytes of these parts of the memory are."""
-    found = True
-    for x in range(len(at_X)):
-        found &= all_within(memory[at_X[x] : at_X[x] + length], least, largest)
-    return found
 
 
 @compiled
@@ -41,7 +41,7 @@ def mxfp4_products(
     first: int,
     end: int,
 ) -> None:
-    """Numbers of 4 bits times the row's numbers in even and in odd columns; scales are 2^(s - 127), neither 0 nor 255."""
+    """Numbers of 4 bits times the row's numbers in even and in odd columns; NaN where a scale 2^(s - 127) is not normal."""
     rows, width = out_XN.shape[1], even_XB.shape[1]
     blocks = width // 16
     low_B, high_B = np.empty(width, dtype=np.int8), np.empty(width, dtype=np.int8)
@@ -53,7 +53,9 @@ def mxfp4_products(
         _doubled(memory[codes : codes + width], low_B, high_B)
         _in_every_byte(memory[scales : scales + blocks], exponent_GW)
         _exponents(exponent_B, bits_B)
-        out_XN[x, n] = F32(0.5) * _mxfp4_dot(low_B, high_B, even_XB[x], odd_XB[x], scale_B)
+        product = F32(0.5) * _mxfp4_dot(low_B, high_B, even_XB[x], odd_XB[x], scale_B)
+        is_normal = all_within(memory[scales : scales + blocks], LEAST_SCALE, LARGEST_SCALE)
+        out_XN[x, n] = product if is_normal else np.nan
 
 
 @compiled_in_parts

@@ -174,7 +174,7 @@ def _rates(model_dir: str) -> dict[str, float]:
             span.target[:] = np.fromfile(span.shard, np.uint8, count=len(span.target), offset=span.offset)
     numbers = 3 * store.format.hidden * store.format.intermediate * len(keys)
     columns = {"gate_up": store.format.hidden, "down": store.format.intermediate}
-    rows = {matrix: torch.randn(len(keys), count).numpy() for matrix, count in columns.items()}
+    rows = {matrix: torch.randn(len(keys), count).bfloat16().float().numpy() for matrix, count in columns.items()}
 
     def decode_all() -> None:
         for slot in slots:

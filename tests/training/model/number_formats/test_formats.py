@@ -233,13 +233,14 @@ def test_products_are_those_of_the_decoded_matrix_but_for_the_last_bits(
     assert expected.abs().min() > 0
 
 
+@pytest.mark.parametrize("others", [1e-3, 2**-10], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [0, 1, 2, 252])
-def test_products_with_scales_at_both_ends_of_mxfp4(scale: int) -> None:
+def test_products_with_scales_at_both_ends_of_mxfp4(scale: int, others: float) -> None:
     numbers = Mxfp4(is_gpt_oss=True)
     stored = drawn(numbers)
     stored["_scales"][:, 1] = scale
-    row = np.full(COLUMNS, 1e-3, dtype=np.float32)
-    row[32:64] = 2.0 ** (126 - scale) if scale > 100 else 2.0**100
+    row = np.full(COLUMNS, others, dtype=np.float32)
+    row[32:64] = 2.0 ** (140 - scale) if scale > 100 else 2.0**100
     matrix, row_K = decoded(numbers, stored, torch.float32).double(), torch.from_numpy(row).double()
     wrong = torch.from_numpy(multiplied(numbers, stored, row)) - matrix @ row_K
     assert (wrong.abs() <= 1e-6 * (matrix.abs() @ row_K)).all()

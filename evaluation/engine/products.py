@@ -88,9 +88,9 @@ class GroupedProducts:
 
     def combined(self, weights_TK: Tensor) -> Tensor:
         """Weight the rows, put them back into routing order and add up each token's; some tokens after the other."""
-        place_TK = self._rows.place_R.view(weights_TK.shape)
         if len(weights_TK) <= COMBINED_TOKENS:
             return _weighted_sum(self._out_RH.index_select(0, self._rows.place_R), weights_TK)
+        place_TK = self._rows.place_R.view(weights_TK.shape)
         parts = zip(place_TK.split(COMBINED_TOKENS), weights_TK.split(COMBINED_TOKENS), strict=True)
         return torch.cat([_weighted_sum(self._out_RH[place_tK.flatten()], part_tK) for place_tK, part_tK in parts])
 

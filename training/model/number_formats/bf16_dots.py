@@ -8,14 +8,14 @@ Axes: X matrices, N rows (outputs), K columns (inputs).
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
-import llvmlite.binding
 import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from training.model.compiled import compiled, compiled_in_parts
@@ -54,9 +54,10 @@ _2_I8, _2_I32, _2_F32 = (ir.VectorType(of, 2) for of in (_I8, _I32, _F32))
 
 @cache
 def is_possible() -> bool:
-    """Whether this processor has the instructions."""
-    has = llvmlite.binding.get_host_cpu_features()
-    return all(has.get(name, False) for name in ("avx2", "avx512vl", "avx512bf16"))
+    """Whether this processor has the instructions, and numba may use them (`NUMBA_CPU_NAME`, `NUMBA_CPU_FEATURES`)."""
+    allowed: str | None = cast(Any, numba.config).CPU_FEATURES
+    has = (get_host_cpu_features() if allowed is None else allowed).split(",")
+    return all(f"+{name}" in has for name in ("avx2", "avx512vl", "avx512bf16"))
 
 
 def as_multiplied(row_XK: Floats) -> Halves | None:
@@ -108,7 +109,7 @@ def mxfp4_dots_in_parts(
         mxfp4_dots(memory, codes_at_X, scales_at_X, row_XK, out_XN, first, end)
 
 
-@intrinsic
+@cast(Any, intrinsic)  # whose type asks callers for the first argument, which it gives
 def _dot(typing: Any, codes: Any, scales: Any, row: Any, steps: Any) -> Any:
     """So many times 32 bytes of codes and their two scales, times 64 numbers of the row; all at these addresses.
 

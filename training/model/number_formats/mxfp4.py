@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model.number_formats import bf16_dots
+from training.model.number_formats.bf16_dots import as_multiplied, is_possible, mxfp4_dots, mxfp4_dots_in_parts
 from training.model.number_formats.formats import (
     Bytes,
     Floats,
@@ -80,15 +80,14 @@ class Mxfp4:
 
     def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
         (matrices, columns), (codes, scales) = row_XK.shape, self._endings
-        found_XN, places = np.empty((matrices, rows), dtype=np.float32), (memory, at_X[codes], at_X[scales])
-        half_XK = bf16_dots.as_multiplied(row_XK) if bf16_dots.is_possible() else None
+        found_XN = np.empty((matrices, rows), dtype=np.float32)
+        sizes, places = (found_XN.size, columns), (memory, at_X[codes], at_X[scales])
+        half_XK = as_multiplied(row_XK) if is_possible() else None
         if half_XK is not None:
-            loops = bf16_dots.mxfp4_dots, bf16_dots.mxfp4_dots_in_parts
-            by_rows(*loops, found_XN.size, columns, *places, half_XK, found_XN)
+            by_rows(mxfp4_dots, mxfp4_dots_in_parts, *sizes, *places, half_XK, found_XN)
         else:
             even_XB, odd_XB = (np.ascontiguousarray(row_XK[:, start::2]) for start in range(2))
-            loops = mxfp4_products, mxfp4_products_in_parts
-            by_rows(*loops, found_XN.size, columns, *places, even_XB, odd_XB, found_XN)
+            by_rows(mxfp4_products, mxfp4_products_in_parts, *sizes, *places, even_XB, odd_XB, found_XN)
         if np.isfinite(found_XN).all():
             return found_XN
         length = rows * columns // BLOCK

@@ -1,3 +1,4 @@
+import numba
 import numpy as np
 import pytest
 import torch
@@ -53,11 +54,19 @@ def test_a_row_that_is_no_number_stays_none() -> None:
         np.testing.assert_equal(multiplied(codes_NB, scales_NG, row_K), np.full(8, value, dtype=np.float32))
 
 
+def test_a_user_may_forbid_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What numba compiles for would lack them, and the compiler would end the process."""
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+avx512vl,+avx512f")
+    assert not bf16_dots.is_possible.__wrapped__()
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+avx512vl,+avx512bf16")
+    assert bf16_dots.is_possible.__wrapped__()
+
+
 def test_without_the_instructions_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     codes_NB = generator.integers(0, 256, (ROWS, COLUMNS // 2), dtype=np.uint8)
     scales_NG = generator.integers(120, 130, (ROWS, COLUMNS // 32), dtype=np.uint8)
     row_K = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(0)).bfloat16().float().numpy()
     found = multiplied(codes_NB, scales_NG, row_K)
-    monkeypatch.setattr(bf16_dots, "is_possible", lambda: False)
+    monkeypatch.setattr(mxfp4, "is_possible", lambda: False)
     np.testing.assert_allclose(multiplied(codes_NB, scales_NG, row_K), found, rtol=1e-4, atol=1e-4 * abs(found).max())

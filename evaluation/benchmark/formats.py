@@ -21,6 +21,7 @@ from configs.checks import at_least
 from configs.files import prepare, write_json
 from configs.load import UserError
 from data.pieces import document_beginnings
+from evaluation.benchmark.sides.serving import process_io
 from evaluation.benchmark.tables import table
 from evaluation.engine.engine import Engine
 from evaluation.engine.greedy import decode
@@ -122,7 +123,10 @@ def _sides(folders: Sequence[str]) -> list[_Side]:
 def _measured(
     loaded: Mapping[str, tuple[PreTrainedModel, Engine]], prompt_ids: Sequence[int], options: FormatsBenchmark
 ) -> dict[str, Any]:
-    """Milliseconds and bytes of a decoded token of every side, turn by turn."""
+    """Milliseconds and bytes of a decoded token of every side, turn by turn.
+
+    `kernel_share`: what the kernel says it fetched from the device for the whole request, beside what the engine counted.
+    """
     found: dict[str, Any] = {
         name: {
             "slots": engine.cache.total_slots,
@@ -130,16 +134,20 @@ def _measured(
             "is_exact": engine.is_exact,
             "tpot_ms": [],
             "bytes_per_token": [],
+            "kernel_share": [],
         }
         for name, (_, engine) in loaded.items()
     }
     for turn in range(1 + options.repeats):
         for name in in_turn(list(loaded), turn):
             model, engine = loaded[name]
+            before = process_io()["read_bytes"]
             done = decode(model, engine, prompt_ids=prompt_ids, max_new_tokens=options.max_new_tokens)
+            fetched = process_io()["read_bytes"] - before
             if turn:
                 found[name]["tpot_ms"].append(done.timing.tpot_ms)
                 found[name]["bytes_per_token"].append(done.stats.bytes_read_per_token)
+                found[name]["kernel_share"].append(fetched / done.stats.device_bytes_read)
     return found
 
 
@@ -153,12 +161,17 @@ def _table(found: Mapping[str, Any]) -> Table:
                 name if side["is_exact"] else f"{name} *",
                 f"{side['slots']} of {side['experts']}",
                 bytes_text(median(side["bytes_per_token"])),
+                f"{median(side['kernel_share']):.2f} x",
                 f"{median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})",
                 f"{median(ratios):.2f} x ({ratios[0]:.2f} to {ratios[-1]:.2f})",
             )
         )
-    columns = "experts, slots|>held|>read a token|>a token|>time beside the first"
-    return table("formats", columns, rows, caption="* gives other last bits than the resident model")
+    columns = "experts, slots|>held|>read a token|>by the kernel|>a token|>time beside the first"
+    caption = (
+        "* gives other last bits than the resident model\n"
+        "by the kernel: bytes that it fetched from the device, beside those that the engine counted; 0 if all were cached"
+    )
+    return table("formats", columns, rows, caption=caption)
 
 
 def _rates(model_dir: str) -> dict[str, float]:

@@ -3,7 +3,8 @@
 Every side runs in processes of its own, all loaded at once, and they take turns step by step, as the speed of a shared
 machine changes from one second to the next. The opponent computes the task loss alone, with each
 stock experts_implementation that is named; ours computes the config's objective with every ramp at its end. Further sides tell
-where a difference comes from: ours with the task loss alone, ours with transformers' experts, Trainer with our experts.
+where a difference comes from (ours with the task loss alone, ours with transformers' experts, Trainer with our experts) and
+what quantised experts cost and save.
 """
 
 import json
@@ -25,12 +26,22 @@ from configs.files import prepare, write_json, write_yaml
 from configs.load import UserError, load
 from evaluation.benchmark import tables
 from evaluation.benchmark.processes import Child
-from evaluation.benchmark.sides.training_side import FIGURES, OF_OURS, OURS, READY, STOCK_OUR_EXPERTS, Measured
+from evaluation.benchmark.sides.training_side import (
+    FIGURES,
+    OF_OURS,
+    OURS,
+    OURS_CE_ONLY,
+    OURS_STOCK_EXPERTS,
+    READY,
+    STOCK_OUR_EXPERTS,
+    Measured,
+)
 from training.arguments import TrainArguments
+from training.model.quantising import KINDS
 
 MODULE = "evaluation.benchmark.sides.training_side"
 STOCK = ("grouped_mm", "batched_mm", "eager")
-FURTHER = (*OF_OURS, STOCK_OUR_EXPERTS)
+EXPLAINING = (OURS_CE_ONLY, OURS_STOCK_EXPERTS, STOCK_OUR_EXPERTS)
 NAMES = {OURS: OURS, **OF_OURS, STOCK_OUR_EXPERTS: "Trainer, our experts"}
 ALONE = ("report_to=none", "resume_from_checkpoint=null")  # of a process that is only measured
 
@@ -58,7 +69,8 @@ class TrainingBenchmark:
     config: str  # a YAML as for remoe train; configs/train/bench.yaml is made for this
     overrides: Sequence[str] = ()  # key=value: override a key of the config
     stock: str = "grouped_mm,eager"  # the opponent's experts implementations, with commas between; the fastest counts
-    # further sides, with commas between: ce_only, stock_experts (ours), our_experts (Trainer's); or all
+    # further sides, with commas between: ce_only, stock_experts (ours), our_experts (Trainer's); all: these three;
+    # mxfp4, fp8, int4, int8: ours with experts in that format
     sides: str = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train; auto: on an accelerator if there is one
     profile: bool = False  # write into the output where one more step of ours spends its time
@@ -79,9 +91,8 @@ class TrainingBenchmark:
 
     @property
     def further_sides(self) -> list[str]:
-        if self.sides in ("", "all"):
-            return list(FURTHER) if self.sides else []
-        return chosen(self.sides, [*FURTHER, "all"], flag="--sides")
+        asked = chosen(self.sides, [*EXPLAINING, *KINDS, "all"], flag="--sides") if self.sides else []
+        return list(dict.fromkeys(side for one in asked for side in (EXPLAINING if one == "all" else [one])))
 
     def train_arguments(self) -> TrainArguments:
         """The config with every ramp at its end, one more step to warm up, and nothing reported or resumed."""
@@ -158,6 +169,7 @@ def compare(runs: Runs) -> dict[str, Any]:
 
     `speed_ratio` is tokens per second of ours / of the fastest stock side: the median over a repeat's steps, one value
     for each repeat and their median; `memory_ratio` peak memory above the model likewise. Each side has its own in `sides`.
+    Sides with quantised experts are compared with ours, too, in `quantised`.
     """
     stock = {side: runs[side] for side in runs if side in STOCK}
     fastest = min(stock, key=lambda side: median(_step_seconds(one) for one in stock[side]))
@@ -166,6 +178,14 @@ def compare(runs: Runs) -> dict[str, Any]:
         "sides": sides,
         "fastest_stock": fastest,
         **{ratio: sides[OURS][ratio] for ratio in ("speed_ratio", "memory_ratio")},
+        "quantised": {
+            side: {
+                **_ratios(runs[side], runs[OURS]),
+                "weights_ratio": runs[side][0].weights_bytes / runs[OURS][0].weights_bytes,
+            }
+            for side in runs
+            if side in KINDS
+        },
         "runs": {side: [asdict(one) for one in measured] for side, measured in runs.items()},
     }
 
@@ -192,6 +212,7 @@ def _summary(measured: Sequence[Measured]) -> dict[str, Any]:
         "step_seconds_min": min(seconds),
         "step_seconds_max": max(seconds),
         "tokens_per_second": measured[0].tokens_per_step / median(seconds),
+        "weights_bytes": measured[0].weights_bytes,
         "peak_bytes": median(one.peak_bytes for one in measured),
         "model_bytes": median(one.model_bytes for one in measured),
         "loss_at_step_1": measured[0].losses[0],
@@ -205,12 +226,17 @@ def _summary(measured: Sequence[Measured]) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> Table:
     """The figures for a terminal."""
     speed, memory = (_ratio(result[which]) for which in ("speed_ratio", "memory_ratio"))
+    said = [f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model"]
+    for side, row in result["quantised"].items():
+        speed, weights = _ratio(row["speed_ratio"]), f"{row['weights_ratio']:.3f} x the weights"
+        said.append(f"{NAMES[side]} / {OURS}: {speed} the tokens per second, {weights}")
     waits = any(row["waits_per_step"] is not None for row in result["sides"].values())
     rows = [
         (
             NAMES.get(side, f"Trainer, {side}"),
             f"{row['step_seconds']:.3f} ({row['step_seconds_min']:.3f} to {row['step_seconds_max']:.3f})",
             f"{row['tokens_per_second']:,.0f} ({row['speed_ratio']['median']:.2f} x)",
+            f"{row['weights_bytes'] / 2**20:,.0f} MiB",
             f"{row['peak_bytes'] / 2**20:,.0f} MiB ({row['memory_ratio']['median']:.2f} x)",
             f"{100 * row['bound_share']:.0f} %", f"{row['loss_at_step_1']:.5f}", *([str(row["waits_per_step"])] * waits),
         )
@@ -218,9 +244,9 @@ def table(result: Mapping[str, Any]) -> Table:
     ]  # fmt: skip
     return tables.table(
         "Training routers: ours beside transformers' Trainer",
-        "side|>s per step|>tokens/s|>above the model|>of the bound|>loss, step 1" + "|>waits a step" * waits,
+        "side|>s per step|>tokens/s|>weights|>above the model|>of the bound|>loss, step 1" + "|>waits a step" * waits,
         rows,
-        caption=f"ours / {result['fastest_stock']}: {speed} the tokens per second, {memory} the memory above the model",
+        caption="\n".join(said),
     )
 
 

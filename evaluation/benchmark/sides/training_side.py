@@ -9,9 +9,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from training.arguments import TrainArguments
 from training.loop import train_step
 from training.model import frozen_experts, packed_attention
 from training.model.host_memory import give_back_memory
+from training.model.quantising import KINDS
 from training.run import Run, build
 from training.step import take_step
 from training.step_metrics import read_steps
@@ -42,8 +43,14 @@ OURS, OURS_CE_ONLY, OURS_STOCK_EXPERTS, STOCK_OUR_EXPERTS = "remoe", "ce_only", 
 OF_OURS: Mapping[str, str] = {
     OURS_CE_ONLY: "remoe, cross entropy alone",
     OURS_STOCK_EXPERTS: "remoe, transformers' grouped_mm experts",
+    **{kind: f"remoe, experts in {kind}" for kind in KINDS},
 }
 """Sides that our loop takes the steps of, beside `OURS`; `STOCK_OUR_EXPERTS` are Trainer's with our experts function."""
+OVERRIDES: Mapping[str, Sequence[str]] = {
+    OURS_CE_ONLY: ["objective=ce_only"],
+    **{kind: [f"experts={kind}"] for kind in KINDS},
+}
+"""What such a side changes in the config."""
 READY, FIGURES = "ready for a step", "measured: "
 """A process prints the first before each step, which it takes when a line comes in, and its figures as JSON at its end."""
 PROFILE_ROWS = 30
@@ -59,7 +66,8 @@ class Measured:
     step_seconds: list[float]
     losses: list[float]  # the task loss of each step, in nats per token
     tokens_per_step: int
-    model_bytes: int  # held before the first step
+    weights_bytes: int  # of the model's tensors
+    model_bytes: int  # held before the first step, libraries included
     peak_bytes: int  # above that
     forward_flop_per_step: int  # of the model's matrix products
     matrix_flop_per_second: float
@@ -77,7 +85,7 @@ def main(side: str, config: str, threads: int, profiles: bool) -> None:
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    args = load(TrainArguments, config, ["objective=ce_only"] if side == OURS_CE_ONLY else [])
+    args = load(TrainArguments, config, OVERRIDES.get(side, ()))
     run, is_ours = build(args), side == OURS or side in OF_OURS
     if side == OURS_STOCK_EXPERTS:
         run.model.set_experts_implementation("grouped_mm")
@@ -91,12 +99,16 @@ def main(side: str, config: str, threads: int, profiles: bool) -> None:
     model_bytes = _begin_counting(run.accelerator.device)
     seconds, losses = (_our_steps if is_ours else _stock_steps)(run)
     measured = Measured(
-        seconds, losses, run.rows_per_step * run.args.max_length, model_bytes,
+        seconds, losses, run.rows_per_step * run.args.max_length, _weights_bytes(run), model_bytes,
         peak_bytes=_peak_bytes(run.accelerator.device) - model_bytes, forward_flop_per_step=flop,
         matrix_flop_per_second=_matrix_rate(run), attn_implementation=_attention(run),
         waits_per_step=_waits(run) if is_ours else None, profile=_profile(run) if is_ours and profiles else None,
     )  # fmt: skip
     print(f"{FIGURES}{json.dumps(asdict(measured))}", flush=True)
+
+
+def _weights_bytes(run: Run) -> int:
+    return sum(tensor.nbytes for tensor in chain(run.model.parameters(), run.model.buffers()))
 
 
 def _attention(run: Run) -> str:

@@ -29,6 +29,7 @@ def test_every_kind_takes_turns_and_rates_are_measured(
     assert list(found["sides"]) == ["bfloat16, auto", "int8, ready", "int8, stored", "int8, packed products"]
     assert [side["is_exact"] for side in found["sides"].values()] == [True, True, True, False]
     assert all(len(side["tpot_ms"]) == 2 and min(side["tpot_ms"]) > 0 for side in found["sides"].values())
+    assert all(min(side["kernel_share"]) >= 0 for side in found["sides"].values())
     assert {name.split(",")[0] for name in found["rates"]["int8"]} == {"decoded", "multiplied"}
     assert all(rate > 0 for rate in found["rates"]["int8"].values())
     assert "int8, packed products *" in capsys.readouterr().out

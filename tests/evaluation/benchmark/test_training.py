@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from configs.load import UserError
 from evaluation.benchmark.sides.training_side import READY, Measured
-from evaluation.benchmark.training import FURTHER, TrainingBenchmark, benchmark, compare, loaded, table, take_step
+from evaluation.benchmark.training import EXPLAINING, TrainingBenchmark, benchmark, compare, loaded, table, take_step
 
 
 def measured(seconds: float, peak: int) -> Measured:
     return Measured(
-        step_seconds=[9.0, seconds, seconds], losses=[5.0, 4.0, 4.0], tokens_per_step=100, model_bytes=1000,
+        step_seconds=[9.0, seconds, seconds], losses=[5.0, 4.0, 4.0], tokens_per_step=100, weights_bytes=800, model_bytes=1000,
         peak_bytes=peak, forward_flop_per_step=200, matrix_flop_per_second=4000.0, attn_implementation="sdpa",
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def test_ours_is_compared_with_the_fastest_stock_side_of_the_same_repeat() -> No
 def test_further_sides_are_compared_with_stock_too_and_are_none() -> None:
     runs = {
         side: [measured(seconds, 100)]
-        for side, seconds in zip(("remoe", *FURTHER, "eager"), (3, 1, 1, 1, 2), strict=True)
+        for side, seconds in zip(("remoe", *EXPLAINING, "eager"), (3, 1, 1, 1, 2), strict=True)
     }
     result = compare(runs)
     assert result["fastest_stock"] == "eager"
@@ -52,6 +52,19 @@ def test_further_sides_are_compared_with_stock_too_and_are_none() -> None:
     shown = list(table(result).columns[0].cells)
     assert shown == ["remoe", "remoe, cross entropy alone", "remoe, transformers' grouped_mm experts",
                      "Trainer, our experts", "Trainer, eager"]  # fmt: skip
+
+
+def test_quantised_experts_are_compared_with_ours_as_well() -> None:
+    assert TrainingBenchmark(config="x.yaml", sides="all,mxfp4,ce_only").further_sides == [*EXPLAINING, "mxfp4"]
+    runs = {"remoe": [measured(1.0, 100)], "mxfp4": [measured(1.25, 100)], "eager": [measured(2.0, 100)]}
+    runs["mxfp4"][0].weights_bytes = 200
+    result = compare(runs)
+    assert result["quantised"]["mxfp4"]["speed_ratio"] == {"median": 0.8, "each": [0.8]}
+    assert result["quantised"]["mxfp4"]["weights_ratio"] == 0.25
+    caption = str(table(result).caption)
+    assert (
+        "remoe, experts in mxfp4 / remoe: 0.80 x (0.80 to 0.80) the tokens per second, 0.250 x the weights" in caption
+    )
 
 
 def test_steps_of_the_same_turn_are_compared() -> None:
@@ -66,7 +79,8 @@ def test_unknown_sides_and_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="--stock '' is not known; write some of grouped_mm,batched_mm,eager"):
         TrainingBenchmark(config="x.yaml", stock="")
     with pytest.raises(
-        UserError, match="--sides 'x' is not known; write some of ce_only,stock_experts,our_experts,all"
+        UserError,
+        match="--sides 'x' is not known; write some of ce_only,stock_experts,our_experts,mxfp4,fp8,int4,int8,all",
     ):
         TrainingBenchmark(config="x.yaml", sides="x")
     with pytest.raises(UserError, match="--profile writes into the output"):
@@ -101,12 +115,16 @@ def test_both_sides_see_the_same_rows_and_train_the_same_routers(
     config = tmp_path / "c.yaml"
     config.write_text("objective: ce_only\n", encoding="utf-8")
     output = str(tmp_path / "o.json")
-    beside: dict[str, Any] = {"sides": "our_experts,stock_experts", "device": "cpu", "profile": True}
+    beside: dict[str, Any] = {"sides": "our_experts,stock_experts,int8", "device": "cpu", "profile": True}
     how = {"repeats": 1, "steps": 3, "threads": 1, "output": output, **beside}
     benchmark(TrainingBenchmark(config=str(config), overrides=overrides, **how))
     result = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    (rounded,) = result["runs"].pop("int8")
     ours, *others = (runs[0] for runs in result["runs"].values())
     assert len(others) == 4
+    assert rounded["losses"] != ours["losses"]
+    assert rounded["losses"] == pytest.approx(ours["losses"], abs=0.02)
+    assert rounded["weights_bytes"] < ours["weights_bytes"] == others[0]["weights_bytes"]
     assert "Self CPU" in ours["profile"]
     for theirs in others:
         assert theirs["losses"] == pytest.approx(ours["losses"], abs=2e-4), "Trainer rounds what it logs to 4 digits"

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.model.number_formats.bf16_dots import as_multiplied, is_possible, mxfp4_dots, mxfp4_dots_in_parts
 from training.model.number_formats.formats import (
     Bytes,
     Floats,
@@ -31,6 +30,16 @@ from training.model.number_formats.kernels import (
     mxfp4_columns_in_parts,
     mxfp4_rows,
     mxfp4_rows_in_parts,
+)
+from training.model.number_formats.mxfp4_x86 import (
+    COLUMNS,
+    as_multiplied,
+    can_look_up,
+    can_multiply,
+    mxfp4_dots,
+    mxfp4_dots_in_parts,
+    mxfp4_rows_looked_up,
+    mxfp4_rows_looked_up_in_parts,
 )
 from training.model.number_formats.row_products import mxfp4_products, mxfp4_products_in_parts
 
@@ -76,13 +85,17 @@ class Mxfp4:
             )
         else:
             with in_bfloat16(out) as rounded:  # which has all these numbers
-                by_rows(mxfp4_rows, mxfp4_rows_in_parts, rows, columns, codes_NB, scales_NG, halves(rounded))
+                given = rows, columns, codes_NB, scales_NG, halves(rounded)
+                if can_look_up() and columns % COLUMNS == 0:
+                    by_rows(mxfp4_rows_looked_up, mxfp4_rows_looked_up_in_parts, *given)
+                else:
+                    by_rows(mxfp4_rows, mxfp4_rows_in_parts, *given)
 
     def multiply(self, memory: Bytes, at_X: Mapping[str, Places], row_XK: Floats, *, rows: int) -> Floats:
         (matrices, columns), (codes, scales) = row_XK.shape, self._endings
         found_XN = np.empty((matrices, rows), dtype=np.float32)
         sizes, places = (found_XN.size, columns), (memory, at_X[codes], at_X[scales])
-        half_XK = as_multiplied(row_XK) if is_possible() else None
+        half_XK = as_multiplied(row_XK) if can_multiply() else None
         if half_XK is not None:
             by_rows(mxfp4_dots, mxfp4_dots_in_parts, *sizes, *places, half_XK, found_XN)
         else:

@@ -3,22 +3,22 @@ import numpy as np
 import pytest
 import torch
 
-from training.model.number_formats import bf16_dots, mxfp4
+from training.model.number_formats import kernels, mxfp4, mxfp4_x86
 from training.model.number_formats.mxfp4 import VALUES, Mxfp4
 
 ROWS, COLUMNS = 24, 192
-has_instructions = pytest.mark.skipif(not bf16_dots.is_possible(), reason="this processor has no AVX512-BF16")
+has_instructions = pytest.mark.skipif(not mxfp4_x86.can_multiply(), reason="this processor has no AVX512-BF16")
 
 
 def test_what_is_multiplied_so() -> None:
     """Rows of 8 bits of mantissa, in whole steps; nothing may be rounded that was not before."""
     row_XK = torch.randn(2, COLUMNS).bfloat16().float().numpy()
-    bits_XK = bf16_dots.as_multiplied(row_XK)
+    bits_XK = mxfp4_x86.as_multiplied(row_XK)
     assert bits_XK is not None
     assert sorted(bits_XK[1]) == sorted(row_XK[1].view(np.uint32) >> 16)
-    assert bf16_dots.as_multiplied(np.ascontiguousarray(row_XK[:, :96])) is None
+    assert mxfp4_x86.as_multiplied(np.ascontiguousarray(row_XK[:, :96])) is None
     row_XK[1, 5] += 2**-9 * row_XK[1, 5]
-    assert bf16_dots.as_multiplied(row_XK) is None
+    assert mxfp4_x86.as_multiplied(row_XK) is None
 
 
 def multiplied(codes_NB: np.ndarray, scales_NG: np.ndarray, row_K: np.ndarray) -> np.ndarray:
@@ -54,12 +54,34 @@ def test_a_row_that_is_no_number_stays_none() -> None:
         np.testing.assert_equal(multiplied(codes_NB, scales_NG, row_K), np.full(8, value, dtype=np.float32))
 
 
+@pytest.mark.skipif(not mxfp4_x86.can_look_up(), reason="this processor has no AVX2")
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_rows_that_are_looked_up_have_the_same_bits(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every code under every scale that the loops are for, both zeros among them."""
+    scales_N = np.arange(2, 253, dtype=np.uint8).repeat(4)
+    scales_NG = np.stack([scales_N, np.roll(scales_N, 40)], axis=1)
+    codes_NB = np.random.default_rng(0).integers(0, 256, (len(scales_NG), 32), dtype=np.uint8)
+    stored = {"_blocks": codes_NB.ravel(), "_scales": scales_NG.ravel()}
+    found, expected = (torch.zeros(len(scales_NG), 64, dtype=torch.bfloat16) for _ in range(2))
+    with monkeypatch.context() as other:
+        other.setattr(mxfp4, "can_look_up", lambda: False)
+        Mxfp4(is_gpt_oss=True).decode(stored, expected)
+    monkeypatch.delattr(mxfp4, "mxfp4_rows")
+    if is_shared:
+        monkeypatch.setattr(kernels, "SHARED_NUMBERS", 1)
+        monkeypatch.setattr(kernels, "threads_to_share", lambda: 3)
+        monkeypatch.delattr(mxfp4, "mxfp4_rows_in_parts")
+    Mxfp4(is_gpt_oss=True).decode(stored, found)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+    assert len(found.unique()) > 1000
+
+
 def test_a_user_may_forbid_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What numba compiles for would lack them, and the compiler would end the process."""
     monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+avx512vl,+avx512f")
-    assert not bf16_dots.is_possible.__wrapped__()
+    assert not mxfp4_x86.can_multiply()
     monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+avx512vl,+avx512bf16")
-    assert bf16_dots.is_possible.__wrapped__()
+    assert mxfp4_x86.can_multiply()
 
 
 def test_without_the_instructions_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,5 +90,5 @@ def test_without_the_instructions_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     scales_NG = generator.integers(120, 130, (ROWS, COLUMNS // 32), dtype=np.uint8)
     row_K = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(0)).bfloat16().float().numpy()
     found = multiplied(codes_NB, scales_NG, row_K)
-    monkeypatch.setattr(mxfp4, "is_possible", lambda: False)
+    monkeypatch.setattr(mxfp4, "can_multiply", lambda: False)
     np.testing.assert_allclose(multiplied(codes_NB, scales_NG, row_K), found, rtol=1e-4, atol=1e-4 * abs(found).max())

@@ -109,7 +109,8 @@ def build(args: TrainArguments) -> Run:
     weights = None
     if layout != REPLICATED:
         weights = LayerwiseCheckpoint(loading.local_folder(base), dtype=dtype, experts=args.experts)
-    model = loading.build_model(args, seed=args.seed, weights=weights)
+    disk = Path(args.output_dir) if args.experts_on_disk else None
+    model = loading.build_model(args, seed=args.seed, weights=weights, disk=disk)
     n_parameters = count_parameters(model)
     move_whole_tensors(model, accelerator.device, layout=layout)
     if layout != REPLICATED and args.is_local:

@@ -90,6 +90,20 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole", step=6)
 
 
+def test_experts_on_disk_train_the_same_routers_and_can_be_gone_on_with(
+    train_args: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(train_args(output_dir=str(tmp_path / "whole")))
+    on_disk = train_args(output_dir=str(tmp_path / "disk"), experts_on_disk=True, resume_from_checkpoint="auto")
+    train_until(on_disk, 3, monkeypatch)
+    with pytest.raises(UserError, match="was started with experts_on_disk=True, now it is False"):
+        train(replace(on_disk, experts_on_disk=False))
+    train(on_disk)
+    assert without_time(metrics_of(tmp_path / "disk")) == without_time(metrics_of(tmp_path / "whole"))
+    found, expected = (load_file(tmp_path / run / "router_delta" / router_delta.WEIGHTS) for run in ("disk", "whole"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
 def test_the_learning_rate_goes_on_where_it_was(
     schedule: str, train_args: Arguments, monkeypatch: pytest.MonkeyPatch

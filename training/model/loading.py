@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from configs.load import UserError
 from training.model import frozen_experts, packed_attention
+from training.model.expert_format import ExpertFormat
+from training.model.expert_layout import ExpertLayout
 from training.model.host_memory import sparing_memory
 from training.model.layerwise_checkpoint import LayerwiseCheckpoint
 from training.model.lazy_weights import (
@@ -52,6 +54,9 @@ class ModelArguments:
     # what frozen experts of 16 or 32 bits are rounded to, and what they stay in memory: mxfp4, fp8, int4 or int8; null: as
     # stored. Those of a quantised checkpoint stay as they are
     experts: str | None = None
+    # frozen experts lie in files in output_dir, that vanish with the process, and are read whenever they are used: for a model
+    # larger than memory, on a processor
+    experts_on_disk: bool = False
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
@@ -61,6 +66,8 @@ class ModelArguments:
             raise ValueError(f"experts={self.experts!r}: write {', '.join(KINDS)}, or null")
         if self.experts is not None and self.trainable != "routers":
             raise ValueError(f"experts={self.experts}: experts that train cannot be rounded; write trainable=routers")
+        if self.experts_on_disk and self.trainable != "routers":
+            raise ValueError("experts_on_disk=true: experts that train must be in memory; write trainable=routers")
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("write exactly one of model_name_or_path (a trained model) and config_name (a new one)")
         if self.model_name_or_path is None and self.trainable != "all":
@@ -143,12 +150,18 @@ def weights_dtype(args: ModelArguments) -> str | torch.dtype:
     return "auto" if args.bf16 and args.model_name_or_path else torch.float32
 
 
-def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None) -> PreTrainedModel:
-    """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`."""
+def build_model(
+    args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint | None = None, disk: Path | None = None
+) -> PreTrainedModel:
+    """The model to train, frozen as `args` says: loaded, or a new one of `seed`, or the skeleton of `weights`.
+
+    Args:
+        disk: folder for experts that are not to be in memory.
+    """
     if weights is not None:
         model = weights.skeleton()
     elif args.model_name_or_path is not None:
-        model = _frozen_base(args)
+        model = _frozen_base(args, disk)
     else:
         assert args.config_name is not None, "ModelArguments checks this"
         _check_exists(args.config_name)
@@ -171,17 +184,24 @@ def build_model(args: ModelArguments, *, seed: int, weights: LayerwiseCheckpoint
     return _as_it_is_used(model)
 
 
-def _frozen_base(args: ModelArguments) -> PreTrainedModel:
+def frozen_layout(args: ModelArguments, folder: str) -> tuple[ExpertLayout, ExpertFormat] | None:
+    """The experts of the trained model and their format, if they stay quantised or on disk; a `UserError` if they cannot."""
+    if args.trainable != "routers":
+        return None
+    return packed_layout(folder, args.experts, on_disk=args.experts_on_disk)
+
+
+def _frozen_base(args: ModelArguments, disk: Path | None) -> PreTrainedModel:
     """The trained model; experts that are quantised, or are to be, stay so if they do not train."""
     folder, dtype = local_folder(str(args.model_name_or_path)), weights_dtype(args)
-    packed = packed_layout(folder, args.experts) if args.trainable == "routers" else None
+    packed = frozen_layout(args, folder)
     if packed is None:
         return load_pretrained(folder, dtype=dtype)
     if isinstance(dtype, str):
         named = read_config(folder).dtype
         dtype = named if isinstance(named, torch.dtype) else stored_dtype(folder)
     with sparing_memory():
-        return load_packed(folder, *packed, dtype=dtype)
+        return load_packed(folder, *packed, dtype=dtype, disk=disk)
 
 
 def _as_it_is_used(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,13 +1,14 @@
-"""Frozen experts that stay quantised in memory; some experts' matrices exist while something is computed with them.
+"""Frozen experts that stay as they are stored, in memory or on disk; some experts' matrices exist while they are computed with.
 
 `load_packed` makes a model whose experts were never there in another form: bytes of the checkpoint go where they stay, and
-experts of 16 or 32 bits are rounded one matrix at a time.
+experts of 16 or 32 bits that are to be quantised are rounded one matrix at a time.
 Axes: E experts of a layer, e some of them.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.model.disk_memory import DiskTensor
 from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
 from training.model.lazy_weights import (
@@ -44,6 +46,7 @@ class PackedMatrices:
     def __init__(self, experts: nn.Module, form: ExpertFormat, matrix: str, *, number: int, dtype: torch.dtype) -> None:
         self.dtype, self.shape = dtype, torch.Size((number, *form.shape(matrix)))
         self._experts, self._form, self._matrix = experts, form, matrix
+        self._on_disk: DiskTensor | None = None
         self._places: dict[str, slice] = {}
         end = 0
         for name in form.parts_of(matrix):
@@ -53,9 +56,12 @@ class PackedMatrices:
         packed = torch.empty(number, end // dtype.itemsize, dtype=dtype, device="meta")
         experts.register_parameter(f"packed_{matrix}", nn.Parameter(packed, requires_grad=False))
 
-    def make_memory(self) -> None:
-        """For what is stored, which is on the meta device at first."""
-        packed = torch.zeros_like(self.packed, device="cpu")  # between parts there is something too, always the same
+    def make_memory(self, disk: Path | None = None) -> None:
+        """For what is stored, which is on the meta device at first; in a file in the folder `disk`, if that is given."""
+        if disk is not None:
+            self._on_disk = DiskTensor(self.packed.shape, self.packed.dtype, disk)
+        # between parts there is something too, always the same
+        packed = self._on_disk.tensor if self._on_disk else torch.zeros_like(self.packed, device="cpu")
         self._experts.register_parameter(f"packed_{self._matrix}", nn.Parameter(packed, requires_grad=False))
 
     @property
@@ -69,8 +75,11 @@ class PackedMatrices:
     def __getitem__(self, some: slice) -> Tensor:
         """[e, rows, columns]; it holds until matrices are decoded again, as all use the same memory."""
         bytes_eB = self.packed.detach()[some].view(torch.uint8)
+        if self._on_disk:  # those that come next are read while these are computed with
+            start, stop, _ = some.indices(len(self.packed))
+            self._on_disk.read_ahead(slice(start, 2 * stop - start))
         out = _memory((len(bytes_eB), *self.shape[1:]), self.dtype, bytes_eB.device)
-        stored_out = out.mT if self._form.transposed else out
+        stored_out = out.mT if self._form.transposed and self._form.is_quantised else out
         row = 0
         for role in self._form.roles:
             if (role == "down") != (self._matrix == "down"):
@@ -137,27 +146,28 @@ def expert_modules(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if packed_matrices(m) or any(p.dim() == 3 for p in m.parameters(recurse=False))]
 
 
-def packed_layout(folder: str, kind: str | None) -> tuple[ExpertLayout, ExpertFormat] | None:
-    """The experts of a checkpoint and the format that they have in memory; None if that is a plain one.
+def packed_layout(folder: str, kind: str | None, *, on_disk: bool = False) -> tuple[ExpertLayout, ExpertFormat] | None:
+    """The experts of a checkpoint and the format that they have; None if transformers loads them, into memory.
 
     Args:
         kind: what experts of 16 or 32 bits are rounded to; None: they are as stored.
+        on_disk: of any format, as they are not to be in memory.
 
     Raises:
         UserError: they cannot be that, or config.json announces another format.
     """
-    if kind is None and quantisation_of(read_config(folder))[0] is None:
+    if kind is None and not on_disk and quantisation_of(read_config(folder))[0] is None:
         return None
     try:
         layout = expert_layout(read_index(folder), Path(folder))
     except UserError:  # transformers may know that form
-        if kind is not None:
+        if kind is not None or on_disk:
             raise
         return None
     check_announced(folder, layout.format)
     if kind is not None:
         return layout, replace(layout.format, numbers=quantised_format(kind, layout.format))
-    return (layout, layout.format) if layout.format.is_quantised else None
+    return (layout, layout.format) if layout.format.is_quantised or on_disk else None
 
 
 def check_announced(folder: str | Path, form: ExpertFormat) -> None:
@@ -170,8 +180,10 @@ def check_announced(folder: str | Path, form: ExpertFormat) -> None:
         )
 
 
-def load_packed(folder: str, layout: ExpertLayout, form: ExpertFormat, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode on the CPU, its experts in this format.
+def load_packed(
+    folder: str, layout: ExpertLayout, form: ExpertFormat, *, dtype: torch.dtype, disk: Path | None = None
+) -> PreTrainedModel:
+    """The model in evaluation mode on the CPU, its experts in this format, in files in the folder `disk` if that is given.
 
     Raises:
         UserError: see `load_slices`.
@@ -183,7 +195,7 @@ def load_packed(folder: str, layout: ExpertLayout, form: ExpertFormat, *, dtype:
     later = {name: StaysOnMeta(shape) for name, shape in layout.meta_shapes.items()}
     model = load_slices(folder, {**lazy_slices(others), **later}, config=read_config(folder), dtype=dtype)
     pack(model, layout, form)
-    fill_packed(model, "", layout, form)
+    fill_packed(model, "", layout, form, disk=disk)
     return model
 
 
@@ -203,14 +215,17 @@ def pack(model: PreTrainedModel, layout: ExpertLayout, form: ExpertFormat) -> No
             setattr(experts, f"{matrix}_proj", packed)
 
 
-def fill_packed(part: nn.Module, name: str, layout: ExpertLayout, form: ExpertFormat) -> None:
+def fill_packed(
+    part: nn.Module, name: str, layout: ExpertLayout, form: ExpertFormat, *, disk: Path | None = None
+) -> None:
     """Read the experts in the part of the model of that name, one after the other; what is stored otherwise is rounded."""
-    for module_name, module in part.named_modules(prefix=name):
-        if not (matrices := packed_matrices(module)):
+    matrices_of = {found: packed_matrices(module) for found, module in part.named_modules(prefix=name)}
+    for packed in chain.from_iterable(matrices_of.values()):
+        packed.make_memory(disk)
+    for module, matrices in matrices_of.items():
+        if not matrices:
             continue
-        for packed in matrices:
-            packed.make_memory()
-        layer = layer_id(module_name, layout.layer_ids)
+        layer = layer_id(module, layout.layer_ids)
         for expert in range(layout.num_experts):
             parts = _packed(layout.parts[layer, expert], layout.format, form)
             for packed in matrices:

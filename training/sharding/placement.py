@@ -15,8 +15,8 @@ from configs.load import UserError
 from configs.sizes import size_text
 from training.model.host_memory import memory_limit
 from training.model.lazy_weights import decoder_layers, empty_model
-from training.model.loading import ModelArguments, local_folder, weights_dtype
-from training.model.packed_experts import expert_modules, pack, packed_layout, packed_matrices
+from training.model.loading import ModelArguments, frozen_layout, local_folder, weights_dtype
+from training.model.packed_experts import expert_modules, pack, packed_matrices
 from training.sharding.launcher import FSDP2, NVME, REPLICATED, ZERO3, offload_device
 
 
@@ -28,7 +28,7 @@ class Sizes:
     experts: int
     largest_layer: int
     swap_buffers: int  # what an offload to disk holds in memory
-    decoded: int = 0  # where quantised experts of one matrix and layer are decoded
+    decoded: int = 0  # where packed experts of one matrix and layer are decoded
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,12 @@ class Placement:
     disk: int
 
 
-def placement(sizes: Sizes, *, layout: str, offload: str | None, processes: int) -> Placement:
+def placement(
+    sizes: Sizes, *, layout: str, offload: str | None, processes: int, experts_on_disk: bool = False
+) -> Placement:
     """What each of that many processes holds; a sharded model has one layer whole at a time."""
+    if experts_on_disk:
+        return Placement(device=sizes.total - sizes.experts + sizes.decoded, host=0, disk=sizes.experts)
     if layout == REPLICATED:
         return Placement(device=sizes.total + sizes.decoded, host=0, disk=0)
     share, in_use = -(-sizes.total // processes), sizes.largest_layer + sizes.decoded
@@ -60,11 +64,17 @@ def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str)
         return
     folder = local_folder(args.model_name_or_path)
     model = empty_model(folder, dtype=weights_dtype(args))
-    packed = packed_layout(folder, args.experts) if args.trainable == "routers" else None
+    packed = frozen_layout(args, folder)
+    if args.experts_on_disk and (layout != REPLICATED or accelerator.device.type != "cpu"):
+        raise UserError(
+            f"experts_on_disk=true: on {accelerator.device.type} with {layout} weights experts are not read from there; leave it "
+            "out, or write --accelerate-config configs/accelerate/deepspeed_zero3_nvme.yaml"
+        )
     if packed is not None:
         pack(model, *packed)
     sizes, offload = sizes_of(model), offload_device(accelerator)
-    planned = placement(sizes, layout=layout, offload=offload, processes=accelerator.num_processes)
+    how = {"layout": layout, "offload": offload, "processes": accelerator.num_processes}
+    planned = placement(sizes, **how, experts_on_disk=args.experts_on_disk)
     parts = [f"{size_text(planned.device)} on its {accelerator.device.type}"]
     parts += [f"{size_text(planned.host)} in the host's memory"] * bool(planned.host)
     parts += [f"{size_text(planned.disk)} on disk"] * bool(planned.disk)
@@ -77,7 +87,8 @@ def check_memory(args: ModelArguments, accelerator: Accelerator, *, layout: str)
     free = FreeMemory(accelerator)
     if shortage := free.shortage_for(planned):
         halved = "" if args.bf16 or model.dtype != torch.float32 else ", or bf16=true, which may halve them"
-        raise UserError(f"{shortage}; {_advice(sizes, free)}{halved}")
+        may_be_on_disk = free.on_cpu and args.trainable == "routers" and not args.experts_on_disk
+        raise UserError(f"{shortage}; {_advice(sizes, free, may_be_on_disk=may_be_on_disk)}{halved}")
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
@@ -124,7 +135,10 @@ class FreeMemory:
         return None
 
 
-def _advice(sizes: Sizes, free: FreeMemory) -> str:
+def _advice(sizes: Sizes, free: FreeMemory, *, may_be_on_disk: bool) -> str:
+    on_disk = placement(sizes, layout=REPLICATED, offload=None, processes=free.processes, experts_on_disk=True)
+    if may_be_on_disk and free.shortage_for(on_disk) is None:
+        return "write experts_on_disk=true"
     zero3 = {"deepspeed_zero3_cpu_offload": (ZERO3, "cpu"), "deepspeed_zero3_nvme": (ZERO3, NVME)}
     for name, (layout, offload) in {"fsdp2": (FSDP2, None), **zero3}.items():
         if free.shortage_for(placement(sizes, layout=layout, offload=offload, processes=free.processes)) is None:

@@ -1,7 +1,10 @@
 """Experts that stay quantised while routers train: losses and gradients of the decoded model, bit for bit, in less memory."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ CASES = [
     ("qwen3_moe_blocks", "int4"),
     ("deepseek_v3_blocks", "int8"),
 ]
+
+PLAIN = ["olmoe", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v2"]
 
 
 @pytest.fixture
@@ -82,6 +87,43 @@ def test_losses_and_gradients_are_those_of_the_decoded_model(
         assert sum(len(packed_matrices(module)) for module in model.modules()) == 4
         found = loss_and_gradients(model, bf16=bf16)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("one_part")
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(("family", "kind"), [*((family, None) for family in PLAIN), *CASES[:2]])
+def test_experts_on_disk_are_the_same_and_in_no_memory(
+    checkpoint: Checkpoint, tmp_path: Path, family: str, kind: str | None, bf16: bool
+) -> None:
+    args = ModelArguments(str(checkpoint(family)), bf16=bf16, experts=kind)
+    expected = loss_and_gradients(build_model(args, seed=0), bf16=bf16)
+    model = build_model(replace(args, experts_on_disk=True), seed=0, disk=tmp_path / "run")
+    packed = [each for module in model.modules() for each in packed_matrices(module)]
+    assert len(packed) >= 2
+    in_files = [
+        range(*(int(end, 16) for end in line.split()[0].split("-")))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if str(tmp_path / "run") in line
+    ]
+    assert all(any(each.packed.data_ptr() in one for one in in_files) for each in packed)
+    assert not any((tmp_path / "run").iterdir()), "nothing is left, however the process ends"
+    found = loss_and_gradients(model, bf16=bf16)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_experts_on_disk_that_have_no_place_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"experts_on_disk=true: .*; write trainable=routers"):
+        ModelArguments("x", experts_on_disk=True, trainable="all")
+    args = ModelArguments(str(checkpoint("olmoe")), experts_on_disk=True)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"KiB of weights cannot be written into .*run \(No space left.*another disk"):
+        build_model(args, seed=0, disk=tmp_path / "run")
 
 
 def test_packed_experts_take_the_memory_of_what_is_stored(checkpoint: Checkpoint) -> None:

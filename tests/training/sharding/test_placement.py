@@ -18,7 +18,7 @@ from training.model.lazy_weights import empty_model
 from training.model.loading import load_pretrained
 from training.model.packed_experts import ALIGNED, load_packed, pack, packed_layout
 from training.sharding import placement as module
-from training.sharding.placement import Placement, Sizes, check_memory, placement, sizes_of
+from training.sharding.placement import FreeMemory, Placement, Sizes, check_memory, placement, sizes_of
 
 SIZES = Sizes(total=1000, experts=800, largest_layer=100, swap_buffers=240)
 Arguments = Callable[..., TrainArguments]
@@ -32,10 +32,13 @@ Arguments = Callable[..., TrainArguments]
         ("zero3", None, 3, Placement(device=434, host=0, disk=0)),
         ("zero3", "cpu", 4, Placement(device=100, host=250, disk=0)),
         ("zero3", "nvme", 4, Placement(device=100, host=50 + 60, disk=200)),
+        ("on disk", None, 4, Placement(device=200, host=0, disk=800)),
     ],
 )
 def test_every_process_holds_its_share(layout: str, offload: str | None, processes: int, expected: Placement) -> None:
-    assert placement(SIZES, layout=layout, offload=offload, processes=processes) == expected
+    is_on_disk = layout == "on disk"
+    found = placement(SIZES, layout=layout, offload=offload, processes=processes, experts_on_disk=is_on_disk)
+    assert found == expected
 
 
 def test_sizes_are_those_of_the_loaded_model(model_dir: Callable[[str], Path]) -> None:
@@ -103,7 +106,6 @@ def test_what_does_not_fit_is_refused_with_the_launcher_that_does(
     train_args: Arguments, free: Any, model_dir: Callable[[str], Path]
 ) -> None:
     sizes = sizes_of(empty_model(str(model_dir("qwen2_moe")), dtype=torch.float32))
-    nvme = placement(sizes, layout="zero3", offload="nvme", processes=1)
     free(sizes.total + 1)
     check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     free(sizes.total - 1)
@@ -111,16 +113,39 @@ def test_what_does_not_fit_is_refused_with_the_launcher_that_does(
         check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     assert "1 process), " in str(caught.value)
     assert "are free; " in str(caught.value)
-    if nvme.host + nvme.device < sizes.total:
-        assert "write --accelerate-config configs/accelerate/deepspeed_zero3_nvme.yaml, or bf16=true" in str(
-            caught.value
-        )
+    assert "write experts_on_disk=true, or bf16=true" in str(caught.value)
+    check_memory(train_args(experts_on_disk=True), Accelerator(cpu=True), layout="replicated")
     free(1000)
     with pytest.raises(UserError, match=r"no launcher here makes them fit.*or bf16=true"):
         check_memory(train_args(), Accelerator(cpu=True), layout="replicated")
     with pytest.raises(UserError) as caught:
         check_memory(train_args(bf16=True), Accelerator(cpu=True), layout="replicated")
     assert "bf16" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "may_be_on_disk", "advice"),
+    [(700, True, "experts_on_disk=true"), (700, False, "deepspeed_zero3_nvme.yaml"), (539, False, "no launcher"),
+     (300, True, "experts_on_disk=true"), (199, True, "no launcher")],
+)  # fmt: skip
+def test_what_is_named_fits(free: Any, size: int, may_be_on_disk: bool, advice: str) -> None:
+    free(size)
+    assert advice in module._advice(SIZES, FreeMemory(Accelerator(cpu=True)), may_be_on_disk=may_be_on_disk)
+
+
+def test_experts_on_disk_are_read_on_a_processor_and_whole_alone(
+    train_args: Arguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = train_args(experts_on_disk=True)
+    check_memory(args, Accelerator(cpu=True), layout="replicated")
+    assert " on its cpu, " in (said := capsys.readouterr().out)
+    assert " on disk (activations" in said
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    for accelerator, layout in ((Accelerator(cpu=True), "fsdp2"), (gpu, "replicated")):
+        with pytest.raises(
+            UserError, match=r"experts_on_disk=true: on (cpu|cuda) with .* weights experts are not read"
+        ):
+            check_memory(args, accelerator, layout=layout)
 
 
 def test_processes_of_one_machine_share_its_memory(

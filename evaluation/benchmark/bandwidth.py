@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from evaluation.engine.store.pages import PAGE_BYTES, huge_pages
+from evaluation.engine.store.pages import PAGE_BYTES
 from evaluation.engine.store.reader import takes_direct_reads
+from training.model.mapped_memory import huge_pages
 
 DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth

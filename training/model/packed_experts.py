@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
-from training.model.disk_memory import DiskTensor
 from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
 from training.model.lazy_weights import (
@@ -28,6 +27,7 @@ from training.model.lazy_weights import (
     quantisation_of,
     read_config,
 )
+from training.model.mapped_memory import DiskTensor, huge_pages
 from training.model.number_formats.formats import STORED_DTYPES, Stored, as_tensor
 from training.model.quantising import quantised_format
 from training.model.shards import StoredTensor, read_bytes, read_index
@@ -125,7 +125,11 @@ def _memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     """Where matrices are decoded: memory that is new at every call costs as much as decoding."""
     wanted, known = math.prod(shape), _MEMORY.get((dtype, device))
     if known is None or known.numel() < wanted:
-        known = _MEMORY[dtype, device] = torch.empty(wanted, dtype=dtype, device=device)
+        if device.type == "cpu":
+            known = torch.frombuffer(huge_pages(wanted * dtype.itemsize), dtype=dtype)
+        else:
+            known = torch.empty(wanted, dtype=dtype, device=device)
+        _MEMORY[dtype, device] = known
     return known[:wanted].view(*shape)
 
 

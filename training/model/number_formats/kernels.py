@@ -37,9 +37,10 @@ def by_rows(loop: Callable[..., None], in_parts: Callable[..., None], rows: int,
 
 
 @inlined
-def part_of(part: int, parts: int, rows: int) -> tuple[int, int]:
-    """First row and end of one of so many parts, which begin at multiples of 8."""
-    return rows * part // parts // 8 * 8, rows if part == parts - 1 else rows * (part + 1) // parts // 8 * 8
+def part_of(part: int, parts: int, rows: int, multiple: int = 8) -> tuple[int, int]:
+    """First row and end of one of so many parts, which begin at multiples of 8, or of another number."""
+    first, end = rows * part // parts, rows * (part + 1) // parts
+    return first // multiple * multiple, rows if part == parts - 1 else end // multiple * multiple
 
 
 @compiled
@@ -81,8 +82,9 @@ def mxfp4_rows_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_NK: 
 
 
 @compiled
-def mxfp4_columns(blocks_NW: Words, scales_NG: Codes, out_KN: Halves, first: int, end: int) -> None:
+def mxfp4_columns(blocks_NB: Codes, scales_NG: Codes, out_KN: Halves, first: int, end: int) -> None:
     """The same into the transpose, rows in multiples of 8. Bytes are transposed, 8 x 8 at a time, before they are numbers."""
+    blocks_NW = blocks_NB.view(np.uint64)
     tile_BW = np.empty((16, TILE_ROWS // 8), dtype=np.uint64)
     tile_BN, add_N = tile_BW.view(np.uint8), np.empty(TILE_ROWS, dtype=np.uint16)
     for start in range(first, end, TILE_ROWS):
@@ -100,11 +102,11 @@ def mxfp4_columns(blocks_NW: Words, scales_NG: Codes, out_KN: Halves, first: int
 
 
 @compiled_in_parts
-def mxfp4_columns_in_parts(parts: int, blocks_NW: Words, scales_NG: Codes, out_KN: Halves) -> None:
+def mxfp4_columns_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_KN: Halves) -> None:
     """The same, by so many threads."""
     for part in numba.prange(parts):
-        first, end = part_of(part, parts, len(blocks_NW))
-        mxfp4_columns(blocks_NW, scales_NG, out_KN, first, end)
+        first, end = part_of(part, parts, len(blocks_NB))
+        mxfp4_columns(blocks_NB, scales_NG, out_KN, first, end)
 
 
 @compiled

@@ -33,9 +33,12 @@ from training.model.number_formats.kernels import (
 )
 from training.model.number_formats.mxfp4_x86 import (
     COLUMNS,
+    ROWS,
     as_multiplied,
     can_look_up,
     can_multiply,
+    mxfp4_columns_looked_up,
+    mxfp4_columns_looked_up_in_parts,
     mxfp4_dots,
     mxfp4_dots_in_parts,
     mxfp4_rows_looked_up,
@@ -80,9 +83,11 @@ class Mxfp4:
         if not self._are_normal(scales):
             out.copy_(self.values(as_tensors(self, stored, rows, columns)))
         elif out.dtype == torch.bfloat16 and out.T.is_contiguous() and rows % 8 == 0:
-            by_rows(
-                mxfp4_columns, mxfp4_columns_in_parts, rows, columns, codes_NB.view(np.uint64), scales_NG, halves(out.T)
-            )
+            given = rows, columns, codes_NB, scales_NG, halves(out.T)
+            if can_look_up() and rows % ROWS == 0:
+                by_rows(mxfp4_columns_looked_up, mxfp4_columns_looked_up_in_parts, *given)
+            else:
+                by_rows(mxfp4_columns, mxfp4_columns_in_parts, *given)
         else:
             with in_bfloat16(out) as rounded:  # which has all these numbers
                 given = rows, columns, codes_NB, scales_NG, halves(rounded)

@@ -3,7 +3,7 @@
 A number of 4 bits is looked up in a table that lies in a register (AVX2), and products of two pairs of numbers in bfloat16 are
 added up at once (AVX512-BF16): neither can be written in Python, so the loop over a row is given to the compiler in its own
 language (LLVM's, by numba's `intrinsic`). 64 numbers are worked on at once: 32 bytes, two blocks, of which each half of a
-register holds one.
+register holds one; or, where the transpose is written, a block of 32 rows.
 Instructions: `vpshufb` and `vdpbf16ps`, Intel 64 Architectures Software Developer's Manual, volume 2; the latter takes what is
 below 2^-126 for 0.
 Axes: X matrices, N rows (outputs), K columns (inputs), G blocks of a row, B bytes of a row.
@@ -21,10 +21,19 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from training.model.compiled import compiled, compiled_in_parts
-from training.model.number_formats.kernels import LARGEST_SCALE, LEAST_SCALE, Codes, Floats, all_within, part_of
+from training.model.number_formats.kernels import (
+    LARGEST_SCALE,
+    LEAST_SCALE,
+    Codes,
+    Floats,
+    all_within,
+    part_of,
+)
 
 COLUMNS = 64
 """That are worked on at once; loops are for whole numbers of them."""
+ROWS, TILE_ROWS = 32, 2048
+"""Likewise where the transpose is written; and how many are written column by column, for long stretches of memory."""
 Halves = npt.NDArray[np.uint16]
 Places = npt.NDArray[np.int64]
 U16, U32 = np.uint16, np.uint32
@@ -51,8 +60,8 @@ class _BFloat(ir.types.Type):
 
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_8_F32, _32_I8, _16_I16, _16_BF16 = (
-    ir.VectorType(of, lanes) for of, lanes in ((_F32, 8), (_I8, 32), (_I16, 16), (_BFloat(), 16))
+_8_F32, _16_I8, _32_I8, _16_I16, _16_BF16 = (
+    ir.VectorType(of, lanes) for of, lanes in ((_F32, 8), (_I8, 16), (_I8, 32), (_I16, 16), (_BFloat(), 16))
 )
 _2_I8, _2_I16, _2_I32, _2_F32 = (ir.VectorType(of, 2) for of in (_I8, _I16, _I32, _F32))
 
@@ -88,6 +97,31 @@ def mxfp4_rows_looked_up_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes
     for part in numba.prange(parts):
         first, end = part_of(part, parts, len(blocks_NB))
         mxfp4_rows_looked_up(blocks_NB, scales_NG, out_NK, first, end)
+
+
+@compiled
+def mxfp4_columns_looked_up(blocks_NB: Codes, scales_NG: Codes, out_KN: Halves, first: int, end: int) -> None:
+    """As `mxfp4_columns` in kernels.py, rows in multiples of `ROWS`."""
+    powers_N = np.empty(ROWS, dtype=np.uint16)
+    codes, powers, out = blocks_NB.ctypes.data, powers_N.ctypes.data, out_KN.ctypes.data
+    row_bytes, out_bytes = blocks_NB.shape[1], out_KN.shape[1] * 2
+    for start in range(first, end, TILE_ROWS):
+        for g in range(scales_NG.shape[1]):
+            for row in range(start, min(start + TILE_ROWS, end), ROWS):
+                for n in range(ROWS):
+                    powers_N[n] = U16(((np.int32(scales_NG[row + n, g]) - 127) << 7) & 0xFFFF)
+                at = codes + row * row_bytes + 16 * g, out + 32 * g * out_bytes + row * 2
+                _decode_block(
+                    np.uintp(at[0]), np.uintp(row_bytes), np.uintp(powers), np.uintp(at[1]), np.uintp(out_bytes)
+                )
+
+
+@compiled_in_parts
+def mxfp4_columns_looked_up_in_parts(parts: int, blocks_NB: Codes, scales_NG: Codes, out_KN: Halves) -> None:
+    """The same, by so many threads."""
+    for part in numba.prange(parts):
+        first, end = part_of(part, parts, len(blocks_NB), ROWS)
+        mxfp4_columns_looked_up(blocks_NB, scales_NG, out_KN, first, end)
 
 
 def as_multiplied(row_XK: Floats) -> Halves | None:
@@ -155,12 +189,7 @@ def _write_decode(context: Any, write: Any, signature: Any, given: Any) -> Any:
         exponents = write.zext(_load(write, scales, loop.index, 2, 0, _2_I8), _2_I16)
         powers = write.shl(write.sub(exponents, _constant(_2_I16, [127, 127])), _constant(_2_I16, [7, 7]))
         powers = _spread(write, powers, 16)
-        scaled = []
-        for bits in (write.bitcast(one, _16_I16) for one in numbers):
-            is_zero = write.icmp_unsigned(
-                "==", write.shl(bits, _constant(_16_I16, [1] * 16)), _constant(_16_I16, [0] * 16)
-            )
-            scaled.append(write.select(is_zero, bits, write.add(bits, powers)))
+        scaled = [_scaled(write, one, powers) for one in numbers]
         for half in (0, 1):  # of each block: the numbers of its first, or last, 8 bytes
             even, odd = scaled[half], scaled[2 + half]
             for block in (0, 1):
@@ -168,6 +197,40 @@ def _write_decode(context: Any, write: Any, signature: Any, given: Any) -> Any:
                 following = write.shuffle_vector(even, odd, _constant(ir.VectorType(_I32, 16), order))
                 to = _address(write, out, loop.index, 2 * COLUMNS, 64 * block + 32 * half, _16_I16)
                 write.store(following, to, align=1)
+    return context.get_dummy_value()
+
+
+@_untyped
+def _decode_block(typing: Any, codes: Any, row_bytes: Any, powers: Any, out: Any, out_bytes: Any) -> Any:
+    """16 bytes of each of 32 rows, which are so far apart, into 32 columns of 32 numbers in bfloat16, likewise apart.
+
+    `powers` is the address of 32 numbers of 16 bits: what the rows' scales add to the bits of a number.
+    """
+    address = types.uintp
+    return types.void(address, address, address, address, address), _write_decode_block
+
+
+def _write_decode_block(context: Any, write: Any, signature: Any, given: Any) -> Any:
+    codes, row_bytes, powers, out, out_bytes = given
+    rows = [
+        _load(write, write.add(codes, write.mul(row_bytes, _number(row_bytes, n))), row_bytes, 0, 0, _16_I8)
+        for n in range(ROWS)
+    ]
+    powers_2 = [_load(write, powers, powers, 0, 32 * half, _16_I16) for half in (0, 1)]
+    # Of two rows that are 16 apart bytes are taken in turn, 5 times: then two follow each other that hold a byte of all rows
+    for _ in range(5):
+        pairs = zip(rows[: ROWS // 2], rows[ROWS // 2 :], strict=True)
+        rows = [_in_turn(write, *pair, first) for pair in pairs for first in (0, 8)]
+    both = _constant(ir.VectorType(_I32, 32), list(range(32)))
+    for byte in range(16):
+        bytes_32 = write.shuffle_vector(rows[2 * byte], rows[2 * byte + 1], both)
+        for half, (low_bytes, high_bytes) in enumerate(_bytes_looked_up(write, bytes_32)):
+            for part in (0, 1):
+                order = [which for i in range(16) for which in (16 * part + i, 32 + 16 * part + i)]
+                numbers = write.shuffle_vector(low_bytes, high_bytes, _constant(ir.VectorType(_I32, 32), order))
+                column = write.add(out, write.mul(out_bytes, _number(out_bytes, 2 * byte + half)))
+                to = _address(write, column, column, 0, 32 * part, _16_I16)
+                write.store(_scaled(write, numbers, powers_2[part]), to, align=1)
     return context.get_dummy_value()
 
 
@@ -200,18 +263,37 @@ def _looked_up(write: Any, bytes_32: Any) -> list[Any]:
 
     The numbers of the bytes' low halves are in even columns. Each number is looked up byte by byte.
     """
-    look_up = _instruction(write, "llvm.x86.avx2.pshuf.b", _32_I8, _32_I8, _32_I8)
-    tables = [_constant(_32_I8, [bits >> shift & 0xFF for bits in _TABLE]) for shift in (0, 8)]
-    low_halves = write.and_(bytes_32, _constant(_32_I8, [15] * 32))
-    high_halves = write.lshr(bytes_32, _constant(_32_I8, [4] * 32))
     found = []
-    for halves in (low_halves, high_halves):
-        low_bytes, high_bytes = (write.call(look_up, [table, halves]) for table in tables)
+    for low_bytes, high_bytes in _bytes_looked_up(write, bytes_32):
         for first in (0, 8):
             at = [block + first + i for block in (0, 16) for i in range(8)]
             order = [byte for place in at for byte in (place, 32 + place)]
             found.append(write.shuffle_vector(low_bytes, high_bytes, _constant(ir.VectorType(_I32, 32), order)))
     return found
+
+
+def _bytes_looked_up(write: Any, bytes_32: Any) -> list[tuple[Any, Any]]:
+    """Of the bytes' low and of their high halves: the lower bytes of their numbers in bfloat16, and the upper ones."""
+    look_up = _instruction(write, "llvm.x86.avx2.pshuf.b", _32_I8, _32_I8, _32_I8)
+    lower, upper = (_constant(_32_I8, [bits >> shift & 0xFF for bits in _TABLE]) for shift in (0, 8))
+    low_halves = write.and_(bytes_32, _constant(_32_I8, [15] * 32))
+    high_halves = write.lshr(bytes_32, _constant(_32_I8, [4] * 32))
+    return [
+        (write.call(look_up, [lower, each]), write.call(look_up, [upper, each])) for each in (low_halves, high_halves)
+    ]
+
+
+def _scaled(write: Any, numbers: Any, powers: Any) -> Any:
+    """16 numbers in bfloat16 with as many powers of two added to their exponents; both zeros stay."""
+    bits = write.bitcast(numbers, _16_I16)
+    is_zero = write.icmp_unsigned("==", write.shl(bits, _constant(_16_I16, [1] * 16)), _constant(_16_I16, [0] * 16))
+    return write.select(is_zero, bits, write.add(bits, powers))
+
+
+def _in_turn(write: Any, one: Any, other: Any, first: int) -> Any:
+    """Eight bytes of each, from this one on, in turn."""
+    order = [which for i in range(first, first + 8) for which in (i, 16 + i)]
+    return write.shuffle_vector(one, other, _constant(ir.VectorType(_I32, 16), order))
 
 
 def _spread(write: Any, pair: Any, lanes: int) -> Any:
@@ -225,8 +307,12 @@ def _load(write: Any, start: Any, index: Any, step: int, offset: int, kind: Any)
 
 
 def _address(write: Any, start: Any, index: Any, step: int, offset: int, kind: Any) -> Any:
-    at = write.add(start, write.mul(index, ir.Constant(index.type, step)))
-    return write.inttoptr(write.add(at, ir.Constant(at.type, offset)), kind.as_pointer())
+    at = write.add(start, write.mul(index, _number(index, step)))
+    return write.inttoptr(write.add(at, _number(at, offset)), kind.as_pointer())
+
+
+def _number(like: Any, value: int) -> Any:
+    return ir.Constant(like.type, value)
 
 
 def _instruction(write: Any, name: str, gives: Any, *takes: Any) -> Any:

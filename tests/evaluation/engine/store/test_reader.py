@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from configs.load import UserError
 from evaluation.engine.store import reader as module
-from evaluation.engine.store.pages import HUGE_BYTES, PAGE_BYTES, huge_pages
+from evaluation.engine.store.pages import PAGE_BYTES
 from evaluation.engine.store.reader import PIECE_BYTES, Reader, Request, Span
+from training.model.mapped_memory import HUGE_BYTES, huge_pages
 
 SIZE = 3 * PIECE_BYTES + 777
 

@@ -56,24 +56,39 @@ def test_a_row_that_is_no_number_stays_none() -> None:
 
 @pytest.mark.skipif(not mxfp4_x86.can_look_up(), reason="this processor has no AVX2")
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_rows_that_are_looked_up_have_the_same_bits(is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every code under every scale that the loops are for, both zeros among them."""
-    scales_N = np.arange(2, 253, dtype=np.uint8).repeat(4)
+@pytest.mark.parametrize("loop", ["mxfp4_rows", "mxfp4_columns"])
+def test_numbers_that_are_looked_up_have_the_same_bits(
+    loop: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every code under every scale that the loops are for, both zeros among them; into the matrix, and into its transpose."""
+    scales_N = np.resize(np.arange(2, 253, dtype=np.uint8).repeat(4), 2112)
     scales_NG = np.stack([scales_N, np.roll(scales_N, 40)], axis=1)
     codes_NB = np.random.default_rng(0).integers(0, 256, (len(scales_NG), 32), dtype=np.uint8)
     stored = {"_blocks": codes_NB.ravel(), "_scales": scales_NG.ravel()}
-    found, expected = (torch.zeros(len(scales_NG), 64, dtype=torch.bfloat16) for _ in range(2))
+    is_transposed = loop == "mxfp4_columns"
+    shape = (64, len(scales_NG)) if is_transposed else (len(scales_NG), 64)
+    found, expected = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
     with monkeypatch.context() as other:
         other.setattr(mxfp4, "can_look_up", lambda: False)
-        Mxfp4(is_gpt_oss=True).decode(stored, expected)
-    monkeypatch.delattr(mxfp4, "mxfp4_rows")
+        Mxfp4(is_gpt_oss=True).decode(stored, expected.T if is_transposed else expected)
+    monkeypatch.delattr(mxfp4, loop)
     if is_shared:
         monkeypatch.setattr(kernels, "SHARED_NUMBERS", 1)
         monkeypatch.setattr(kernels, "threads_to_share", lambda: 3)
-        monkeypatch.delattr(mxfp4, "mxfp4_rows_in_parts")
-    Mxfp4(is_gpt_oss=True).decode(stored, found)
+        monkeypatch.delattr(mxfp4, f"{loop}_in_parts")
+    Mxfp4(is_gpt_oss=True).decode(stored, found.T if is_transposed else found)
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
     assert len(found.unique()) > 1000
+
+
+def test_rows_that_are_no_whole_blocks_are_decoded_too() -> None:
+    """Into the transpose 32 rows are looked up at once."""
+    codes_NB = np.random.default_rng(0).integers(0, 256, (40, 16), dtype=np.uint8)
+    stored = {"_blocks": codes_NB.ravel(), "_scales": np.arange(100, 140, dtype=np.uint8)}
+    found, expected = torch.zeros(32, 40, dtype=torch.bfloat16), torch.zeros(40, 32, dtype=torch.bfloat16)
+    Mxfp4(is_gpt_oss=True).decode(stored, found.T)
+    Mxfp4(is_gpt_oss=True).decode(stored, expected)
+    assert torch.equal(found, expected.T)
 
 
 def test_a_user_may_forbid_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

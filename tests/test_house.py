@@ -24,7 +24,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": ("configs", "data", "training", ENGINE, "evaluation.quality", "evaluation.frontier.result"),
     "evaluation.quality": ("configs", "training", ENGINE, "evaluation.results"),
     f"{ENGINE}.cache": ("configs",),
-    f"{ENGINE}.store": ("configs", "training.model.shards", "training.model.expert_format", "training.model.expert_layout"),
+    f"{ENGINE}.store": (
+        "configs", "training.model.shards", "training.model.expert_format", "training.model.expert_layout",
+        "training.model.host_memory",
+    ),
     f"{ENGINE}.memory": ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", "training.model.host_memory"),
     ENGINE: ("configs", f"{ENGINE}.cache", f"{ENGINE}.store", f"{ENGINE}.memory", "training.model"),
     f"{ENGINE}.sessions": ("configs", ENGINE, "training.model"),

@@ -15,7 +15,7 @@ import torch
 
 from evaluation.engine.store.pages import PAGE_BYTES
 from evaluation.engine.store.reader import takes_direct_reads
-from training.model.mapped_memory import huge_pages
+from training.model.host_memory import huge_pages
 
 DEPTHS = (1, 2, 4, 8, 16)
 SECONDS = 1.0  # for each depth

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.load import UserError
 from evaluation.engine.store.pages import give_back
 from evaluation.engine.store.records import ALIGN_BYTES
-from training.model.mapped_memory import huge_pages
+from training.model.host_memory import huge_pages
 
 CPU = torch.device("cpu")
 VECTOR = 64

@@ -1,7 +1,8 @@
-"""The host's memory: how much a process may hold, and loading weights without holding much more than the weights."""
+"""The host's memory: how much a process may hold, loading weights without holding much more than the weights, large pages."""
 
 import ctypes
 import gc
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BYTES, USUAL_BYTES = 4 << 20, 32 << 20  # the second is what glibc comes to by itself
+HUGE_BYTES = 2**21
 
 
 def spare_memory() -> None:
@@ -64,3 +66,18 @@ def memory_limit(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
             files = [group / "memory.max", group / "memory.limit_in_bytes"] if group.is_relative_to(root) else []
             limits += [file.read_text(encoding="utf-8").strip() for file in files if file.exists()]
     return min((int(limit) for limit in limits if limit.isdigit()), default=None)
+
+
+def huge_pages(size_bytes: int) -> mmap.mmap:
+    """Zeroed memory of this many bytes, or more, in pages of 2 MiB if the kernel has them; one costs memory once it is touched.
+
+    The fewer pages a read fills, the fewer pieces the device is handed. Into 4 KiB pages the same reads were half as fast (a
+    virtio disk, reads of 1 and 3 MiB, Linux 6.18: 1.2 to 1.9 GB/s instead of 2.5 to 2.7), and so was writing a matrix of 33 MB
+    column by column.
+    Linux (6.9 and later) starts a map where a huge page may start only if it is as long as some of them.
+    """
+    whole_bytes = -(-max(size_bytes, 1) // HUGE_BYTES) * HUGE_BYTES
+    memory = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

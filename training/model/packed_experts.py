@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from configs.load import UserError
+from training.model.disk_memory import DiskTensor
 from training.model.expert_format import MATRICES, ExpertFormat
 from training.model.expert_layout import ExpertLayout, expert_layout
+from training.model.host_memory import huge_pages
 from training.model.lazy_weights import (
     StaysOnMeta,
     lazy_slices,
@@ -27,7 +29,6 @@ from training.model.lazy_weights import (
     quantisation_of,
     read_config,
 )
-from training.model.mapped_memory import DiskTensor, huge_pages
 from training.model.number_formats.formats import STORED_DTYPES, Stored, as_tensor
 from training.model.quantising import quantised_format
 from training.model.shards import StoredTensor, read_bytes, read_index

@@ -16,7 +16,7 @@ import numpy as np
 
 from configs.files import write_json
 from evaluation.engine.store.reader import PIECE_BYTES, READS_IN_FLIGHT, Reader, Request, Span
-from training.model.mapped_memory import huge_pages
+from training.model.host_memory import huge_pages
 
 DEPTHS = (4, 8, 16)
 ROUNDS = 2

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from configs.load import UserError
 from evaluation.engine.store.pages import PAGE_BYTES
-from training.model.mapped_memory import huge_pages
+from training.model.host_memory import huge_pages
 from training.model.shards import AGAIN
 
 PIECE_BYTES = 3 * 2**19

@@ -16,7 +16,7 @@ from configs.load import UserError
 from evaluation.engine.store import reader as module
 from evaluation.engine.store.pages import PAGE_BYTES
 from evaluation.engine.store.reader import PIECE_BYTES, Reader, Request, Span
-from training.model.mapped_memory import HUGE_BYTES, huge_pages
+from training.model.host_memory import HUGE_BYTES, huge_pages
 
 SIZE = 3 * PIECE_BYTES + 777
 

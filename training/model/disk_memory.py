@@ -1,9 +1,4 @@
-"""Memory that is mapped by hand: in large pages, or in a file.
-
-2 MiB pages, where the kernel has them to give: the fewer pages a read fills, the fewer pieces the device is handed. Into 4 KiB
-pages the same reads were half as fast (a virtio disk, reads of 1 and 3 MiB, Linux 6.18: 1.2 to 1.9 GB/s instead of 2.5 to 2.7),
-and so was writing a matrix of 33 MB column by column.
-"""
+"""A tensor in a file, for weights that are larger than memory."""
 
 import math
 import mmap
@@ -17,20 +12,6 @@ from torch import Tensor
 
 from configs.load import UserError
 from configs.sizes import size_text
-
-HUGE_BYTES = 2**21
-
-
-def huge_pages(size_bytes: int) -> mmap.mmap:
-    """Zeroed memory of this many bytes, or more; a page costs memory once it is touched.
-
-    Linux (6.9 and later) starts a map where a huge page may start only if it is as long as some of them.
-    """
-    whole_bytes = -(-max(size_bytes, 1) // HUGE_BYTES) * HUGE_BYTES
-    memory = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 class DiskTensor:

@@ -195,6 +195,7 @@ def _frozen_base(args: ModelArguments, disk: Path | None) -> PreTrainedModel:
     """The trained model; experts that are quantised, or are to be, stay so if they do not train."""
     folder, dtype = local_folder(str(args.model_name_or_path)), weights_dtype(args)
     packed = frozen_layout(args, folder)
+    assert (disk is not None) == args.experts_on_disk, "whoever wants experts on disk says where"
     if packed is None:
         return load_pretrained(folder, dtype=dtype)
     if isinstance(dtype, str):

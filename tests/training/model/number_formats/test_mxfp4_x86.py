@@ -61,7 +61,7 @@ def test_numbers_that_are_looked_up_have_the_same_bits(
     loop: str, is_shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every code under every scale that the loops are for, both zeros among them; into the matrix, and into its transpose."""
-    scales_N = np.resize(np.arange(2, 253, dtype=np.uint8).repeat(4), 2112)
+    scales_N = np.resize(np.arange(2, 253, dtype=np.uint8).repeat(4), 2080)
     scales_NG = np.stack([scales_N, np.roll(scales_N, 40)], axis=1)
     codes_NB = np.random.default_rng(0).integers(0, 256, (len(scales_NG), 32), dtype=np.uint8)
     stored = {"_blocks": codes_NB.ravel(), "_scales": scales_NG.ravel()}

@@ -1,4 +1,4 @@
-"""A model three times the memory limit trains its routers through the NVMe configuration, with the resident run's losses."""
+"""A model three times the memory limit trains its routers with experts on disk, and through the NVMe configuration."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ def test_a_model_three_times_the_memory_limit_trains_as_in_memory(
     tiny = [f"model_name_or_path={train_values()['model_name_or_path']}", f"output_dir={tmp_path / 'tiny'}"]
     nvme = ["--accelerate-config", str(tmp_path / "nvme.yaml")]
     subprocess.run([*train, *tiny, *nvme], cwd=ROOT, check=True)  # what DeepSpeed compiles needs more than the limit
-    resident, offloaded = (f"output_dir={tmp_path / name}" for name in ("resident", "offloaded"))
+    resident, on_disk, offloaded = (f"output_dir={tmp_path / name}" for name in ("resident", "on_disk", "offloaded"))
 
     subprocess.run([*train, resident], cwd=ROOT, check=True)
     with MemoryGroup(hierarchy, LIMIT_BYTES) as group:
@@ -65,14 +65,24 @@ def test_a_model_three_times_the_memory_limit_trains_as_in_memory(
             group.command([*train, offloaded]), cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert refused.returncode == 2
-        assert "write --accelerate-config configs/accelerate/deepspeed_zero3_nvme.yaml" in refused.stderr
+        assert "write experts_on_disk=true" in refused.stderr
+        mapped = subprocess.run(
+            group.command([*train, on_disk, "experts_on_disk=true"]),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert mapped.returncode == 0, mapped.stderr[-3000:]
         done = subprocess.run(
             group.command([*train, offloaded, *nvme]), cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert not group.was_killed
 
-    assert "GiB on disk (activations come on top)" in done.stdout
+    for run in (mapped, done):
+        assert "GiB on disk (activations come on top)" in run.stdout
+    assert steps(tmp_path / "on_disk") == steps(tmp_path / "resident")
     for expected, found in zip(steps(tmp_path / "resident"), steps(tmp_path / "offloaded"), strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
     ours, theirs = (routers(tmp_path / run) for run in ("resident", "offloaded"))

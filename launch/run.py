@@ -14,14 +14,14 @@ from configs.load import UserError, keys_help, load
 from evaluation.arguments import EvaluationArguments
 from evaluation.evaluate import assemble, evaluate, trained_arm
 from evaluation.frontier.arguments import FrontierArguments
-from evaluation.frontier.result import FRONTIER
+from evaluation.frontier.result import FRONTIER, FrontierResult, read_frontier
 from evaluation.measurement import Arm
 from evaluation.report.documents import write_results
 from evaluation.report.frontier_page import gate_sentence
 from launch.frontier import measure
 from launch.narration import Narration, say, say_the_end
 from training.arguments import TrainArguments
-from training.train import launch_training
+from training.train import in_processes, launch_training
 
 
 @dataclass
@@ -36,6 +36,9 @@ class RunArguments:
     # routers, levers and caches on one axis, as `remoe frontier` measures them, of the arms of this run; a config of it
     frontier: str | None = None
     accelerate_config: str | None = None  # train with accelerate, for example on several processes
+    frontier_accelerate_config: str | None = (
+        None  # share the frontier's passes out over such processes, which do not shard
+    )
     train_overrides: list[str] = field(default_factory=list)  # key=value for every training, as [max_steps=20]
     evaluation_overrides: list[str] = field(default_factory=list)  # key=value of what is measured, as [quality.limit=8]
     frontier_overrides: list[str] = field(default_factory=list)  # key=value of the frontier, as [slots=[16]]
@@ -80,7 +83,7 @@ def pipeline(args: RunArguments, *, command: str) -> Path:
     if frontier is not None:
         say("measuring routers, levers and caches on one axis")
         measuring = time.perf_counter()
-        found = measure(frontier, prepare_folder(frontier.output_dir), command=command)
+        found = _measured(frontier, args.frontier_accelerate_config, command=command)
         seconds["frontier"] = time.perf_counter() - measuring
     results = assemble(measured, command=command, config=config, seconds=seconds)
     write_results(results, out, found)
@@ -118,6 +121,15 @@ def _frontier(
     frontier = load(FrontierArguments, args.frontier, [*args.frontier_overrides, *own])
     frontier.arms = dict(folders)
     return frontier
+
+
+def _measured(frontier: FrontierArguments, accelerate_config: str | None, *, command: str) -> FrontierResult:
+    folder = prepare_folder(frontier.output_dir)
+    if accelerate_config is None:
+        return measure(frontier, folder, command=command)
+    write_yaml(folder / "config.yaml", frontier)
+    in_processes(accelerate_config, ["launch.frontier", str(folder / "config.yaml")], what="the frontier")
+    return read_frontier(folder / FRONTIER.name)
 
 
 def _training(args: RunArguments, name: str, seed: int) -> TrainArguments:

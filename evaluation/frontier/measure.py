@@ -4,7 +4,7 @@ Letters: L layers, D strengths, R texts, S tokens of each.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from evaluation.frontier.prices import price_of
 from evaluation.frontier.result import NO_LEVER, UNTOUCHED, Combination, Measure, Point, Price
 from evaluation.frontier.steps import CacheKind, Steps, read_in_steps
 from evaluation.frontier.task_scores import StepLM
-from evaluation.quality.batches import Answers, identity_of
+from evaluation.quality.batches import Answers, identity_of, process_index
 from evaluation.quality.scores import Scores, scores_of
 from evaluation.quality.tasks import LoadedTasks, load_tasks
 from training.model.expert_format import ExpertFormat
@@ -42,6 +42,8 @@ from training.model.routers import copy_into_routers, find_routers, most_chosen,
 from training.run_folder.router_delta import load_for
 
 Texts = npt.NDArray[np.integer]
+Job = tuple[Any, Callable[[], dict[str, Any]]]
+"""What is asked, as JSON that says all about it, and what finds the answer."""
 CHOSEN_BY, REPORTED = "chosen_by", "reported"
 WITHIN = 0.9
 """Strengths for each layer are made for this part of a gate: what they cost together is not quite what it is apart."""
@@ -72,6 +74,8 @@ def texts_of(args: FrontierArguments, tokenizer: PreTrainedTokenizerBase) -> dic
 
 class Frontier:
     """What is measured, all combinations alike; what was measured before is not measured again.
+
+    Processes of `accelerate launch` share the work, each with a whole model, and all of them end with all that was found.
 
     Args:
         kept: a folder where answers are kept as they come.
@@ -104,47 +108,47 @@ class Frontier:
     def points(self, found: Callable[[Point], None] = lambda _: None) -> list[Point]:
         """Every combination; `found` is told of each as it comes."""
         points = []
-        with tqdm(desc="frontier", unit="pass", leave=False) as bar:
+        with tqdm(desc="frontier", unit="pass", leave=False, disable=process_index() > 0) as bar:
             for arm in (UNTOUCHED, *self._args.arms):
                 for slots, policy in itertools.product(self._args.slots, self._args.policies):
-                    for lever in (NO_LEVER, *self._args.levers, *self._by_layer(arm, slots, policy, bar)):
-                        at = Combination(arm=arm, lever=lever, slots=slots, policy=policy)
-                        here, there = (self._compared(at, name, bar) for name in (CHOSEN_BY, REPORTED))
-                        points.append(Point(**at.model_dump(), chosen_by=here, reported=there))
+                    at = partial(Combination, arm=arm, slots=slots, policy=policy)
+                    levers = (NO_LEVER, *self._args.levers, *self._by_layer(at, bar))
+                    compared_with = [self._base(slots)] if arm == UNTOUCHED else []
+                    self._read_all([*compared_with, *(at(lever=lever) for lever in levers)], (CHOSEN_BY, REPORTED), bar)
+                    for lever in levers:
+                        here, there = (self._compared(at(lever=lever), name) for name in (CHOSEN_BY, REPORTED))
+                        points.append(Point(**at(lever=lever).model_dump(), chosen_by=here, reported=there))
                         found(points[-1])
         return points
 
     def chosen_by(self, at: Combination) -> Measure:
         """One combination on the texts to choose by alone."""
-        with tqdm(disable=True) as bar:
-            return self._compared(at, CHOSEN_BY, bar)
+        return self._compared(at, CHOSEN_BY)
 
     def prices(self, chosen: list[Combination]) -> list[Price]:
         """What these cost in text that they write themselves, and in tasks; on the texts that are reported."""
         prices, base = [], {}
-        for at in tqdm(chosen, desc="prices", unit="combination", leave=False):
+        for arm in dict.fromkeys(at.arm for at in chosen) if self._new else ():
+            self._answered(arm, [self._writing(at) for at in chosen if at.arm == arm])
+        for at in tqdm(chosen, desc="prices", unit="combination", leave=False, disable=process_index() > 0):
             if at.slots not in base:
                 base[at.slots] = self._written_and_scored(self._base(at.slots))
-            prices.append(price_of(at, *self._written_and_scored(at), *base[at.slots], new=self._new))
+            measured = self._written_and_scored(at)
+            if process_index() == 0:  # what tasks score is known to it alone
+                prices.append(price_of(at, *measured, *base[at.slots], new=self._new))
         return prices
 
     def _base(self, slots: int) -> Combination:
         return Combination(arm=UNTOUCHED, lever=NO_LEVER, slots=slots, policy="lru")
 
-    def _by_layer(self, arm: str, slots: int, policy: str, bar: Any) -> list[str]:
+    def _by_layer(self, at: Callable[..., Combination], bar: Any) -> list[str]:
         """Levers with a strength for each layer, for every gate: from curves of each layer alone, by the texts to choose by."""
-        deltas, layers, levers = self._args.per_layer_deltas, len(find_routers(self._model)), []
+        deltas, layers, levers = self._args.per_layer_deltas, np.eye(len(find_routers(self._model))), []
         for lever in self._args.per_layer:
-            measures = [
-                [
-                    self._compared(
-                        Combination(arm=arm, lever=_of_layers(lever, alone), slots=slots, policy=policy), CHOSEN_BY, bar
-                    )
-                    for alone in (np.eye(layers)[layer] * delta for delta in deltas)
-                ]
-                for layer in range(layers)
-            ]
-            none = self._compared(Combination(arm=arm, lever=NO_LEVER, slots=slots, policy=policy), CHOSEN_BY, bar)
+            alone = [[at(lever=_of_layers(lever, layer * delta)) for delta in deltas] for layer in layers]
+            self._read_all([at(lever=NO_LEVER), *itertools.chain(*alone)], (CHOSEN_BY,), bar)
+            measures = [[self._compared(one, CHOSEN_BY) for one in row] for row in alone]
+            none = self._compared(at(lever=NO_LEVER), CHOSEN_BY)
             cost_LD, saved_LD = (
                 np.array([[getattr(one, name).value - getattr(none, name).value for one in row] for row in measures])
                 for name in ("cost", "fewer")
@@ -155,42 +159,48 @@ class Frontier:
                     levers.append(_of_layers(lever, allocate(deltas, cost_LD, saved_LD, within=left)))
         return levers
 
-    def _compared(self, at: Combination, texts: str, bar: Any) -> Measure:
-        here, base = self._found(at, texts, bar), self._found(self._base(at.slots), texts, bar)
+    def _compared(self, at: Combination, texts: str) -> Measure:
+        here, base = self._found(at, texts), self._found(self._base(at.slots), texts)
         form = self._formats.get(at.arm)
         return compare(here, base, self._texts[texts].shape, expert_bytes=None if form is None else form.expert_bytes)
 
-    def _found(self, at: Combination, texts: str, bar: Any) -> Found:
+    def _found(self, at: Combination, texts: str) -> Found:
         """What was found of every seed."""
-        found = []
-        for answers in self._with_routers(at.arm):
-            asked = ["frontier", self._texts[texts].tolist(), *self._as_asked(at)]
-            (values,) = answers.of([asked], partial(self._read, at, texts), engine=None)
-            found.append(Steps(**_as_arrays(values)))
-            bar.update()
-        return Found(found)
+        return Found([Steps(**_as_arrays(values)) for (values,) in self._answered(at.arm, [self._reading(at, texts)])])
 
-    def _read(self, at: Combination, texts: str, _: int) -> dict[str, Any]:
-        return _as_lists(read_in_steps(self._model, self._texts[texts], _levers(at), _cache(self._args, at)))
+    def _read_all(self, ats: Sequence[Combination], names: Sequence[str], bar: Any) -> None:
+        """Combinations of one arm at once, shared out over the processes; each is found by itself afterwards."""
+        self._answered(ats[0].arm, [self._reading(at, texts) for at in ats for texts in names], bar.update)
+
+    def _reading(self, at: Combination, texts: str) -> Job:
+        def read() -> dict[str, Any]:
+            return _as_lists(read_in_steps(self._model, self._texts[texts], _levers(at), _cache(self._args, at)))
+
+        return ["frontier", self._texts[texts].tolist(), *self._as_asked(at)], read
+
+    def _answered(self, arm: str, jobs: Sequence[Job], done: Callable[[], object] = lambda: None) -> list[list[Any]]:
+        """For every seed what each job finds, or found before; every process does its part of them."""
+        asked, finds = [job[0] for job in jobs], [job[1] for job in jobs]
+        of_seeds = []
+        for answers in self._with_routers(arm):
+            told: Any = {"engine": None, "answered": lambda _: done()}
+            of_seeds.append(answers.of(asked, lambda place: finds[place](), **told))
+        return of_seeds
 
     def _written_and_scored(self, at: Combination) -> tuple[list[Written], list[Scores]]:
         """Of every seed what it writes, if that is asked for, and what it scores."""
-        written, scores, texts_RS = [], [], self._texts[REPORTED]
-        for answers in self._with_routers(at.arm):
-            if self._new:
-                asked = ["written", texts_RS.tolist(), self._new, *self._as_asked(at)]
-                (values,) = answers.of([asked], partial(self._write, at), engine=None)
-                written.append(Written(**_as_arrays(values)))
-            if self._tasks is not None:
-                scores.append(self._scored(at))
-        return written, scores
+        written = self._answered(at.arm, [self._writing(at)]) if self._new else []
+        scores = [self._scored(at) for _ in self._with_routers(at.arm)] if self._tasks is not None else []
+        return [Written(**_as_arrays(values)) for (values,) in written], scores
 
-    def _write(self, at: Combination, _: int) -> dict[str, Any]:
-        how: dict[str, Any] = {
-            "new": self._new,
-            "untouched": partial(_these, self._model, self._seeds[UNTOUCHED][0]),
-        }
-        return _as_lists(write_on(self._model, self._texts[REPORTED], _levers(at), _cache(self._args, at), **how))
+    def _writing(self, at: Combination) -> Job:
+        untouched = partial(_these, self._model, self._seeds[UNTOUCHED][0])
+
+        def write() -> dict[str, Any]:
+            how: dict[str, Any] = {"new": self._new, "untouched": untouched}
+            return _as_lists(write_on(self._model, self._texts[REPORTED], _levers(at), _cache(self._args, at), **how))
+
+        return ["written", self._texts[REPORTED].tolist(), self._new, *self._as_asked(at)], write
 
     def _scored(self, at: Combination) -> Scores:
         assert self._tasks is not None

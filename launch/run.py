@@ -31,7 +31,8 @@ class RunArguments:
     train: str = "configs/train/tiny.yaml"  # training config that all arms share
     evaluation: str = "configs/evaluation/tiny.yaml"  # what is measured
     output_dir: str = "runs/demo"  # everything is written here
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> keys of the training config that differ
+    # name -> keys of the training config that differ; null: an arm of the config is left out
+    arms: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])  # each arm is trained once with each
     # routers, levers and caches on one axis, as `remoe frontier` measures them, of the arms of this run; a config of it
     frontier: str | None = None
@@ -44,6 +45,7 @@ class RunArguments:
     frontier_overrides: list[str] = field(default_factory=list)  # key=value of the frontier, as [slots=[16]]
 
     def __post_init__(self) -> None:
+        self.arms = {name: keys for name, keys in self.arms.items() if keys is not None}
         if not self.arms or not self.seeds:
             raise ValueError("arms and seeds must each name at least one")
         if "base" in self.arms:

@@ -23,7 +23,7 @@ class FrontierArguments:
     output_dir: str = "???"  # everything is written here
     # arm: folder of a router delta, or a list of them that were trained alike with several seeds; or a mapping of `routers`
     # (such a folder or list) and `experts` (mxfp4, fp8, int4 or int8: rounded to that), either of them. The untouched model is
-    # always measured
+    # always measured; null: an arm of the config is left out
     arms: dict[str, Any] = field(default_factory=dict)
     levers: list[str] = field(
         default_factory=lambda: [f"prior:delta={delta}" for delta in (0.02, 0.04, 0.06, 0.08)]
@@ -54,6 +54,7 @@ class FrontierArguments:
     device: str = "auto"  # the accelerator if there is one, or cpu, or cuda
 
     def __post_init__(self) -> None:
+        self.arms = {arm: given for arm, given in self.arms.items() if given is not None}
         in_range(self, slots=(1, float("inf")), max_length=(2, float("inf")), texts_per_domain=(2, float("inf")))
         in_range(self, gates=(0, float("inf")), new_tokens=(0, self.max_length), per_layer_deltas=(0, float("inf")))
         self.new_tokens = self.max_length // 2 if self.new_tokens is None else self.new_tokens

@@ -8,6 +8,7 @@ import pytest
 
 from configs.command import run
 from configs.load import UserError, load
+from evaluation.frontier.arguments import FrontierArguments
 from evaluation.frontier.result import FRONTIER, read_frontier
 from launch import report as report_module
 from launch import run as pipeline_module
@@ -103,3 +104,10 @@ def test_mistake_in_an_arm_is_found_before_anything_is_trained(tmp_path: Path, m
     with pytest.raises(UserError, match="did you mean objective"):
         pipeline(args, command="x")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_arm_of_the_config_is_left_out_by_null() -> None:
+    args = load(RunArguments, ROOT / "configs" / "run" / "demo.yaml", ["arms.remoe=null"])
+    assert list(args.arms) == ["ce_only", "cache_miss", "in_the_loop"]
+    frontier = load(FrontierArguments, ROOT / "configs" / "frontier" / "in_the_loop.yaml", ["arms.alone=null"])
+    assert list(frontier.arms) == ["in_the_loop"]

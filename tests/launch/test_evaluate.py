@@ -8,18 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-
-from training.model.loading import load_pretrained
-from training.model.routers import router_parameters
-from training.objective.terms import ObjectiveArguments
-from training.run_folder import router_delta
 
 ROOT = Path(__file__).parents[2]
 TIMES = ("seconds", "_ms", "output_throughput", "created", "machine_load", "load_average", "share", "command", "commit")
@@ -77,24 +70,19 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_numbers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["fsdp2", "deepspeed_zero3"])
-def test_a_model_that_no_process_holds_whole_gives_the_same(launcher: str, tmp_path: Path) -> None:
+def test_a_model_that_no_process_holds_whole_gives_the_same(launcher: str, tmp_path: Path, moved_delta: Path) -> None:
     """The shipped launcher on two CPU processes, the base and an arm, beside one process that holds all of the model."""
     if launcher.startswith("deepspeed") and shutil.which("c++") is None:
         pytest.skip("DeepSpeed compiles its communication, and there is no C++ compiler")
     shipped = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{launcher}.yaml").read_text("utf-8"))
     on_cpu = {**shipped, "num_processes": 2, "use_cpu": True, "mixed_precision": "no"}
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(on_cpu), "utf-8")
-    routers = router_parameters(load_pretrained("data/embedded/model", dtype=torch.float32))
-    moved = {name: weight.detach() + 0.05 * weight.std() * torch.randn_like(weight) for name, weight in routers.items()}
-    about = {"objective": "cache", "config": {**asdict(ObjectiveArguments()), "seed": 3}}
-    digest = router_delta.checkpoint_sha256("data/embedded/model", moved)
-    router_delta.save(tmp_path / "delta", moved, base_model="data/embedded/model", base_sha256=digest, about=about)
     (tmp_path / "own.yaml").write_text(CONFIG, "utf-8")
     found = []
     for name, more in {"whole": [], "sharded": ["--accelerate-config", str(tmp_path / "accelerate.yaml")]}.items():
         given = ["--config", str(tmp_path / "own.yaml"), "--output", str(tmp_path / name), *more]
         remoe = [sys.executable, "-m", "launch.cli", "evaluate", "--model", "data/embedded/model", *given]
-        remoe += ["--router-delta", str(tmp_path / "delta")]
+        remoe += ["--router-delta", str(moved_delta)]
         done = subprocess.run(remoe, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(without_times(json.loads((tmp_path / name / "results.json").read_text("utf-8")))["arms"])

@@ -4,19 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from configs.command import run
 from launch import frontier
-from training.model.loading import load_pretrained
-from training.model.routers import router_parameters
-from training.objective.terms import ObjectiveArguments
-from training.run_folder import router_delta
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = ["--accelerate-config", "configs/accelerate/cpu_2_processes.yaml"]
@@ -38,16 +32,11 @@ quality: {tasks: [letters, headword], include_path: data/embedded/tasks, offline
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
-    routers = router_parameters(load_pretrained("data/embedded/model", dtype=torch.float32))
-    moved = {name: weight.detach() + 0.05 * weight.std() * torch.randn_like(weight) for name, weight in routers.items()}
-    about = {"objective": "cache", "config": {**asdict(ObjectiveArguments()), "seed": 3}}
-    digest = router_delta.checkpoint_sha256("data/embedded/model", moved)
-    router_delta.save(tmp_path / "delta", moved, base_model="data/embedded/model", base_sha256=digest, about=about)
+def test_two_processes_find_what_one_does(tmp_path: Path, moved_delta: Path) -> None:
     (tmp_path / "own.yaml").write_text(SMALL, "utf-8")
     found: list[dict[str, Any]] = []
     for name, more in {"one": [], "two": TWO_PROCESSES}.items():
-        given = [str(tmp_path / "own.yaml"), f"output_dir={tmp_path / name}", f"arms.moved={tmp_path / 'delta'}", *more]
+        given = [str(tmp_path / "own.yaml"), f"output_dir={tmp_path / name}", f"arms.moved={moved_delta}", *more]
         remoe = [sys.executable, "-m", "launch.cli", "frontier", *given]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(remoe, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import transformers
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from configs.command import parse, run
 from configs.files import prepare_folder, write_json, write_yaml
@@ -112,9 +112,8 @@ def _say(point: Point) -> None:
 
 
 def _table(found: report.Table) -> Table:
-    table = Table(
-        *(cell.replace("\n", " ") for cell in found.header), title=found.title, caption=found.note, show_lines=True
-    )
+    columns = [Column(cell.replace("\n", " "), overflow="fold") for cell in found.header]  # a lever is not cut short
+    table = Table(*columns, title=found.title, caption=found.note, show_lines=True)
     for row in found.rows:
         table.add_row(*map(escape, row))
     return table

@@ -14,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from configs.command import parse
 from configs.files import prepare, prepare_folder, write_text, write_yaml
@@ -190,7 +190,8 @@ def _written(out: Path) -> Any:
 
 
 def _table(best: Sequence[FrozenTrial]) -> Table:
-    table = Table("fewer loads", "perplexity", "with", "router delta", show_lines=True)
+    folder = Column("router delta", overflow="fold")  # to be copied, so not cut short
+    table = Table("fewer loads", "perplexity", "with", folder, show_lines=True)
     table.title = (
         "what no other trial beats in both, on the texts to choose by: measure it on others with remoe frontier"
     )

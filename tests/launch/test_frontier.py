@@ -42,6 +42,8 @@ def test_two_processes_find_what_one_does(tmp_path: Path, moved_delta: Path) -> 
         done = subprocess.run(remoe, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("All points and the page") == 1
+        assert "prior in" in done.stdout
+        assert "…" not in done.stdout, "something in the table was cut short"
         found.append(json.loads((tmp_path / name / "frontier.json").read_text("utf-8")))
     one, two = found
     assert len(one["points"]) >= 6

@@ -79,6 +79,7 @@ def test_every_trial_is_a_row_and_a_search_that_was_killed_goes_on(
     main(given)
     assert len(texts) == count, "all trials were made"
     shown = capsys.readouterr().out
+    assert "…" not in shown, "the folder of a delta was cut short"
     assert "fewer loads" in shown
     assert "trials.csv" in shown
 

@@ -19,15 +19,22 @@ pytestmark = [
 
 
 def records(run_dir: Path) -> list[Any]:
-    """What the offline runs below `run_dir` hold, oldest first: protobuf messages in the blocks of a LevelDB log."""
+    """What the offline runs below `run_dir` hold, oldest first: protobuf messages in the blocks of a LevelDB log.
+
+    The service writes in intervals, and may do so after a run has finished: it is waited for until it is gone.
+    """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     found = []
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         for message in _messages(path.read_bytes()):
             record = Record()
             record.ParseFromString(message)
             found.append(record)
+    assert found, "nothing was written"
+    assert found[-1].HasField("exit"), "the file has no end"
     return found
 
 

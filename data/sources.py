@@ -101,6 +101,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
 def _hugging_face(args: DataArguments) -> Iterator[Row]:
     import datasets
 
+    if Path(str(args.dataset_name)).is_file():
+        raise UserError(f"dataset_name={args.dataset_name} is a file; write train_file={args.dataset_name}")
     try:
         rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=args.dataset_split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

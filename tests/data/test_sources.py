@@ -203,6 +203,9 @@ def test_a_data_set_that_is_not_there_is_refused(tmp_path: Path, tokenizer: PreT
     args = DataArguments(dataset_name=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data set .*nowhere \(train\) cannot be loaded"):
         texts_of(args, tokenizer)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(UserError, match=r"is a file; write train_file=.*rows\.jsonl"):
+        texts_of(DataArguments(dataset_name=str(tmp_path / "rows.jsonl")), tokenizer)
 
 
 # learning what the assistant says alone

@@ -9,12 +9,12 @@ Letters: T tokens, E experts, K chosen.
 
 import copy
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import linear, logsigmoid
 
 from configs.load import UserError
 from training.model.router_calls import AskedRouter
@@ -141,6 +141,35 @@ def kind_of(router: AskedRouter, *, hidden_size: int) -> RouterKind:
         weighing=_weighing(router.copied(), scoring, hidden_size),
         choosing=choosing,
     )
+
+
+@torch.no_grad()
+def logits_alone(router: AskedRouter, kind: RouterKind, *, hidden_size: int) -> Callable[[Tensor], Tensor] | None:
+    """From hidden states to a router's logits by one product, where that gives the same bits; else None.
+
+    What a router does with its logits takes several small steps, which nobody needs who compares logits.
+    """
+    tensors = [router.module.get_parameter(name) for name in kind.trained]
+    weight_EH = next((tensor for tensor in tensors if tensor.dim() == 2), None)
+    bias_E = next((tensor for tensor in tensors if tensor.dim() == 1), None)
+    if weight_EH is None or len(tensors) > 1 + (bias_E is not None):
+        return None
+
+    def as_it_is(hidden: Tensor) -> Tensor:
+        return linear(hidden, weight_EH, bias_E)
+
+    def in_float32(hidden: Tensor) -> Tensor:
+        return linear(hidden.float(), weight_EH.float(), None if bias_E is None else bias_E.float())
+
+    device, draw = weight_EH.device.type, torch.Generator().manual_seed(0)
+    hidden_TH = torch.randn(SCALE_TOKENS, hidden_size, generator=draw).to(weight_EH)
+    for product in (as_it_is, in_float32):
+        equal = [torch.equal(product(hidden_TH), router.ask(hidden_TH)[0])]
+        with torch.autocast(device, torch.bfloat16):
+            equal.append(torch.equal(product(hidden_TH.bfloat16()), router.ask(hidden_TH.bfloat16())[0]))
+        if all(equal):
+            return product
+    return None
 
 
 def correction_bias(router: AskedRouter, kind: RouterKind) -> Tensor:

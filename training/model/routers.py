@@ -9,6 +9,7 @@ import copy
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from configs.load import UserError
 from training.model.cache_in_the_loop import CacheInTheLoop
 from training.model.router_calls import AskedRouter, asked_routers
-from training.model.router_kind import RouterKind, correction_bias, kind_of
+from training.model.router_kind import RouterKind, correction_bias, kind_of, logits_alone
 from training.model.transformers_internals import router_classes
 
 ANOTHER = "use the model it was made for"
@@ -132,6 +133,7 @@ class RouterObserver:
 
     def __init__(self, model: PreTrainedModel, *, with_reference: bool = False) -> None:
         self.names, self.kind = list(find_routers(model)), router_kind(model)
+        self._hidden_size = model.config.get_text_config().hidden_size
         self._recorded: dict[str, Routing] | None = None
         self._uses_reference = False
         self._shape = (0, 0)
@@ -141,7 +143,7 @@ class RouterObserver:
         self._handles = []
         for name, asked in ask_routers(model).items():
             router = asked.module
-            reference = copy.deepcopy(router).requires_grad_(False) if with_reference else None
+            reference = replace(asked, module=copy.deepcopy(router).requires_grad_(False)) if with_reference else None
             self._handles.append(router.register_forward_hook(self._hook(name, asked, reference), with_kwargs=True))
 
     def close(self) -> None:
@@ -198,11 +200,13 @@ class RouterObserver:
             return output.reshape(*self._shape, -1)
         return output.reshape(-1, output.shape[-1])[self._place_BS]
 
-    def _hook(self, name: str, asked: AskedRouter, reference: nn.Module | None) -> Any:
+    def _hook(self, name: str, asked: AskedRouter, reference: AskedRouter | None) -> Any:
+        product = None if reference is None else logits_alone(reference, self.kind, hidden_size=self._hidden_size)
+
         def hook(router: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, ...]) -> Any:
             if self._uses_reference:
                 assert reference is not None, "the original routers are kept with with_reference=True only"
-                return reference(*inputs, **named)
+                return reference.module(*inputs, **named)
             if self._recorded is None:
                 return None
             if self._local:
@@ -223,7 +227,10 @@ class RouterObserver:
             reference_logits = None
             if reference is not None:
                 with torch.no_grad():
-                    reference_logits = self.kind.log_scores(self._in_batch(reference(*inputs, **named)[0]))
+                    logits = (
+                        reference.module(*inputs, **named)[0] if product is None or not inputs else product(inputs[0])
+                    )
+                    reference_logits = self.kind.log_scores(self._in_batch(logits))
             assert self._recorded is not None
             self._recorded[name] = Routing(output[0], weights, ids.gather(-1, order), reference_logits, score, resident)
             return changed

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from configs.load import UserError
-from training.model.routers import RouterObserver, Routing, find_routers, router_parameters
+from training.model.router_kind import logits_alone
+from training.model.routers import RouterObserver, Routing, ask_routers, find_routers, router_kind, router_parameters
 
 FAMILIES = {
     "qwen2_moe": ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
@@ -104,6 +105,43 @@ def test_the_reference_is_the_original_router_on_the_current_hidden_states(famil
         assert not routing.reference_logits_BSE.requires_grad
         assert not torch.allclose(routing.reference_logits_BSE, routing.logits_BSE)
         assert routing.logits_BSE.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_the_reference_are_one_product_with_the_routers_own_bits(
+    family: str, dtype: torch.dtype, autocast: bool, tiny_model: Make
+) -> None:
+    model = tiny_model(family)
+    for asked in ask_routers(model).values():
+        asked.module.to(dtype)
+        product = logits_alone(asked, router_kind(model), hidden_size=16)
+        assert product is not None
+        hidden = torch.randn(37, 16, generator=torch.Generator().manual_seed(5), dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(product(hidden), asked.ask(hidden)[0])
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_a_reference_whose_logits_are_more_than_a_product_is_asked_itself(
+    is_plain: bool, tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    router_class: Any = type(next(iter(find_routers(model).values())))
+    asked, forward = [], router_class.forward
+
+    def counted(self: Any, hidden: Tensor) -> Any:
+        asked.append(self)
+        return forward(self, hidden if is_plain else hidden / hidden.norm(dim=-1, keepdim=True))
+
+    monkeypatch.setattr(router_class, "forward", counted)
+    observer = RouterObserver(model, with_reference=True)
+    asked.clear()
+    for routing in observe(model, observer):
+        assert routing.reference_logits_BSE is not None
+        assert torch.equal(routing.reference_logits_BSE, routing.logits_BSE)
+    assert len(asked) == (2 if is_plain else 4)
 
 
 def test_chosen_experts_come_heaviest_first_even_if_the_router_gives_them_unsorted(tiny_model: Make) -> None:

@@ -31,6 +31,7 @@ from evaluation.engine.levers.spec import levers_of
 from evaluation.engine.options import EXACT, PACKED
 from evaluation.engine.store.experts import ExpertStore
 from evaluation.machine import machine_facts
+from evaluation.report.numbers import MILLISECONDS
 from training.model.lazy_weights import read_config
 from training.model.loading import load_tokenizer, local_folder
 
@@ -182,7 +183,15 @@ def _take_turns(
             progress.set_description(f"repeat {repeat + 1}: {contender.name}")
             own_legs = _legs_of(contender, legs[repeat], against_new_tokens)
             runs.append(_turn(contender, own_legs, store, repeat=repeat))
+            progress.write(_found(runs[-1]))
     return runs
+
+
+def _found(run: SideRun) -> str:
+    """One process in a line, while others are still to come."""
+    times = [f"{leg} {MILLISECONDS.text(one['tpot_ms'])}" for leg, one in run.legs.items() if one.get("tpot_ms")]
+    said = [*([f"TPOT {', '.join(times)}"] if times else []), *([run.failure] if run.failure else [])]
+    return f"repeat {run.repeat + 1}, {run.contender}: {'; '.join(said)}"
 
 
 def _turn(contender: Contender, legs: list[Leg], store: ExpertStore, *, repeat: int) -> SideRun:

@@ -103,6 +103,10 @@ def test_sides_take_turns_and_failures_are_told(
     printed = capsys.readouterr().out
     assert "accelerate FAILED: killed by the kernel" in printed
     assert "100.0" in printed
+    told = [line for line in printed.splitlines() if line.startswith("repeat ")]
+    assert len(told) == 8
+    assert told[0] == "repeat 1, remoe 30%: TPOT cold 10.0\N{NO-BREAK SPACE}ms, warm 10.0\N{NO-BREAK SPACE}ms"
+    assert told[2] == "repeat 1, accelerate: killed by the kernel"
 
 
 def test_budgets_for_everything_take_part(model: Path, tmp_path: Path, ran: list[tuple[str, int, Order]]) -> None:

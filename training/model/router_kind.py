@@ -150,9 +150,11 @@ def logits_alone(router: AskedRouter, kind: RouterKind, *, hidden_size: int) -> 
     What a router does with its logits takes several small steps, which nobody needs who compares logits.
     """
     tensors = [router.module.get_parameter(name) for name in kind.trained]
-    weight_EH = next((tensor for tensor in tensors if tensor.dim() == 2), None)
-    bias_E = next((tensor for tensor in tensors if tensor.dim() == 1), None)
-    if weight_EH is None or len(tensors) > 1 + (bias_E is not None):
+    weight_EH = next((tensor for tensor in tensors if tensor.dim() == 2 and tensor.shape[1] == hidden_size), None)
+    if weight_EH is None:
+        return None
+    bias_E = next((tensor for tensor in tensors if tensor.shape == weight_EH.shape[:1]), None)
+    if len(tensors) > 1 + (bias_E is not None):
         return None
 
     def as_it_is(hidden: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from training.model.router_calls import AskedRouter
-from training.model.router_kind import Weighing, kind_of
+from training.model.router_kind import Weighing, kind_of, logits_alone
 
 N_EXPERTS, TOP_K, HIDDEN = 6, 3, 8
 
@@ -51,6 +51,28 @@ def test_a_scale_that_is_a_weight_is_the_routers_own_and_does_not_train() -> Non
     kind = kind_of(AskedRouter(ScaledRouter()), hidden_size=HIDDEN)
     assert kind.weighing == Weighing("softmax", normalised=True, scale=pytest.approx(3.0))
     assert kind.trained == ("gate.weight", "gate.bias")
+
+
+class RouterOfScaled(Router):
+    """Hidden numbers are scaled first, each by a weight of its own, as in Gemma 4."""
+
+    def __init__(self) -> None:
+        super().__init__(Weighing("softmax", normalised=False))
+        self.before = torch.nn.Parameter(torch.ones(HIDDEN))
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(hidden_TH * self.before)
+
+
+def test_logits_are_one_product_with_a_bias_but_not_where_more_is_done() -> None:
+    plain, scaled = AskedRouter(Router(Weighing("softmax", normalised=False))), AskedRouter(RouterOfScaled())
+    product = logits_alone(plain, kind_of(plain, hidden_size=HIDDEN), hidden_size=HIDDEN)
+    assert product is not None
+    hidden_TH = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(product(hidden_TH), plain.ask(hidden_TH)[0])
+    kind = kind_of(scaled, hidden_size=HIDDEN)
+    assert "before" in kind.trained
+    assert logits_alone(scaled, kind, hidden_size=HIDDEN) is None
 
 
 def test_a_16_bit_router_is_asked_in_its_own_precision_and_left_as_it_is() -> None:

@@ -58,6 +58,7 @@ class RouterOfScaled(Router):
 
     def __init__(self) -> None:
         super().__init__(Weighing("softmax", normalised=False))
+        self.gate = torch.nn.Linear(HIDDEN, N_EXPERTS, bias=False)
         self.before = torch.nn.Parameter(torch.ones(HIDDEN))
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,9 +139,13 @@ def _beside_offload(options: QualityBenchmark, memory_limit: str, names: Sequenc
             _heard(child, READY)
             return child
 
-        ours = start(
-            replace(order, memory_budget=options.memory_budget, dtype=options.dtype, prefetch=options.prefetch)
-        )
+        try:
+            ours = start(
+                replace(order, memory_budget=options.memory_budget, dtype=options.dtype, prefetch=options.prefetch)
+            )
+            first_of_ours = {name: _told(ours, name) for name in names}
+        except UserError as error:
+            raise UserError(f"our engine, in a memory group of {memory_limit}: {error}") from error
         tried = [
             replace(order, resident_bytes=max(0, limit_bytes - margin), offload_dir=offload_dir, batch_size=size)
             for size in OFFLOAD_BATCHES
@@ -150,7 +154,7 @@ def _beside_offload(options: QualityBenchmark, memory_limit: str, names: Sequenc
         for given in tried:
             try:
                 theirs = start(given)
-                first = {name: [_told(ours, name), _told(theirs, name)] for name in names}
+                first = {name: [first_of_ours[name], _told(theirs, name)] for name in names}
                 break
             except UserError as error:
                 print(

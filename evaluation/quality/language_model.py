@@ -38,6 +38,10 @@ from training.sharding.layerwise import input_device
 HARNESS_KEYS = (
     "add_bos_token", "chat_template_args", "enable_thinking", "max_length", "prefix_token_id", "think_end_token", "truncation",
 )  # fmt: skip
+CONTEXT_TOKENS = 256
+"""Tokens that have memory of their own under a budget: most requests are no longer, and a longer one takes slots from the
+experts while it runs. What an engine sets aside unless told otherwise is meant for conversations."""
+
 Tokens = tuple[int, ...]
 T = TypeVar("T")
 
@@ -215,7 +219,8 @@ class PagedLM(BatchedLM):
         model_dir = local_folder(pretrained)
         routers = load_for(model_dir, router_delta) if router_delta else None
         self._open = ExitStack()
-        paged = load(model_dir, EngineOptions(**{"device": device, **engine_options}, warn=False), router_delta=routers)
+        chosen = {"device": device, "context_tokens": CONTEXT_TOKENS, **engine_options}
+        paged = load(model_dir, EngineOptions(**chosen, warn=False), router_delta=routers)
         model, engine = self._open.enter_context(paged)
         finalize(self, self._open.close)
         bounds = [int(size) for size in (batch_size, max_batch_size) if size is not None and str(size).isdigit()]

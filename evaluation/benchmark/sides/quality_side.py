@@ -23,7 +23,7 @@ from evaluation.benchmark.order import Order
 from evaluation.benchmark.sides.transformers_sides import load_offloaded
 from evaluation.engine.loading import load
 from evaluation.engine.options import EngineOptions
-from evaluation.quality.language_model import BatchedLM
+from evaluation.quality.language_model import CONTEXT_TOKENS, BatchedLM
 from evaluation.quality.scores import scores_of
 from evaluation.quality.tasks import QualityArguments, load_tasks
 from training.model.loading import load_tokenizer
@@ -71,7 +71,10 @@ Opened = tuple[Callable[[], Any], list[Path]]
 
 @contextmanager
 def _ours(order: TaskOrder, tokenizer: Any) -> Iterator[Opened]:
-    options = EngineOptions(memory_budget=order.memory_budget, dtype=order.dtype, prefetch=order.prefetch, warn=False)
+    options = EngineOptions(
+        memory_budget=order.memory_budget, context_tokens=CONTEXT_TOKENS, dtype=order.dtype, prefetch=order.prefetch,
+        warn=False,
+    )  # fmt: skip
     with load(order.model_dir, options) as (model, engine):
 
         def begin() -> BatchedLM:

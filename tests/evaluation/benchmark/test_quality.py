@@ -53,6 +53,20 @@ def test_beside_the_offload_each_side_is_in_a_memory_group_of_its_own(
         assert cells[0].count("×") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_hierarchy() is None, reason="no memory groups can be made here")
+def test_an_engine_that_is_killed_ends_the_benchmark_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = QualityBenchmark(
+        model="data/embedded/model", memory_budget="40MiB", memory_limit="120MiB", tasks=("letters",), limit=1, repeats=1,
+        work_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="our engine, in a memory group of 120MiB: a side ended with exit code -9"):
+        benchmark(options)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -144,6 +144,22 @@ def test_the_harness_makes_it_of_its_own_arguments(answers: dict[str, Any], tmp_
     assert about["batch_sizes"] == [5]
 
 
+def test_a_budget_belongs_to_experts_until_a_request_needs_more() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tokenizer, (of_its_own, as_asked) = load_tokenizer(MODEL), ({}, {"context_tokens": 512})
+    whole = tokenizer.decode(tokenizer(text)["input_ids"][:500])
+    slots, after, found = [], [], []
+    for chosen in (of_its_own, as_asked):
+        lm = PagedLM(MODEL, memory_budget="70MiB", dtype="float32", **chosen)
+        assert lm._engine is not None
+        slots.append(lm._engine.cache.total_slots)
+        found += lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(whole,)]), disable_tqdm=True)
+        after.append(lm._engine.cache.total_slots)
+    assert slots[0] > after[0]
+    assert slots[0] > slots[1]
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
